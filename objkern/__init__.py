@@ -1,0 +1,46 @@
+"""Fused objective functions: cross-entropy plus any sum of regularizers, in one forward and one backward pass.
+
+objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
+loss = objective(logits, target)
+loss.backward()
+"""
+
+from .batch import set_validation
+from .functional import cross_entropy, row_statistics
+from .objective import Objective, parse
+from .statistics import Statistics
+from .terms import (
+    CrossEntropy,
+    Entropy,
+    Focal,
+    GeneralizedCrossEntropy,
+    LogitL2,
+    Margin,
+    MaxZLoss,
+    Poly1,
+    Unlikelihood,
+    ZLoss,
+    custom,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropy",
+    "Entropy",
+    "Focal",
+    "GeneralizedCrossEntropy",
+    "LogitL2",
+    "Margin",
+    "MaxZLoss",
+    "Objective",
+    "Poly1",
+    "Statistics",
+    "Unlikelihood",
+    "ZLoss",
+    "cross_entropy",
+    "custom",
+    "parse",
+    "row_statistics",
+    "set_validation",
+]

@@ -1,0 +1,210 @@
+"""A call's arguments, checked and flattened to rows: what every backend receives."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
+
+_validation = "cpu"
+
+
+def set_validation(mode: str) -> None:
+    """Say when bad labels raise: "cpu" (the default: on the CPU, where looking is free) or "always".
+
+    On other devices looking costs a synchronisation; without it the loss of such a row is NaN.
+    """
+    global _validation
+    if mode not in ("cpu", "always"):
+        raise ValueError(f'validation: expected "cpu" or "always" but got {mode!r}')
+    _validation = mode
+
+
+@dataclass
+class Batch:
+    """N rows of V logits, and how to read and reduce them."""
+
+    logits: Tensor  # (N, V)
+    target: Tensor | None  # (N) int64 labels, or (N, V) probabilities
+    class_weight: Tensor | None  # (V)
+    normalizer: Tensor | None  # 0-dim
+    logit_scale: Tensor | None  # 0-dim; None is 1
+    softcap: float  # 0 is none
+    ignore_index: int
+    reduction: str
+    empty_zero: bool
+    masked: bool  # −inf logits are excluded classes; False: they are numbers, as in torch
+    validate: bool
+    shape: torch.Size  # of the rows before they were flattened
+    rows: dict[str, Tensor] = field(default_factory=dict)  # (N) each
+
+    @property
+    def dense(self) -> bool:
+        """Whether the target is a probability distribution."""
+        return self.target is not None and self.target.is_floating_point()
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    def counted(self) -> Tensor | None:
+        """(N) bool: the rows that are not ignored; None where all count."""
+        return None if self.target is None or self.dense else self.target != self.ignore_index
+
+    def row_weight(self) -> Tensor | float:
+        """(N) class weights of the labels; 1 where there are none or the target is dense."""
+        if self.class_weight is None or self.target is None or self.dense:
+            return 1.0
+        labels = self.target.clamp(0, self.logits.shape[1] - 1)
+        return self.class_weight.to(self.result_dtype).gather(0, labels)
+
+
+def flatten(
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    normalizer: float | Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    rows: dict[str, Tensor] | None = None,
+    shift: int = 0,
+    class_dim: int = -1,
+    empty: str = "nan",
+    validate: bool | None = None,
+    class_weight: Tensor | None = None,
+    masked: bool = True,
+) -> Batch:
+    """Check the arguments of a call and flatten them; see `Objective.forward` for their meaning."""
+    logits = _check_logits(logits, class_dim)
+    shape, classes = logits.shape[:-1], logits.shape[-1]
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
+    if empty not in ("nan", "zero"):
+        raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int but got {describe(ignore_index)}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
+        )
+    target = _check_target(target, logits, class_dim)
+    if shift:
+        target = _shifted(target, shape, shift, ignore_index)
+    if class_weight is not None:
+        _check_same_device("class weight", class_weight, logits)
+        if class_weight.shape != (classes,):
+            raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a number > 0 or None but got {softcap!r}")
+    return Batch(
+        logits=logits.reshape(-1, classes),
+        target=None if target is None else target.reshape(-1, *target.shape[len(shape) :]),
+        class_weight=class_weight,
+        normalizer=_scalar_tensor("normalizer", normalizer, None),
+        logit_scale=_scalar_tensor("logit_scale", logit_scale, 1.0),
+        softcap=0.0 if softcap is None else float(softcap),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        empty_zero=empty == "zero",
+        masked=masked,
+        validate=logits.device.type == "cpu" or (_validation == "always" if validate is None else validate),
+        shape=shape,
+        rows={name: _check_row(name, value, shape, logits) for name, value in (rows or {}).items()},
+    )
+
+
+def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor but got {describe(logits)}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
+    if logits.dim() == 0:
+        raise ValueError("logits: expected shape (..., V) but got a 0-dim tensor")
+    if not -logits.dim() <= class_dim < logits.dim():
+        raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
+    if class_dim not in (-1, logits.dim() - 1):
+        logits = logits.movedim(class_dim, -1)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected at least one class but got shape {tuple(logits.shape)}")
+    return logits
+
+
+def _check_target(target: Tensor | None, logits: Tensor, class_dim: int) -> Tensor | None:
+    """`logits` has its classes last; a dense target comes with them at `class_dim`."""
+    if target is None:
+        return None
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor but got {describe(target)}")
+    _check_same_device("target", target, logits)
+    shape = tuple(logits.shape[:-1])
+    if target.dtype == torch.int64:
+        if tuple(target.shape) != shape:
+            raise ValueError(f"target: expected labels of shape {shape} but got {tuple(target.shape)}")
+        return target
+    if target.dtype not in DTYPES:
+        raise TypeError(f"target: expected int64 labels or floating-point probabilities but got {describe(target)}")
+    if target.dim() == logits.dim() and class_dim not in (-1, logits.dim() - 1):
+        target = target.movedim(class_dim, -1)
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target: expected int64 labels of shape {shape} or probabilities of shape {tuple(logits.shape)} "
+            f"but got {describe(target)}"
+        )
+    return target
+
+
+def _shifted(target: Tensor | None, shape: torch.Size, shift: int, ignore_index: int) -> Tensor:
+    if shift != 1:
+        raise ValueError(f"shift: expected 0 or 1 but got {shift!r}")
+    if target is None or target.is_floating_point():
+        raise ValueError("shift: expected int64 labels as target")
+    if not shape:
+        raise ValueError("shift: expected logits of shape (..., T, V) but got (V,)")
+    # Labels move, logits stay: position t reads label t + 1 and the last position is ignored.
+    return torch.cat([target[..., 1:], target.new_full((*shape[:-1], min(1, shape[-1])), ignore_index)], dim=-1)
+
+
+def _check_row(name: str, value: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        raise ValueError(f"rows: {name}: expected a tensor of shape {tuple(shape)} but got {describe(value)}")
+    _check_same_device(f"rows: {name}", value, logits)
+    return value.reshape(-1)
+
+
+def _check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on {value.device}")
+
+
+def _scalar_tensor(name: str, value: float | Tensor | None, neutral: float | None) -> Tensor | None:
+    """0-dim tensor, or None for the neutral value. Numbers stay on the CPU, where every backend can read them."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not (value.is_floating_point() or value.dtype == torch.int64):
+            raise ValueError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
+        return value
+    if value is None or (_is_number(value) and value == neutral):
+        if value is None and neutral is not None:
+            raise TypeError(f"{name}: expected a number or a 0-dim tensor but got None")
+        return None
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def describe(value: object) -> str:
+    """What came, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,135 @@
+"""Functions: the differentiable primitive, and drop-ins for torch.nn.functional."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .batch import flatten
+from .objective import Objective
+from .statistics import Statistics
+from .terms import CrossEntropy, Entropy, ZLoss
+
+
+def row_statistics(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    shift: int = 0,
+    class_dim: int = -1,
+    validate: bool | None = None,
+    backend: str = "auto",
+) -> Statistics:
+    """``logits.log_softmax(-1).gather(-1, target[..., None])`` and nine more numbers per row, in one pass.
+
+    Every field is differentiable; policy and preference losses are a few lines of torch on top of it.
+
+    Args:
+        logits: (..., V) float32, float64, bfloat16 or float16; −inf excludes a class.
+        target: (...) int64 labels, or (..., V) probabilities (then `logprob` is Σ q_j log p_j), or None.
+        ignore_index: rows with this label hold 0 in every field and get a zero gradient.
+        logit_scale, softcap, shift, class_dim, validate, backend: as in `Objective.forward`.
+
+    Returns:
+        `Statistics` of shape (...), float32 (float64 for float64 logits); the fields that read the target are None
+        where there is none.
+
+    Raises:
+        IndexError: a label outside [0, V) that is not ``ignore_index``.
+    """
+    batch = flatten(
+        logits, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
+        class_dim=class_dim, validate=validate, reduction="none",
+    )  # fmt: skip
+    found = ops.backend_for(backend, batch.logits).statistics(batch)
+    found = Statistics(*(field.to(batch.result_dtype).view(batch.shape) for field in found))
+    if batch.target is None:
+        return found._replace(logprob=None, other_logprob=None, target_logit=None)
+    return found._replace(other_logprob=None, target_logit=None) if batch.dense else found
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    entropy: float = 0.0,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction,
+    label_smoothing)``, plus ``z_loss * lse.square()`` and ``entropy * H(p)`` over the same rows
+
+    The same semantics in every corner: the dtype of the result is the input's, −inf logits are numbers and not
+    excluded classes, classes are in dimension 1.
+
+    Args:
+        input: (C), (N, C) or (N, C, d1, ...) float32, float64, bfloat16 or float16.
+        target: labels int64 or uint8 of the input's shape without C, or probabilities of the input's shape.
+        weight: (C) of the input's dtype.
+        z_loss, entropy: coefficients of the regularizers, each over the number of rows that count; pass a negative
+            `entropy` for the confidence penalty.
+
+    Raises:
+        As torch: IndexError for a label out of range, RuntimeError or ValueError for shapes, dtypes and options.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    dense = input.shape == target.shape
+    class_dim = 0 if input.dim() == 1 else 1
+    if dense and not target.is_floating_point():
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
+    if dense and ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    if not dense:
+        _check_labels(input, target)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if weight is not None and weight.shape != (input.shape[class_dim],):
+        raise RuntimeError(
+            f"cross_entropy: weight tensor should be defined either for all {input.shape[class_dim]} classes or no "
+            f"classes but got weight tensor of shape: {list(weight.shape)}"
+        )
+    objective: Objective = CrossEntropy(weight, label_smoothing)
+    if z_loss:
+        objective = objective + z_loss * ZLoss()
+    if entropy:
+        objective = objective + entropy * Entropy()
+    batch = flatten(
+        input, target.long() if target.dtype == torch.uint8 else target, reduction=reduction,
+        ignore_index=ignore_index, class_dim=class_dim, class_weight=weight, masked=False,
+    )  # fmt: skip
+    loss, _ = ops.backend_for("auto", batch.logits).objective(batch, objective.weighted_terms, False)
+    return (loss.view(batch.shape) if reduction == "none" else loss).to(input.dtype)
+
+
+def _check_labels(input: Tensor, target: Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: input expected to have at least one dimension but got none")
+    if input.dim() > 1 and (target.dim() == 0 or target.shape[0] != input.shape[0]):
+        size = target.shape[0] if target.dim() else "no dimension"
+        raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
+    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if target.shape != expected:
+        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    size_average, reduce = size_average is not False, reduce is not False
+    reduction = ("mean" if size_average else "sum") if reduce else "none"
+    warnings.warn(f"size_average and reduce are deprecated; use reduction='{reduction}' instead", stacklevel=3)
+    return reduction

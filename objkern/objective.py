@@ -1,0 +1,353 @@
+"""The Objective and its algebra: a sum of weighted terms that is computed in one pass over the logits."""
+
+from __future__ import annotations
+
+import ast
+import numbers
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from . import ops, reference
+from .batch import Batch, flatten
+from .statistics import Statistics
+
+Coefficient = float | Tensor
+
+
+class Objective(nn.Module):
+    """A weighted sum of terms, evaluated as one fused forward and backward pass.
+
+    ``objective(logits, target)`` equals ``sum(c * term(logits, target) for c, term in objective.weighted_terms)``.
+
+    Built with ``+``, ``-`` and scalar ``*``::
+
+        objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
+
+    A coefficient is a number or a 0-dim tensor. A tensor is read at every call, so a schedule may update it in place;
+    one that requires grad receives its gradient. ``nn.Parameter`` coefficients are registered with the module, other
+    tensors stay the caller's own.
+    """
+
+    def __init__(self, weighted_terms: list[tuple[Coefficient, Term]] | None = None) -> None:
+        super().__init__()
+        if weighted_terms is not None:
+            self._terms = nn.ModuleList(term for _, term in weighted_terms)
+            self._coefficients: list[Coefficient] = [_check_coefficient(c) for c, _ in weighted_terms]
+            for index, coefficient in enumerate(self._coefficients):
+                if isinstance(coefficient, nn.Parameter):
+                    self.register_parameter(f"coefficient_{index}", coefficient)
+
+    @property
+    def weighted_terms(self) -> list[tuple[Coefficient, Term]]:
+        """The terms in order, each with its coefficient."""
+        return list(zip(self._coefficients, self._terms, strict=True))
+
+    # ---- algebra ----------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Objective) -> Objective:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return Objective(self.weighted_terms + other.weighted_terms)
+
+    def __radd__(self, other: Any) -> Objective:
+        # sum([a, b]) starts from the number 0.
+        return self if isinstance(other, numbers.Real) and other == 0 else NotImplemented
+
+    def __mul__(self, factor: Coefficient) -> Objective:
+        if not isinstance(factor, (numbers.Real, Tensor)):
+            return NotImplemented
+        factor = _check_coefficient(factor)
+        return Objective([(factor if _is_one(c) else c * factor, term) for c, term in self.weighted_terms])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Objective:
+        return self * -1.0
+
+    def __sub__(self, other: Objective) -> Objective:
+        return self + -other if isinstance(other, Objective) else NotImplemented
+
+    def __repr__(self) -> str:
+        text = ""
+        for coefficient, term in self.weighted_terms:
+            if isinstance(coefficient, Tensor):
+                sign, factor = "+", "<tensor>*"
+            else:
+                sign = "-" if coefficient < 0 or str(coefficient) == "-0.0" else "+"
+                factor = "" if abs(coefficient) == 1 else f"{abs(coefficient)!r}*"
+            lead = f" {sign} " if text else ("-" if sign == "-" else "")
+            text += f"{lead}{factor}{term._formula_name()}"
+        return text
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        normalizer: float | Tensor | None = None,
+        logit_scale: float | Tensor = 1.0,
+        softcap: float | None = None,
+        rows: dict[str, Tensor] | None = None,
+        shift: int = 0,
+        class_dim: int = -1,
+        gradient: str = "backward",
+        empty: str = "nan",
+        return_parts: bool = False,
+        validate: bool | None = None,
+        backend: str = "auto",
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """``sum(c * reduce(term(z, target)) for c, term in terms)`` with ``z = cap * tanh(scale * logits / cap)``.
+
+        Args:
+            logits: (..., V), or (N, V, d1, ...) with ``class_dim=1``; float32, float64, bfloat16 or float16. Never
+                written to. A logit of −inf excludes its class: no probability, nothing added to any statistic.
+            target: class labels int64 of the shape of ``logits`` without the class dimension, or probabilities of the
+                shape of ``logits``. May be left out if no term reads it.
+            reduction: "mean" divides cross-entropy by the sum of its labels' class weights and every other term by
+                the number of rows that count; "sum"; "none" gives a loss per row.
+            ignore_index: rows with this label contribute nothing to any term.
+            normalizer: replaces every denominator of the mean; a number or 0-dim tensor, a constant.
+            logit_scale: s, a number or 0-dim tensor; receives its gradient if it requires one.
+            softcap: c > 0; applied after the scale.
+            rows: per-row tensors for custom terms, by name, each of the target's shape.
+            shift: 1 for causal language models: position t of the logits meets target t + 1 (second to last
+                dimension of the logits); the last position is ignored. Nothing is copied.
+            gradient: "backward" reads the logits again in the backward pass; "forward" computes the gradient with the
+                loss, which reads memory once less and holds a gradient-sized buffer until the backward pass. Scalar
+                reductions only.
+            empty: the mean over no rows: "nan" as in torch, or "zero".
+            return_parts: also return a dict of detached tensors: each term's own reduced value before its coefficient
+                (`cross_entropy`, `z_loss`, a second one of a kind `z_loss_2`), `total`, and the means over the rows
+                that count of `lse`, and with class labels `accuracy` and `target_probability`; `rows` is their number.
+                With ``reduction="none"`` each is one number per row.
+            validate: whether bad labels raise on devices where finding out costs a synchronisation (on the CPU they
+                always do). Default: see `objkern.set_validation`. Where they do not raise, their rows' loss is NaN.
+            backend: "auto", "cpu", or "reference" (eager torch, any device).
+
+        Returns:
+            The loss, float32 (float64 for float64 logits): 0-dim, or of the target's shape for ``reduction="none"``.
+
+        Raises:
+            IndexError: a label outside [0, V) that is not ``ignore_index``; names the row and the label.
+            ValueError, TypeError: names the argument, what was expected and what came.
+        """
+        try:
+            batch = flatten(
+                logits, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
+                logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
+                validate=validate, class_weight=self._class_weight(),
+            )  # fmt: skip
+            self._check_call(batch, gradient, rows)
+            run = ops.backend_for(backend, batch.logits)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
+            raise type(error)(f"{error} [{where}]") from None
+        loss, parts = self._evaluate(batch, gradient, run)
+        if reduction == "none":
+            loss = loss.view(batch.shape)
+        if not return_parts:
+            return loss
+        return loss, self._named_parts(loss, parts, batch)
+
+    def _evaluate(self, batch: Batch, gradient: str, run: ops.Backend) -> tuple[Tensor, list[Tensor]]:
+        terms = self.weighted_terms
+        if all(term.kind is not None for _, term in terms):
+            return run.objective(batch, terms, gradient == "forward")
+        return reference.evaluate(run.statistics(batch), batch, terms)
+
+    def _check_call(self, batch: Batch, gradient: str, rows: dict[str, Tensor] | None) -> None:
+        terms = [term for _, term in self.weighted_terms]
+        if gradient not in ("backward", "forward"):
+            raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+        if gradient == "forward" and batch.reduction == "none":
+            raise ValueError(
+                'gradient="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
+                "is only known in the backward pass"
+            )
+        custom = [term for term in terms if term.kind is None]
+        if gradient == "forward" and custom:
+            raise ValueError(
+                f'gradient="forward" cannot serve {custom[0]._formula_name()}: its derivative comes from autograd'
+            )
+        if rows and not custom:
+            raise ValueError(f"rows: no term reads {sorted(rows)}; per-row tensors are for custom terms")
+        for term in terms:
+            if term.target != "none" and batch.target is None:
+                raise ValueError(f"target: {term._formula_name()} needs one but got None")
+            if term.target == "index" and batch.dense:
+                raise ValueError(f"target: {term._formula_name()} needs class labels (int64) but got probabilities")
+
+    def _class_weight(self) -> Tensor | None:
+        """The one class weight of the pass, or none."""
+        weights = [term.weight for term in self.modules() if getattr(term, "weight", None) is not None]
+        if not weights:
+            return None
+        unweighted = [t for t in self.modules() if getattr(t, "reads_class_weight", False) and t.weight is None]
+        if unweighted or any(w is not weights[0] for w in weights[1:]):
+            raise ValueError(
+                "class weight: the cross-entropy terms of one objective share one class weight tensor; "
+                "evaluate objectives with different weights separately and add their losses"
+            )
+        return weights[0]
+
+    def _named_parts(self, loss: Tensor, parts: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        values = iter(parts)
+        for _, term in self.weighted_terms:
+            name, count = term.name, 2
+            while name in named:
+                name, count = f"{term.name}_{count}", count + 1
+            named[name] = next(values)
+        named["total"] = loss
+        for name in reference.FREE_STATISTICS:
+            value = next(values)
+            if (batch.target is None or batch.dense) and name != "lse":
+                continue
+            named.setdefault(name, value)
+        if batch.reduction != "none":
+            named["rows"] = next(values)
+        else:
+            named = {name: value.view(batch.shape) for name, value in named.items()}
+        return {name: value.detach() for name, value in named.items()}
+
+
+class Term(Objective):
+    """One term: an objective of its own, with coefficient 1, and a building block of sums.
+
+    A built-in term is a formula on the statistics of a row, in plain arithmetic, and the number of its twin in
+    csrc/objective.h. It holds at most one number, `parameter`.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[int | None] = None  # TermKind in csrc/objective.h
+    target: ClassVar[str] = "none"  # what it reads: "none", "index" (class labels), "any" (labels or probabilities)
+    reads_class_weight: ClassVar[bool] = False
+    registry: ClassVar[dict[str, type[Term]]] = {}
+    by_kind: ClassVar[dict[int, type[Term]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.kind is not None:
+            Term.registry[cls.__name__] = cls
+            Term.by_kind[cls.kind] = cls
+
+    def __init__(self, parameter: float = 0.0) -> None:
+        super().__init__()
+        self.parameter = float(parameter)
+
+    @property
+    def weighted_terms(self) -> list[tuple[Coefficient, Term]]:
+        return [(1.0, self)]
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        """The value of each row; `weight` is the class weight of its label."""
+        raise NotImplementedError
+
+    def value(self, s: Statistics, batch: Batch) -> Tensor:
+        """(N) values of the term for the rows of a batch."""
+        return self.formula(s, self.parameter, batch.row_weight() if self.reads_class_weight else 1.0)
+
+    def _arguments(self) -> str:
+        return ""
+
+    def _formula_name(self) -> str:
+        return f"{type(self).__name__}({self._arguments()})"
+
+    def __repr__(self) -> str:
+        return self._formula_name()
+
+
+def _check_coefficient(value: Any) -> Coefficient:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"coefficient: expected a number or a 0-dim tensor but got shape {tuple(value.shape)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"coefficient: expected a number or a 0-dim tensor but got {type(value).__name__}")
+    return float(value)
+
+
+def _is_one(coefficient: Coefficient) -> bool:
+    return not isinstance(coefficient, Tensor) and coefficient == 1.0
+
+
+# ---- parsing --------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> Objective:
+    """The objective that a formula describes: ``parse(repr(objective))`` for objectives made of numbers.
+
+    ``parse("CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss() - 0.01*Entropy()")``. The grammar is sums, differences and
+    numeric multiples of terms with numeric arguments; nothing is ever evaluated as code.
+
+    Raises:
+        ValueError: says what could not be read. Terms that hold tensors, functions or models cannot be parsed.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"objective: expected a string but got {type(text).__name__}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+        return Objective([(c, term) for c, term in _parse_sum(tree.body, 1.0)])
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too deeply nested')}"
+        ) from None
+
+
+def _parse_sum(node: ast.expr, factor: float) -> Iterator[tuple[float, Term]]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        yield from _parse_sum(node.left, factor)
+        yield from _parse_sum(node.right, -factor if isinstance(node.op, ast.Sub) else factor)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        yield from _parse_sum(node.operand, -factor if isinstance(node.op, ast.USub) else factor)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = _parse_number(node.left), _parse_number(node.right)
+        if (left is None) == (right is None):
+            raise ValueError(f"objective: {ast.unparse(node)!r} is not a number times a term")
+        yield from _parse_sum(node.right if right is None else node.left, factor * (right if left is None else left))
+    elif isinstance(node, ast.Call):
+        yield factor, _parse_term(node)
+    else:
+        raise ValueError(f"objective: expected a term such as ZLoss() but got {ast.unparse(node)!r}")
+
+
+def _parse_number(node: ast.expr) -> float | None:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        inner = _parse_number(node.operand)
+        return inner if inner is None or isinstance(node.op, ast.UAdd) else -inner
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
+        return float(node.value)
+    return None
+
+
+def _parse_term(node: ast.Call) -> Term:
+    name = ast.unparse(node.func)
+    if name not in Term.registry:
+        raise ValueError(f"objective: {name!r} is not one of {', '.join(sorted(Term.registry))}")
+    arguments = [_parse_argument(name, "argument", value) for value in node.args]
+    keywords = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in keywords:
+            raise ValueError(f"objective: {name}: {ast.unparse(node)!r} gives a keyword twice or unpacks")
+        keywords[keyword.arg] = _parse_argument(name, keyword.arg, keyword.value)
+    try:
+        return Term.registry[name](*arguments, **keywords)
+    except TypeError as error:
+        raise ValueError(f"objective: {name}: {error}") from None
+
+
+def _parse_argument(term: str, argument: str, node: ast.expr) -> float:
+    number = _parse_number(node)
+    if number is None:
+        raise ValueError(
+            f"objective: {term}: {argument}: expected a number but got {ast.unparse(node)!r}; terms that hold tensors, "
+            "functions or models cannot be parsed"
+        )
+    return number

@@ -1,0 +1,186 @@
+"""The specification: eager torch on any device and dtype, differentiable any number of times.
+
+Backends are held against it, their double backward goes through it, and row values become a loss here for terms that
+no kernel knows. It is written for reading; it allocates freely.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import Batch
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from .objective import Coefficient, Term
+
+# What parts report beside the terms, in the order of the kernels.
+FREE_STATISTICS = ("lse", "accuracy", "target_probability")
+
+
+def objective(batch: Batch, terms: list[tuple[Coefficient, Term]]) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a batch and its parts."""
+    return evaluate(statistics(batch), batch, terms)
+
+
+def transformed(batch: Batch) -> tuple[Tensor, Tensor]:
+    """z = c·tanh(s·x / c) in the result's dtype, and where x is −inf; there z is −inf, whatever s and c."""
+    x = batch.logits.to(batch.result_dtype)
+    excluded = x == -torch.inf
+    z = x.masked_fill(excluded, 0.0)
+    if batch.logit_scale is not None:
+        z = z * batch.logit_scale.to(z)
+    if batch.softcap:
+        z = torch.tanh(z / batch.softcap) * batch.softcap
+    return z.masked_fill(excluded, -torch.inf), excluded
+
+
+def statistics(batch: Batch) -> Statistics:
+    """(N) of each statistic, by the centred sums of csrc/objective.h; 0 for ignored rows.
+
+    "Others" are the classes but the target. Where there is none (no target, or a dense one) they are all classes.
+    """
+    z, excluded = transformed(batch)
+    rows, classes = z.shape
+    labels, bad = _labels(batch)
+    own = torch.zeros_like(excluded) if labels is None else F.one_hot(labels, classes).bool()
+
+    hidden = own | excluded
+    others = z.masked_fill(hidden, -torch.inf)
+    maximum = others.detach().amax(-1, keepdim=True)
+    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    t = (others - maximum).masked_fill(hidden, 0.0)
+    e = t.exp().masked_fill(hidden, 0.0)
+    total = e.sum(-1)
+    alone = total == 0  # no other class is left
+    total = total.masked_fill(alone, 1.0)
+    log_s = total.log()
+    maximum = maximum.squeeze(-1)
+
+    if labels is None:
+        z_target = z.new_full((rows,), -torch.inf)
+        d = z.new_full((rows,), torch.inf)  # log-odds against a target that is not there
+        has_target = torch.zeros(rows, dtype=torch.bool, device=z.device)
+    else:
+        z_target = z.gather(1, labels[:, None]).squeeze(1)
+        d = (maximum - z_target + log_s).masked_fill(alone, -torch.inf)
+        has_target = z_target != -torch.inf
+
+    nlp_target, nlp_others = -F.logsigmoid(-d), -F.logsigmoid(d)  # −log p_y, −log(1 − p_y)
+    p_target, p_others = torch.sigmoid(-d), torch.sigmoid(d)
+    lse_others = maximum + log_s
+    lse = torch.where(d < 0, z_target + nlp_target, lse_others + nlp_others)
+    mu = (e * t).sum(-1) / total
+    # 0·∞ = 0 at p_y = 0, and no NaN in its derivative: the factor is replaced before the product.
+    own_entropy = p_target * nlp_target.masked_fill(p_target == 0, 0.0)
+    entropy = own_entropy + p_others * (nlp_others.masked_fill(p_others == 0, 0.0) + log_s - mu)
+
+    # Moments over the classes that count, centred on the maximum of the others.
+    live = ~excluded if batch.masked else torch.ones_like(excluded)
+    n = live.sum(-1).to(z.dtype)
+    all_t = (z.masked_fill(excluded, 0.0) - maximum[:, None]).masked_fill(excluded, 0.0)
+    mean_t = all_t.sum(-1) / n
+    variance = (all_t - mean_t[:, None]).masked_fill(excluded, 0.0).square().sum(-1) / n
+    mean_square = z.masked_fill(excluded, 0.0).square().sum(-1) / n
+
+    # log p_j of every class: the others through t, the target through d. As numbers, −inf logits stay −inf.
+    numbers = t if batch.masked else (z - maximum[:, None]).masked_fill(own, 0.0)
+    logp = numbers - (log_s + nlp_others)[:, None]
+    if batch.masked:
+        logp = logp.masked_fill(excluded, 0.0)
+        own_logp = -nlp_target.masked_fill(~has_target, 0.0)
+    else:
+        own_logp = -nlp_target
+    logp = torch.where(own, own_logp[:, None], logp)
+    weight = 1.0 if batch.class_weight is None else batch.class_weight.to(z.dtype)
+    mean_logprob = (logp * weight).sum(-1) / n
+    logprob = (logp * weight * batch.target.to(z.dtype)).sum(-1) if batch.dense else -nlp_target
+
+    found = Statistics(
+        logprob=logprob,
+        other_logprob=-nlp_others,
+        lse=lse,
+        entropy=entropy,
+        max_logit=z.max(-1).values,
+        mean_logit=maximum + mean_t,
+        mean_square_logit=mean_square,
+        logit_variance=variance,
+        target_logit=z_target,
+        mean_logprob=mean_logprob,
+    )
+    counted = batch.counted()
+    if counted is not None:
+        found = Statistics(*(torch.where(counted, field, torch.zeros_like(field)) for field in found))
+    if bad is not None:
+        found = Statistics(*(field.masked_fill(bad, torch.nan) for field in found))
+    return found
+
+
+def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """(N) labels that are safe to gather with, and which rows hold a bad one (their loss becomes NaN)."""
+    if batch.target is None or batch.dense:
+        return None, None
+    target, classes = batch.target, batch.logits.shape[1]
+    bad = (target != batch.ignore_index) & ((target < 0) | (target >= classes))
+    if batch.validate and bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target: row {row} holds label {int(target[row])}, which is neither in [0, {classes}) nor ignore_index "
+            f"({batch.ignore_index})"
+        )
+    return target.clamp(0, classes - 1), bad
+
+
+def evaluate(s: Statistics, batch: Batch, terms: list[tuple[Coefficient, Term]]) -> tuple[Tensor, list[Tensor]]:
+    """From statistics to the loss: each term's rows, reduced over its own denominator, times its coefficient.
+
+    Returns the loss, 0-dim or (N), and the parts: every term, the free statistics, and the number of rows that count
+    (not for ``reduction="none"``).
+    """
+    counted = batch.counted()
+    rows = batch.logits.shape[0]
+    number = s.lse.new_tensor(float(rows)) if counted is None else counted.sum().to(s.lse.dtype)
+    weight = batch.row_weight()
+    if counted is not None and isinstance(weight, Tensor):
+        weight = weight * counted
+    weight_sum = weight.sum().to(s.lse.dtype) if isinstance(weight, Tensor) else number
+
+    parts, loss = [], s.lse.new_zeros(rows if batch.reduction == "none" else ())
+    for coefficient, term in terms:
+        value = term.value(s, batch)
+        if counted is not None:
+            value = torch.where(counted, value, torch.zeros_like(value))
+        if batch.reduction != "none":
+            value = value.sum()
+        if batch.normalizer is not None:
+            value = value / batch.normalizer.detach().to(value)
+        elif batch.reduction == "mean":
+            denominator = weight_sum if term.reads_class_weight else number
+            if batch.empty_zero:
+                denominator = torch.where(number == 0, torch.ones_like(denominator), denominator)
+            value = value / denominator
+        parts.append(value)
+        loss = loss + coefficient * value
+
+    free = (s.lse, _is_first_maximum(batch).to(s.lse.dtype), s.logprob.exp())
+    if batch.reduction == "none":
+        parts += free
+    else:
+        if counted is not None:
+            free = tuple(torch.where(counted, value, torch.zeros_like(value)) for value in free)
+        parts += [value.sum() / number for value in free] + [number]
+    dtype = batch.result_dtype
+    return loss.to(dtype), [part.to(dtype) for part in parts]
+
+
+def _is_first_maximum(batch: Batch) -> Tensor:
+    """(N) whether the label is the first maximum of its row; False where there is no label."""
+    if batch.target is None or batch.dense:
+        return torch.zeros(batch.logits.shape[0], dtype=torch.bool, device=batch.logits.device)
+    with torch.no_grad():
+        z, _ = transformed(batch)
+        return (z.argmax(-1) == batch.target) & batch.counted()

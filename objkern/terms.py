@@ -1,0 +1,288 @@
+"""The terms: each a formula on the statistics of a row, in plain arithmetic, with its source.
+
+Every formula has a twin in csrc/objective.h, which adds its partial derivatives; tests hold the two together.
+Notation: logits z (after scale and softcap) of V classes, target y, p = softmax(z), natural logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, describe
+from .objective import Term
+from .statistics import Statistics
+
+
+class CrossEntropy(Term):
+    """``F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing)``
+
+    −(1 − ε) w_y log p_y − (ε/V) Σ_j w_j log p_j; with probability targets q, −Σ_j w_j q'_j log p_j where
+    q' = (1 − ε) q + ε/V. V counts the classes that are not excluded by a logit of −inf.
+
+    Args:
+        weight: (V) class weights w, a buffer: moves with ``.to()``, saved in the state dict.
+        label_smoothing: ε in [0, 1].
+
+    Source: Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision", for smoothing.
+    """
+
+    name, kind, target, reads_class_weight = "cross_entropy", 0, "any", True
+
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        super().__init__(_number("label_smoothing", label_smoothing, 0.0, 1.0))
+        if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1):
+            raise ValueError(f"weight: expected a tensor of shape (V,) but got {describe(weight)}")
+        self.register_buffer("weight", weight)
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        hard = -(1.0 - parameter) * weight * s.logprob if parameter != 1.0 else 0.0
+        return hard - parameter * s.mean_logprob if parameter != 0.0 else hard
+
+    def _arguments(self) -> str:
+        weight = "" if self.weight is None else f"weight=<tensor of {self.weight.numel()}>"
+        smoothing = f"label_smoothing={self.parameter!r}" if self.parameter else ""
+        return ", ".join(filter(None, (weight, smoothing)))
+
+
+class ZLoss(Term):
+    """``logits.logsumexp(-1).square()``
+
+    lse², lse = log Σ exp z_j: keeps the normaliser near 1. Source: Chowdhery et al. 2022, "PaLM", section 5.
+    """
+
+    name, kind = "z_loss", 1
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return s.lse * s.lse
+
+
+class MaxZLoss(Term):
+    """``logits.amax(-1).square()``
+
+    (max_j z_j)²; the gradient goes to the first maximum. Source: Yang et al. 2023, "Baichuan 2", section 2.
+    """
+
+    name, kind = "max_z_loss", 2
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return s.max_logit * s.max_logit
+
+
+class Entropy(Term):
+    """``torch.distributions.Categorical(logits=logits).entropy()``
+
+    H(p) = lse − Σ p_j z_j. Subtract it for the confidence penalty. Source: Pereyra et al. 2017, "Regularizing Neural
+    Networks by Penalizing Confident Output Distributions".
+    """
+
+    name, kind = "entropy", 3
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return s.entropy
+
+
+class Focal(Term):
+    """``-(1 - p_y) ** gamma * p_y.log()``
+
+    −(1 − p_y)^γ log p_y: easy rows count less. γ = 0 is cross-entropy.
+
+    Args:
+        gamma: γ ≥ 0.
+
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection".
+    """
+
+    name, kind, target = "focal", 4, "index"
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__(_number("gamma", gamma, 0.0))
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        if parameter == 0.0:
+            return -s.logprob
+        # (1 − p_y)^γ as exp(γ log(1 − p_y)) keeps its digits where p_y rounds to 1; where it is 0, so is the value.
+        focus = torch.exp(parameter * s.other_logprob)
+        return -torch.where(focus == 0, focus, focus * s.logprob)
+
+    def _arguments(self) -> str:
+        return f"gamma={self.parameter!r}"
+
+
+class Poly1(Term):
+    """``-p_y.log() + epsilon * (1 - p_y)``
+
+    −log p_y + ε (1 − p_y): cross-entropy with the first coefficient of its Taylor series in 1 − p_y changed by ε.
+
+    Args:
+        epsilon: ε, any number; the paper uses −1 to 5.
+
+    Source: Leng et al. 2022, "PolyLoss".
+    """
+
+    name, kind, target = "poly1", 5, "index"
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__(_number("epsilon", epsilon))
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return parameter * torch.exp(s.other_logprob) - s.logprob
+
+    def _arguments(self) -> str:
+        return f"epsilon={self.parameter!r}"
+
+
+class GeneralizedCrossEntropy(Term):
+    """``(1 - p_y ** q) / q``
+
+    Between cross-entropy (q → 0) and mean absolute error (q = 1): robust to wrong labels.
+
+    Args:
+        q: 0 < q ≤ 1.
+
+    Source: Zhang and Sabuncu 2018, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
+    Labels".
+    """
+
+    name, kind, target = "generalized_cross_entropy", 6, "index"
+
+    def __init__(self, q: float) -> None:
+        super().__init__(_number("q", q, 0.0, 1.0))
+        if self.parameter == 0.0:
+            raise ValueError("q: expected 0 < q <= 1 but got 0; the limit is CrossEntropy()")
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return -torch.expm1(parameter * s.logprob) / parameter
+
+    def _arguments(self) -> str:
+        return f"q={self.parameter!r}"
+
+
+class Unlikelihood(Term):
+    """``-(1 - p_y).log()``
+
+    Makes the target less likely. Source: Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training".
+    """
+
+    name, kind, target = "unlikelihood", 7, "index"
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return -s.other_logprob
+
+
+class Margin(Term):
+    """``F.cross_entropy(logits - m * F.one_hot(target, V), target)``
+
+    Cross-entropy with z_y − m in place of z_y; the margin applies after scale and softcap:
+    softplus(d + m), d = log((1 − p_y) / p_y).
+
+    Args:
+        m: the margin, in logits.
+
+    Source: Wang et al. 2018, "Additive Margin Softmax for Face Verification".
+    """
+
+    name, kind, target = "margin", 8, "index"
+
+    def __init__(self, m: float) -> None:
+        super().__init__(_number("m", m))
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return -torch.nn.functional.logsigmoid(s.logprob - s.other_logprob - parameter)
+
+    def _arguments(self) -> str:
+        return f"m={self.parameter!r}"
+
+
+class LogitL2(Term):
+    """``logits.square().mean(-1)``
+
+    Σ_j z_j² / V: keeps the logits small, their common offset included. V counts the classes that are not excluded.
+    Source: the L2 activity regularizer, on logits as in Dauphin and Cubuk 2021, "Deconstructing the Regularization of
+    BatchNorm".
+    """
+
+    name, kind = "logit_l2", 9
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return s.mean_square_logit
+
+
+class Custom(Term):
+    """A term of your own; see `custom`."""
+
+    def __init__(self, fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: str | None = None) -> None:
+        super().__init__()
+        if not callable(fn):
+            raise TypeError(f"fn: expected a function of the row statistics but got {describe(fn)}")
+        unknown = sorted(set(needs or ()) - set(Statistics._fields))
+        if unknown:
+            raise ValueError(f"needs: {unknown} are not among the statistics {', '.join(Statistics._fields)}")
+        self.fn = fn
+        self.needs = None if needs is None else tuple(needs)
+        self.name = name or _snake_case(getattr(fn, "__name__", type(fn).__name__))
+        if self.needs is not None and {"logprob", "other_logprob", "target_logit"} & set(self.needs):
+            self.target = "any" if set(self.needs) & {"logprob"} else "index"
+
+    def value(self, s: Statistics, batch: Batch) -> Tensor:
+        visible = s if batch.target is not None else s._replace(logprob=None, other_logprob=None, target_logit=None)
+        if batch.dense:
+            visible = visible._replace(other_logprob=None, target_logit=None)
+        dtype = batch.result_dtype
+        visible = Statistics(*(field if field is None else field.to(dtype) for field in visible))
+        value = self.fn(visible, **batch.rows)
+        if not isinstance(value, Tensor) or value.shape != s.lse.shape:
+            raise ValueError(
+                f"{self._formula_name()}: expected one value per row, a tensor of shape {tuple(s.lse.shape)}, "
+                f"but got {describe(value)}"
+            )
+        return value
+
+    def _arguments(self) -> str:
+        return f"<function {self.name}>"
+
+    def _formula_name(self) -> str:
+        return f"custom({self._arguments()})"
+
+
+def custom(fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: str | None = None) -> Custom:
+    """``fn(objkern.row_statistics(logits, target), **rows)``
+
+    A term from any differentiable function of the statistics of a row; it runs through the same two kernels as the
+    built-in terms, its derivative comes from autograd on one number per row.
+
+    Args:
+        fn: ``fn(stats, **rows) -> (N,)``, one value per row; must not mix rows. `stats` is a `Statistics`, `rows` the
+            per-row tensors given to the call, flattened to (N,).
+        needs: names of the statistics that `fn` reads; lets a call without target fail early, by name.
+        name: the key in ``parts``; the function's own name by default.
+    """
+    return Custom(fn, needs, name)
+
+
+def _number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number but got {describe(value)}")
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}" if math.isfinite(low) else "finite"
+        raise ValueError(f"{name}: expected a number {bounds} but got {value}")
+    return float(value)
+
+
+def _snake_case(name: str) -> str:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return "custom" if name == "<lambda>" else re.sub(r"\W+", "_", words).strip("_") or "custom"

@@ -1,0 +1,85 @@
+"""What the tests share: the error budget, and the formulas as people write them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# Of the largest true value.
+BUDGET_ATOL = {torch.float64: 1e-12, torch.float32: 1e-7, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+
+
+def assert_within_budget(ours: Tensor, native: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    """err(ours, float64) ≤ 2·err(torch in the same dtype, float64) + atol, norm-wise and in the worst row."""
+    ours, native, truth = (
+        x.detach().double().reshape(truth.shape[0] if truth.dim() else 1, -1) for x in (ours, native, truth)
+    )
+    assert torch.isfinite(truth).all(), f"{what}: the truth itself is not finite"
+    assert torch.isfinite(ours).all(), f"{what}: not finite"
+    atol = BUDGET_ATOL[dtype] * truth.abs().max().item()
+    error = ours - truth
+    allowed = torch.where(
+        torch.isfinite(native), native - truth, torch.zeros_like(truth)
+    )  # torch's NaN excuses nothing
+    rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+    worst = lambda x: x.abs().max().item()  # noqa: E731
+    for measure in (rms, worst):
+        got, limit = measure(error), 2 * measure(allowed) + atol
+        assert got <= limit, f"{what} {dtype}: error {got:.3e} exceeds {limit:.3e} (torch's own {measure(allowed):.3e})"
+
+
+def one_hot(z: Tensor, y: Tensor) -> Tensor:
+    return F.one_hot(y, z.shape[-1]).bool()
+
+
+def log_p_target(z: Tensor, y: Tensor) -> Tensor:
+    return z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+
+
+# Each term as people write it in eager torch, from (N, V) logits and (N) labels to (N) values.
+NATIVE = {
+    "CrossEntropy()": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    "CrossEntropy(label_smoothing=0.1)": lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1),
+    "ZLoss()": lambda z, y: z.logsumexp(-1).square(),
+    "MaxZLoss()": lambda z, y: z.max(-1).values.square(),
+    "Entropy()": lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "Focal(gamma=2.0)": lambda z, y: -((1 - log_p_target(z, y).exp()) ** 2) * log_p_target(z, y),
+    "Poly1(epsilon=1.0)": lambda z, y: -log_p_target(z, y) + 1.0 * (1 - log_p_target(z, y).exp()),
+    "GeneralizedCrossEntropy(q=0.7)": lambda z, y: (1 - log_p_target(z, y).exp() ** 0.7) / 0.7,
+    "Unlikelihood()": lambda z, y: -torch.log(1 - log_p_target(z, y).exp()),
+    "Margin(m=0.35)": lambda z, y: F.cross_entropy(z - 0.35 * one_hot(z, y).to(z), y, reduction="none"),
+    "LogitL2()": lambda z, y: z.square().mean(-1),
+}
+
+EVERY_TERM = (
+    "CrossEntropy(label_smoothing=0.1) + 0.5*ZLoss() + 0.3*MaxZLoss() - 0.7*Entropy() + Focal(gamma=2.0) + "
+    "Poly1(epsilon=1.0) + GeneralizedCrossEntropy(q=0.7) + 0.2*Unlikelihood() + Margin(m=0.35) + 0.9*LogitL2()"
+)
+
+
+def native_objective(z: Tensor, y: Tensor, formula: dict[str, float]) -> Tensor:
+    """(N) values of a weighted sum of NATIVE formulas."""
+    return sum(c * NATIVE[name](z, y) for name, c in formula.items())
+
+
+EVERY_NATIVE = {
+    "CrossEntropy(label_smoothing=0.1)": 1.0, "ZLoss()": 0.5, "MaxZLoss()": 0.3, "Entropy()": -0.7,
+    "Focal(gamma=2.0)": 1.0, "Poly1(epsilon=1.0)": 1.0, "GeneralizedCrossEntropy(q=0.7)": 1.0, "Unlikelihood()": 0.2,
+    "Margin(m=0.35)": 1.0, "LogitL2()": 0.9,
+}  # fmt: skip
+
+
+def random_rows(
+    rows: int, classes: int, dtype: torch.dtype, scale: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits N(0, scale²) and labels, the same for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return logits, torch.randint(0, classes, (rows,), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
