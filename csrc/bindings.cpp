@@ -143,7 +143,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
                                                          int64_t ignore_index, double softcap, bool masked,
                                                          bool empty_zero, bool with_gradient) {
   const auto reduction = static_cast<Reduction>(reduction_);
-  const Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+  for (size_t k = 0; k < terms.size(); ++k)
+    batch.rows.smoothed |= static_cast<TermKind>(terms[k]) == TermKind::kCrossEntropy && parameters[k] > 0;
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
   const int64_t n = rows.rows, size = static_cast<int64_t>(terms.size());

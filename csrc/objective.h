@@ -115,7 +115,7 @@ OBJKERN_INLINE R target_t(const Centred<R>& c) {
 // −Σ w_j log p_j over all classes: −log p_j = nlp_others + log S − t_j for the others.
 template <class R>
 OBJKERN_INLINE R weighted_nlp(const Centred<R>& c, const Odds<R>& o) {
-  const R others = c.sum_w == 0 ? R(0) : c.sum_w * (o.nlp_others + o.log_s);
+  const R others = c.sum_e == 0 || c.sum_w == 0 ? R(0) : c.sum_w * (o.nlp_others + o.log_s);
   const R own = c.target_weight == 0 ? R(0) : c.target_weight * o.nlp_target;
   return own + others - c.sum_wt;
 }
@@ -167,7 +167,7 @@ OBJKERN_INLINE R term_value(TermKind kind, R parameter, R row_weight, R scale, c
     case TermKind::kCrossEntropy: {  // parameter: label smoothing ε
       const R hard = (R(1) - parameter) * row_weight;
       R value = 0;
-      if (hard != 0) {
+      if (parameter != 1) {
         value -= hard * s.logprob;
         grad.logprob -= scale * hard;
       }
@@ -244,7 +244,7 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Statistics<R>& s,
   if (dense_target) {
     g.exp_1 -= f.logprob * c.sum_q * r;
     g.const_q += f.logprob;
-  } else if (f.logprob != 0) {
+  } else {  // 0·NaN included: a row without a softmax has no gradient, whatever its weight
     g.exp_1 -= f.logprob * r;
     g.target_grad += f.logprob * o.p_others;
   }

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import ast
+import math
 import numbers
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from . import ops, reference
-from .batch import Batch, flatten
+from .batch import Batch, describe, flatten
 from .statistics import Statistics
 
-Coefficient = float | Tensor
+
+class Coefficient(NamedTuple):
+    """A number times 0-dim tensors. The product is taken at every call, so that tensors may change in between."""
+
+    number: float
+    tensors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> Coefficient:
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or not value.is_floating_point():
+                raise ValueError(
+                    f"coefficient: expected a number or a 0-dim floating-point tensor but got {describe(value)}"
+                )
+            return cls(1.0, (value,))
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"coefficient: expected a number or a 0-dim tensor but got {describe(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"coefficient: expected a finite number but got {value}")
+        return cls(float(value))
+
+    def times(self, other: Coefficient) -> Coefficient:
+        return Coefficient.of(self.number * other.number)._replace(tensors=self.tensors + other.tensors)
+
+    def value(self) -> float | Tensor:
+        return math.prod(self.tensors, start=self.number) if self.tensors else self.number
 
 
 class Objective(nn.Module):
@@ -30,36 +56,38 @@ class Objective(nn.Module):
     tensors stay the caller's own.
     """
 
-    def __init__(self, weighted_terms: list[tuple[Coefficient, Term]] | None = None) -> None:
+    def __init__(self, terms: Iterable[tuple[Coefficient, Term]] = ()) -> None:
         super().__init__()
-        if weighted_terms is not None:
-            self._terms = nn.ModuleList(term for _, term in weighted_terms)
-            self._coefficients: list[Coefficient] = [_check_coefficient(c) for c, _ in weighted_terms]
-            for index, coefficient in enumerate(self._coefficients):
-                if isinstance(coefficient, nn.Parameter):
-                    self.register_parameter(f"coefficient_{index}", coefficient)
+        terms = list(terms)
+        self._terms = nn.ModuleList(term for _, term in terms)
+        self._coefficients = [coefficient for coefficient, _ in terms]
+        learned = {id(t): t for c, _ in terms for t in c.tensors if isinstance(t, nn.Parameter)}
+        for index, parameter in enumerate(learned.values()):
+            self.register_parameter(f"coefficient_{index}", parameter)
+
+    def _sum(self) -> list[tuple[Coefficient, Term]]:
+        return list(zip(self._coefficients, self._terms, strict=True))
 
     @property
-    def weighted_terms(self) -> list[tuple[Coefficient, Term]]:
-        """The terms in order, each with its coefficient."""
-        return list(zip(self._coefficients, self._terms, strict=True))
+    def weighted_terms(self) -> list[tuple[float | Tensor, Term]]:
+        """The terms in order, each with the present value of its coefficient."""
+        return [(coefficient.value(), term) for coefficient, term in self._sum()]
 
     # ---- algebra ----------------------------------------------------------------------------------------------------
 
     def __add__(self, other: Objective) -> Objective:
         if not isinstance(other, Objective):
             return NotImplemented
-        return Objective(self.weighted_terms + other.weighted_terms)
+        return Objective(self._sum() + other._sum())
 
     def __radd__(self, other: Any) -> Objective:
         # sum([a, b]) starts from the number 0.
         return self if isinstance(other, numbers.Real) and other == 0 else NotImplemented
 
-    def __mul__(self, factor: Coefficient) -> Objective:
+    def __mul__(self, factor: float | Tensor) -> Objective:
         if not isinstance(factor, (numbers.Real, Tensor)):
             return NotImplemented
-        factor = _check_coefficient(factor)
-        return Objective([(factor if _is_one(c) else c * factor, term) for c, term in self.weighted_terms])
+        return Objective((Coefficient.of(factor).times(coefficient), term) for coefficient, term in self._sum())
 
     __rmul__ = __mul__
 
@@ -71,14 +99,11 @@ class Objective(nn.Module):
 
     def __repr__(self) -> str:
         text = ""
-        for coefficient, term in self.weighted_terms:
-            if isinstance(coefficient, Tensor):
-                sign, factor = "+", "<tensor>*"
-            else:
-                sign = "-" if coefficient < 0 or str(coefficient) == "-0.0" else "+"
-                factor = "" if abs(coefficient) == 1 else f"{abs(coefficient)!r}*"
-            lead = f" {sign} " if text else ("-" if sign == "-" else "")
-            text += f"{lead}{factor}{term._formula_name()}"
+        for (number, tensors), term in self._sum():
+            negative = math.copysign(1.0, number) < 0
+            sign = (" - " if negative else " + ") if text else ("-" if negative else "")
+            factor = "" if abs(number) == 1 else f"{abs(number)!r}*"
+            text += sign + factor + "<tensor>*" * len(tensors) + term._formula_name()
         return text
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -162,7 +187,7 @@ class Objective(nn.Module):
         return reference.evaluate(run.statistics(batch), batch, terms)
 
     def _check_call(self, batch: Batch, gradient: str, rows: dict[str, Tensor] | None) -> None:
-        terms = [term for _, term in self.weighted_terms]
+        terms = [term for _, term in self._sum()]
         if gradient not in ("backward", "forward"):
             raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
         if gradient == "forward" and batch.reduction == "none":
@@ -199,7 +224,7 @@ class Objective(nn.Module):
     def _named_parts(self, loss: Tensor, parts: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         values = iter(parts)
-        for _, term in self.weighted_terms:
+        for _, term in self._sum():
             name, count = term.name, 2
             while name in named:
                 name, count = f"{term.name}_{count}", count + 1
@@ -241,9 +266,8 @@ class Term(Objective):
         super().__init__()
         self.parameter = float(parameter)
 
-    @property
-    def weighted_terms(self) -> list[tuple[Coefficient, Term]]:
-        return [(1.0, self)]
+    def _sum(self) -> list[tuple[Coefficient, Term]]:
+        return [(Coefficient(1.0), self)]
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -264,20 +288,6 @@ class Term(Objective):
         return self._formula_name()
 
 
-def _check_coefficient(value: Any) -> Coefficient:
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"coefficient: expected a number or a 0-dim tensor but got shape {tuple(value.shape)}")
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"coefficient: expected a number or a 0-dim tensor but got {type(value).__name__}")
-    return float(value)
-
-
-def _is_one(coefficient: Coefficient) -> bool:
-    return not isinstance(coefficient, Tensor) and coefficient == 1.0
-
-
 # ---- parsing --------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +304,7 @@ def parse(text: str) -> Objective:
         raise TypeError(f"objective: expected a string but got {type(text).__name__}")
     try:
         tree = ast.parse(text.strip(), mode="eval")
-        return Objective([(c, term) for c, term in _parse_sum(tree.body, 1.0)])
+        return Objective((Coefficient.of(number), term) for number, term in _parse_sum(tree.body, 1.0))
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too deeply nested')}"

@@ -14,7 +14,7 @@ from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from .objective import Coefficient, Term
+    from .objective import Term
 
 _ROW_GRADIENT = 10  # fields of RowGradient in csrc/objective.h
 _CENTRED = 14  # fields of Centred
@@ -25,7 +25,7 @@ class Backend(NamedTuple):
     """What a room of kernels offers to the objective."""
 
     name: str
-    objective: Callable[[Batch, list[tuple[Coefficient, Term]], bool], tuple[Tensor, list[Tensor]]]
+    objective: Callable[[Batch, list[tuple[float | Tensor, Term]], bool], tuple[Tensor, list[Tensor]]]
     statistics: Callable[[Batch], Statistics]
 
 
@@ -47,7 +47,9 @@ def backend_for(name: str, logits: Tensor) -> Backend:
 # ---- the objective --------------------------------------------------------------------------------------------------
 
 
-def _objective(batch: Batch, terms: list[tuple[Coefficient, Term]], with_gradient: bool) -> tuple[Tensor, list[Tensor]]:
+def _objective(
+    batch: Batch, terms: list[tuple[float | Tensor, Term]], with_gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
     coefficients = [1.0 if isinstance(c, Tensor) else c for c, _ in terms]
     tensors = None
     if any(isinstance(c, Tensor) for c, _ in terms):
@@ -169,7 +171,12 @@ def _differentiable_gradient(
         loss, _ = reference.objective(batch, terms)
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    # What the objective does not read (a target under label_smoothing=1) has the gradient 0.
+    return [_or_zeros(next(found), x) if need else None for x, need in zip(inputs, needed, strict=True)]
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------

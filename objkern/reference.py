@@ -16,13 +16,13 @@ from .batch import Batch
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from .objective import Coefficient, Term
+    from .objective import Term
 
 # What parts report beside the terms, in the order of the kernels.
 FREE_STATISTICS = ("lse", "accuracy", "target_probability")
 
 
-def objective(batch: Batch, terms: list[tuple[Coefficient, Term]]) -> tuple[Tensor, list[Tensor]]:
+def objective(batch: Batch, terms: list[tuple[float | Tensor, Term]]) -> tuple[Tensor, list[Tensor]]:
     """The loss of a batch and its parts."""
     return evaluate(statistics(batch), batch, terms)
 
@@ -135,7 +135,7 @@ def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     return target.clamp(0, classes - 1), bad
 
 
-def evaluate(s: Statistics, batch: Batch, terms: list[tuple[Coefficient, Term]]) -> tuple[Tensor, list[Tensor]]:
+def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term]]) -> tuple[Tensor, list[Tensor]]:
     """From statistics to the loss: each term's rows, reduced over its own denominator, times its coefficient.
 
     Returns the loss, 0-dim or (N), and the parts: every term, the free statistics, and the number of rows that count

@@ -95,6 +95,12 @@ Vec<A> minus_inf() {
   return Vec<A>(-std::numeric_limits<A>::infinity());
 }
 
+// z − max, kept finite: 0·(−inf) would be NaN where the difference overflows.
+template <class A>
+Vec<A> difference(const Vec<A>& z, const Vec<A>& max) {
+  return at::vec::maximum(z - max, Vec<A>(std::numeric_limits<A>::lowest()));
+}
+
 // z = c·tanh(s·x / c), and its derivative to x. A logit of −inf stays −inf: it is tested before the cap.
 template <class A>
 struct Transform {
@@ -183,32 +189,31 @@ struct Kernel {
 
     Centred<double> c;
     const int64_t y = label(row);
-    c.target = -std::numeric_limits<double>::infinity();
+    const A infinity = std::numeric_limits<A>::infinity();
+    c.target = -infinity;
     if (y >= 0) {
       const A z = scratch[y];
-      scratch[y] = -std::numeric_limits<A>::infinity();
+      scratch[y] = -infinity;
       if (!(z < max)) max = scratch_max();
-      c.target = z;
+      // A logit of +inf has no softmax: NaN, as for any other class.
+      c.target = z == infinity ? std::numeric_limits<A>::quiet_NaN() : z;
       c.target_is_max = z > max || (z == max && first_index_of(max) > y);
     }
-    if (max == -std::numeric_limits<A>::infinity()) max = 0;  // no other class is left
+    const bool alone = max == -infinity;  // no other class is left
+    if (alone) max = 0;
     c.max = max;
     collect_sums(c, max);
-    const double others = c.classes;
-    if (in.masked) {
-      c.target_weight = c.target == -std::numeric_limits<double>::infinity() ? 0.0 : row_weight(y);
-      c.classes = others + (c.target != -std::numeric_limits<double>::infinity());
-    } else {
-      c.target_weight = y < 0 ? 0.0 : row_weight(y);
-      c.classes = static_cast<double>(n);
-    }
-    c.sum_w = others;
-    c.sum_wt = c.sum_t;
-    const bool infinite_terms = !in.masked && others + (y >= 0) != static_cast<double>(n);
+
+    const double own = y >= 0, found = c.classes;  // `found` others are not −inf
+    const bool target_excluded = c.target == -infinity;
+    const bool infinite_terms = !in.masked && found + own != static_cast<double>(n);
+    c.target_weight = y < 0 || (in.masked && target_excluded) ? 0.0 : row_weight(y);
+    c.classes = in.masked ? found + !target_excluded : static_cast<double>(n);
+    c.sum_w = in.masked ? found : static_cast<double>(n) - own;
+    // As numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax.
+    c.sum_wt = infinite_terms ? -infinity : c.sum_t;
+    if (!in.masked && alone && target_excluded) c.sum_e = std::numeric_limits<double>::quiet_NaN();
     if (weight != nullptr || in.dense_target != nullptr) collect_weighted(c, max, row, infinite_terms);
-    // As numbers, −inf logits make Σ log p_j infinite.
-    else if (infinite_terms)
-      c.sum_wt = -std::numeric_limits<double>::infinity();
     return c;
   }
 
@@ -220,7 +225,7 @@ struct Kernel {
       for (size_t j = begin; j < end; j += W::kLanes) {
         const V z = V::loadu(scratch.data() + j);
         const V excluded = z == minus_inf<A>();
-        const V t = V::blendv(z - maximum, zero, excluded);
+        const V t = V::blendv(difference(z, maximum), zero, excluded);
         const V e = V::blendv(t.exp(), zero, excluded);
         e_sum = e_sum + e;
         et_sum = at::vec::fmadd(e, t, et_sum);
@@ -257,7 +262,7 @@ struct Kernel {
         for (int k = 0; k < W::kVectors; ++k) {
           const V z = V::loadu(scratch.data() + j + k * W::kLanes);
           const V excluded = z == minus_inf<A>();
-          const V t = V::blendv(z - V(max), zero, excluded);
+          const V t = V::blendv(difference(z, V(max)), zero, excluded);
           const V wk = V::blendv(w[k], zero, excluded);
           w_sum = w_sum + wk;
           wt_sum = at::vec::fmadd(wk, t, wt_sum);
@@ -279,7 +284,8 @@ struct Kernel {
       sum_w += w;
       sum_wt += w * -std::numeric_limits<double>::infinity();
       sum_q += w * q;
-      if (dense_row != nullptr) sum_qt += w * q * -std::numeric_limits<double>::infinity();
+      const bool lifted = in.smoothed && q == 0;  // the smoothed share stands in sum_wt
+      if (dense_row != nullptr && !lifted) sum_qt += w * q * -std::numeric_limits<double>::infinity();
     }
     c.sum_w = sum_w;
     c.sum_wt = sum_wt;
@@ -326,7 +332,7 @@ struct Kernel {
       if (read_dense) W::load(dense_row + j, count, 0.0f, q);
       for (int k = 0; k < W::kVectors; ++k) {
         const V excluded = z[k] == minus_inf<A>();
-        const V t = V::blendv(z[k] - V(g.max), zero, excluded);
+        const V t = V::blendv(difference(z[k], V(g.max)), zero, excluded);
         const V e = V::blendv(t.exp(), zero, excluded);
         V d = e * at::vec::fmadd(V(g.exp_t), t, V(g.exp_1)) + at::vec::fmadd(V(g.const_t), t, V(g.const_1));
         if (g.const_z != 0) d = at::vec::fmadd(V(g.const_z), V::blendv(z[k], zero, excluded), d);

@@ -36,6 +36,7 @@ struct Rows {
   double logit_scale = 1.0;
   double softcap = 0.0;   // 0: none
   bool unscaled = false;  // the gradient is to s·x instead of x: what the gradient of the scale itself needs
+  bool smoothed = false;  // a dense target has no zeros, because label smoothing lifts them
   bool masked = true;     // −inf logits are excluded classes; false: they are numbers, as torch has it
 };
 

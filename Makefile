@@ -1,0 +1,81 @@
+# make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
+# make test    set up, build, and run the tests
+# make lint | bench | docs | build | wheel | clean
+#
+# Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
+# use. A torch that is already installed is used as it is (also a CUDA build, also one of the system's Python).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+ifdef PYTHON
+  PY := $(PYTHON)
+else ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
+  PY := python
+else
+  PY := .venv/bin/python
+endif
+
+STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
+TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
+         transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: help build test demo lint format bench docs wheel clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+.venv/bin/python:
+	@echo "==> no environment is active: making .venv"
+	@# A torch of the system's Python (a CUDA build, say) stays visible.
+	@if python3 -c "import torch" 2>/dev/null; then python3 -m venv --system-site-packages .venv; else python3 -m venv .venv; fi
+
+$(STAMP): constraints.txt $(if $(filter .venv/%,$(PY)),| .venv/bin/python)
+	@echo "==> using $$($(PY) -c 'import sys; print(sys.executable, sys.version.split()[0])')"
+	@mkdir -p build
+	@grep -v '^\(torch\|triton\)=' constraints.txt > build/constraints.txt
+	@if $(PY) -c "import torch" 2>/dev/null; then \
+	   echo "==> keeping torch $$($(PY) -c 'import torch; print(torch.__version__)')"; \
+	 else \
+	   echo "==> installing $$(grep '^torch=' constraints.txt)"; $(PY) -m pip install -q "$$(grep '^torch=' constraints.txt)"; \
+	 fi
+	@echo "==> installing the development tools of constraints.txt"
+	@$(PY) -m pip install -q -c build/constraints.txt $(TOOLS)
+	@if ! $(PY) -c "import triton" 2>/dev/null; then $(PY) -m pip install -q --no-deps "$$(grep '^triton=' constraints.txt)"; fi
+	@touch $@
+
+build: $(STAMP)
+	@echo "==> building the native core (OBJKERN_CPU_CAPABILITIES chooses the instruction sets)"
+	@log=build/build.log; $(PY) setup.py build_ext --inplace > $$log 2>&1 || { cat $$log; exit 1; }
+
+test: build
+	$(PY) -m pytest
+
+demo: build
+	$(PY) -m objkern.finetune.demo
+
+bench: build
+	$(PY) -m pytest benchmarks
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(CPP)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(CPP)
+
+docs: build
+	$(PY) docs/objectives.py
+	$(PY) benchmarks/report.py
+
+wheel: $(STAMP)
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls -l dist/*.whl
+
+clean:
+	rm -rf build dist runs objkern/_C*.so *.egg-info

@@ -1,0 +1,45 @@
+"""``python -m objkern info`` says what this installation can run."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from . import _C, __version__
+
+
+def info() -> str:
+    """Version, backends and what they were built for, one fact a line."""
+    build = _C.build_info()
+    facts = {
+        "objkern": __version__,
+        "torch": f"{torch.__version__} (built against {build['torch']})",
+        "python": f"{platform.python_version()} on {platform.machine()}",
+        "compiler": f"GCC {build['compiler']}",
+        "cpu backend": _cpu(build["cpu_capability"]),
+        "reference backend": "runs on any device (eager torch)",
+        "threads": str(torch.get_num_threads()),
+    }
+    return "\n".join(f"{name:18} {fact}" for name, fact in facts.items())
+
+
+def _cpu(capability: str | None) -> str:
+    if capability is None:
+        return "cannot run: OBJKERN_CPU_CAPABILITY asks for what this build or this processor has not"
+    return f"runs, with {'default' if capability == 'baseline' else capability} kernels"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m objkern", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="version, backends that can run here and why the others cannot, CPU capability")
+    parser.parse_args(argv)
+    print(info())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The rooms keep to themselves, and the front door opens quickly."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc"
+
+
+def includes(path: Path) -> set[str]:
+    return set(re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', path.read_text()))
+
+
+def foreign(path: Path) -> set[str]:
+    return {name for name in includes(path) if re.match(r"(torch|ATen|c10|cuda|pybind11)", name)}
+
+
+def test_the_mathematics_knows_neither_torch_nor_cuda() -> None:
+    for name in ("objective.h", "dtypes.h"):
+        assert foreign(SOURCE / name) == set()
+
+
+def test_the_cpu_room_uses_two_things_of_torch() -> None:
+    allowed = re.compile(r"ATen/Parallel\.h|ATen/cpu/vec/.*")
+    for path in (SOURCE / "cpu").iterdir():
+        assert all(allowed.fullmatch(name) for name in foreign(path)), path
+
+
+def test_one_file_sees_tensors() -> None:
+    seen = {
+        path.name for path in SOURCE.rglob("*") if path.suffix in (".h", ".cpp") and "torch/library.h" in includes(path)
+    }
+    assert seen == {"bindings.cpp"}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_needs_torch_alone() -> None:
+    """Neither triton nor transformers nor a CUDA compiler: they are made impossible to import, or hidden."""
+    blocked = ["triton", "transformers", "tokenizers", "matplotlib", "numpy", "tqdm", "safetensors", "pytest"]
+    code = (
+        "import sys, os; os.environ['PATH'] = '';"
+        f"sys.modules.update(dict.fromkeys({blocked!r}));"
+        "import torch, objkern;"
+        "loss = objkern.CrossEntropy()(torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])); loss.backward();"
+        "print(loss.item())"
+    )
+    assert float(run_python(code)) == pytest.approx(1.0986123)
+
+
+def test_import_is_quick() -> None:
+    """At most 0.2 s beyond `import torch`; the best of three, since the machine may be busy."""
+    code = "import time, torch; start = time.perf_counter(); import objkern; print(time.perf_counter() - start)"
+    assert min(float(run_python(code)) for _ in range(3)) < 0.2
+
+
+def test_the_command_line_says_what_can_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "objkern", "info"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"torch              {torch.__version__}" in done.stdout
+    assert re.search(r"cpu backend +runs, with (default|avx2|avx512) kernels", done.stdout)
+
+
+def test_a_capability_that_is_not_there_is_an_error() -> None:
+    code = (
+        "import os; os.environ['OBJKERN_CPU_CAPABILITY'] = 'mmx'; import torch, objkern\n"
+        "try: objkern.ZLoss()(torch.zeros(1, 2))\n"
+        "except ValueError as error: print(error)"
+    )
+    assert 'OBJKERN_CPU_CAPABILITY: expected "default", ' in run_python(code)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_answer(capability: str) -> None:
+    """One source, compiled for each: odd sizes, every dtype, against the reference."""
+    code = f"""
+import os; os.environ['OBJKERN_CPU_CAPABILITY'] = {capability!r}
+import torch, objkern
+from objkern import _C
+if _C.build_info()['cpu_capability'] is None: print('cannot run here'); raise SystemExit
+from tests.conftest import EVERY_TERM, random_rows
+objective = objkern.parse(EVERY_TERM)
+for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-13), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+    for classes in (2, 9, 31, 67, 513):
+        z, y = random_rows(5, classes, dtype)
+        found = []
+        for backend in ('cpu', 'reference'):
+            x = z.clone().requires_grad_()
+            loss = objective(x, y, backend=backend)
+            loss.backward()
+            found.append((loss.detach(), x.grad))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-6, atol=0)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=tolerance, atol=tolerance)
+print('same')
+"""
+    assert run_python(code) in ("same", "cannot run here")

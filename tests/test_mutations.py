@@ -1,0 +1,93 @@
+"""A test that still passes when the kernel is wrong is no test: each named fault, planted in the C++, must be caught."""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CAUGHT_BY = ["tests/test_terms.py", "tests/test_pitfalls.py", "tests/test_precision.py"]
+
+# name: (file, the line's text, what stands there instead)
+FAULTS = {
+    "target gradient from a rounded p_y": (
+        "objective.h", "g.target_grad += f.logprob * o.p_others;", "g.target_grad += f.logprob * (1 - static_cast<float>(o.p_target));",
+    ),
+    "no entropy gradient": ("objective.h", "g.exp_t -= f.entropy * r;", ""),
+    "maximum not subtracted": ("cpu/kernels.cpp", "at::vec::maximum(z - max,", "at::vec::maximum(z,"),
+    "tail off by one": ("cpu/kernels.cpp", "if (j < n) f(j, n - j);", "if (j < n) f(j, n - j - 1);"),
+    "padding counted as logits": (
+        "cpu/kernels.cpp", "W::load(x + j, count, -std::numeric_limits<float>::infinity(), v);", "W::load(x + j, count, 0.0f, v);",
+    ),
+    "rows assumed to be dense": ("cpu/kernels.cpp", "row * in.row_stride", "row * in.classes"),
+    "upstream gradient of the first row for all": ("cpu/kernels.cpp", "[row * upstream_stride]", "[0]"),
+    "ignored rows not skipped": ("cpu/kernels.cpp", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),
+}  # fmt: skip
+
+
+def build_command(mutant: Path) -> tuple[list[str], list[str]]:
+    """How the build that is under test made its baseline kernels, redirected to the mutant's source; and the link."""
+    ninja = max(ROOT.glob("build/temp*/kernels/build.ninja"), key=lambda path: path.stat().st_mtime)
+    text = ninja.read_text()
+    command = re.search(r"command = (.*)", text)[1]
+    flags = re.search(r"build \S*kernels_default\.o: cxx \S+\n  flags = (.*)", text)[1]
+    target = mutant / "kernels.o"
+    for name, value in {"$out": target, "$in": mutant / "csrc/cpu/kernels.cpp", "$flags": flags}.items():
+        command = command.replace(name, str(value))
+    command = command.replace("-O3", "-O1").replace(f"-I{ROOT}/csrc", f"-I{mutant}/csrc")
+    others = [path for path in ninja.parent.glob("*.o") if path.name != "kernels_default.o"]
+    (binding,) = ninja.parent.parent.glob("csrc/bindings.o")
+    (library,) = (ROOT / "objkern").glob("_C*.so")
+    torch_lib = Path(torch.__file__).parent / "lib"
+    link = ["c++", "-shared", "-fopenmp", "-o", mutant / "objkern" / library.name, binding, target, *others]
+    link += [f"-L{torch_lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    return ["sh", "-c", command], [str(part) for part in link]
+
+
+def outcome(name: str, folder: Path) -> tuple[int, str]:
+    """Plant the fault, build it, run the tests that should notice; pytest's exit status and the end of its output."""
+    mutant = folder / re.sub(r"\W+", "_", name)
+    shutil.copytree(ROOT / "csrc", mutant / "csrc")
+    shutil.copytree(ROOT / "objkern", mutant / "objkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "tests", mutant / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", mutant)
+    if name in FAULTS:
+        file, old, new = FAULTS[name]
+        path = mutant / "csrc" / file
+        source = path.read_text()
+        assert source.count(old) == 1, f"{name}: {old!r} stands {source.count(old)} times in {file}"
+        path.write_text(source.replace(old, new))
+    for command in build_command(mutant):
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *CAUGHT_BY],
+        cwd=mutant, capture_output=True, text=True, timeout=600,
+        env={"PATH": "/usr/bin:/bin", "OBJKERN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """All faults, two at a time, and a copy without one."""
+    folder = tmp_path_factory.mktemp("mutants")
+    names = ["no fault", *FAULTS]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(lambda name: outcome(name, folder), names), strict=True))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str, outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes[name]
+    assert status == 1, f"the tests did not notice: {name}\n{output}"
+    assert " failed" in output
+
+
+def test_the_copy_without_a_fault_passes(outcomes: dict[str, tuple[int, str]]) -> None:
+    status, output = outcomes["no fault"]
+    assert status == 0, output
