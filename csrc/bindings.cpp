@@ -144,8 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
                                                          bool empty_zero, bool with_gradient) {
   const auto reduction = static_cast<Reduction>(reduction_);
   Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
-  for (size_t k = 0; k < terms.size(); ++k)
+  for (size_t k = 0; k < terms.size(); ++k) {
+    batch.rows.reads |= reads_of(static_cast<TermKind>(terms[k]), parameters[k]);
     batch.rows.smoothed |= static_cast<TermKind>(terms[k]) == TermKind::kCrossEntropy && parameters[k] > 0;
+  }
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
   const int64_t n = rows.rows, size = static_cast<int64_t>(terms.size());
@@ -164,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
 
   const auto options = logits.options().dtype(accumulation_type(logits));
   const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, logits.options().dtype(at::kDouble));
-  const Tensor row_gradient = at::empty({n, kRowGradient}, options);
+  const Tensor row_gradient = at::empty({kRowGradient, n}, options);
   Tensor gradient = at::empty({0}, logits.options());
   if (with_gradient) {
     gradient = at::empty({n, rows.classes}, logits.options());
@@ -230,11 +232,11 @@ Tensor write_gradient(const Batch& batch, const Tensor& row_gradient, const Tens
 
 Tensor gradient(const Tensor& upstream, const Tensor& row_gradient, const Tensor& logits, OptionalTensor target,
                 OptionalTensor class_weight, OptionalTensor logit_scale, int64_t ignore_index, double softcap,
-                bool masked, bool unscaled) {
+                bool masked, bool unscaled, int64_t reads) {
   Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
   batch.rows.unscaled = unscaled;
-  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.size(0) == batch.rows.rows &&
-                  row_gradient.size(1) == kRowGradient && row_gradient.scalar_type() == accumulation_type(logits),
+  batch.rows.reads = reads;
+  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.size(1) == batch.rows.rows && row_gradient.size(0) == kRowGradient && row_gradient.scalar_type() == accumulation_type(logits),
               "objkern: row_gradient does not belong to these logits");
   checked_targets(batch.rows);
   return write_gradient(batch, row_gradient, upstream);
@@ -242,10 +244,11 @@ Tensor gradient(const Tensor& upstream, const Tensor& row_gradient, const Tensor
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& logits, OptionalTensor target, OptionalTensor class_weight,
                                       OptionalTensor logit_scale, int64_t ignore_index, double softcap, bool masked) {
-  const Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+  batch.rows.reads = kEverything;
   checked_targets(batch.rows);
   const auto options = logits.options().dtype(at::kDouble);
-  const Tensor centred = at::empty({batch.rows.rows, cpu::kCentred}, options);
+  const Tensor centred = at::empty({cpu::kCentred, batch.rows.rows}, options);
   const Tensor out = at::empty({kStatistics, batch.rows.rows}, options);
   cpu_doors().statistics(batch.rows, centred.mutable_data_ptr<double>(), out.mutable_data_ptr<double>());
   return {out, centred};
@@ -256,13 +259,14 @@ Tensor statistics_gradient(const Tensor& partials, const Tensor& centred, const 
                            double softcap, bool masked, bool unscaled) {
   Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
   batch.rows.unscaled = unscaled;
-  TORCH_CHECK(centred.is_contiguous() && centred.size(0) == batch.rows.rows && centred.size(1) == cpu::kCentred,
+  batch.rows.reads = kEverything;
+  TORCH_CHECK(centred.is_contiguous() && centred.size(1) == batch.rows.rows && centred.size(0) == cpu::kCentred,
               "objkern: centred sums do not belong to these logits");
   TORCH_CHECK(partials.dim() == 2 && partials.size(0) == kStatistics && partials.size(1) == batch.rows.rows,
               "objkern: partials: expected (", kStatistics, ", ", batch.rows.rows, ") but got ", partials.sizes());
   checked_targets(batch.rows);
   const auto options = logits.options().dtype(accumulation_type(logits));
-  const Tensor row_gradient = at::empty({batch.rows.rows, kRowGradient}, options);
+  const Tensor row_gradient = at::empty({kRowGradient, batch.rows.rows}, options);
   const Tensor f = partials.to(at::kDouble).contiguous();
   cpu_doors().chain(batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
                     row_gradient.mutable_data_ptr());
@@ -282,7 +286,7 @@ TORCH_LIBRARY(objkern, m) {
   "masked"
   m.def("objective" OBJKERN_OBJECTIVE_INPUTS " -> (Tensor loss, Tensor parts, Tensor row_gradient)");
   m.def("fused" OBJKERN_OBJECTIVE_INPUTS " -> (Tensor loss, Tensor parts, Tensor row_gradient, Tensor gradient)");
-  m.def("gradient(Tensor upstream, Tensor row_gradient, " OBJKERN_ROW_INPUTS ", bool unscaled) -> Tensor");
+  m.def("gradient(Tensor upstream, Tensor row_gradient, " OBJKERN_ROW_INPUTS ", bool unscaled, int reads) -> Tensor");
   m.def("statistics(" OBJKERN_ROW_INPUTS ") -> (Tensor statistics, Tensor centred)");
   m.def("statistics_gradient(Tensor partials, Tensor centred, " OBJKERN_ROW_INPUTS ", bool unscaled) -> Tensor");
 }
@@ -332,9 +336,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "The value of a term and its partial derivatives to the statistics of a row.");
   m.def(
+      "reads",
+      [](const std::vector<std::pair<int64_t, double>>& terms) {
+        int64_t reads = 0;
+        for (const auto& [kind, parameter] : terms) reads |= reads_of(static_cast<TermKind>(kind), parameter);
+        return reads;
+      },
+      "Which statistics the terms (kind, parameter) read, as bits in the order of Statistics.");
+  m.def(
       "derive",
       [](const std::vector<double>& centred, bool dense_target) {
-        return fields_of(derive(struct_from<Centred<double>>(centred), dense_target));
+        const auto c = struct_from<Centred<double>>(centred);
+        return fields_of(derive(c, Odds<double>(c), dense_target));
       },
       "The statistics of a row from its centred sums.");
 }

@@ -29,27 +29,49 @@
 namespace objkern {
 inline namespace OBJKERN_VARIANT {
 
-// ---- scalar functions in their stable forms ---------------------------------------------------------------------
+// ---- numbers ----------------------------------------------------------------------------------------------------
 
-// log(1 + exp(x)), exact in both tails.
+// The formulas below are written for R: a float, a double, or a vector of them with one row per lane. There are
+// therefore no branches on values, only selections; `Lane<R>` says how R does what operators cannot.
 template <class R>
-OBJKERN_INLINE R softplus(R x) {
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
+struct Lane {
+  using Mask = bool;
+  OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
+  OBJKERN_INLINE static R expm1(R x) { return std::expm1(x); }
+  OBJKERN_INLINE static R log(R x) { return std::log(x); }
+  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }
+  OBJKERN_INLINE static R abs(R x) { return std::fabs(x); }
+  OBJKERN_INLINE static Mask equal(R a, R b) { return a == b; }
+  OBJKERN_INLINE static Mask less(R a, R b) { return a < b; }
+  OBJKERN_INLINE static R select(Mask m, R yes, R no) { return m ? yes : no; }
+};
 
-// 1 / (1 + exp(−x)), exact in both tails.
 template <class R>
-OBJKERN_INLINE R sigmoid(R x) {
-  if (x >= 0) return R(1) / (R(1) + std::exp(-x));
-  const R e = std::exp(x);
-  return e / (R(1) + e);
+OBJKERN_INLINE R minus_infinity() {
+  return R(-std::numeric_limits<float>::infinity());
 }
 
 // a·b where a is a probability: 0·∞ is the limit 0, as in p·log p.
 template <class R>
 OBJKERN_INLINE R weighted(R probability, R b) {
-  return probability == 0 ? R(0) : probability * b;
+  return Lane<R>::select(Lane<R>::equal(probability, R(0)), R(0), probability * b);
 }
+
+// log(1 + exp(d)) and 1 / (1 + exp(−d)), for d and −d at once, exact in both tails.
+template <class R>
+struct LogOdds {
+  R softplus_plus, softplus_minus, sigmoid_plus, sigmoid_minus;
+
+  OBJKERN_INLINE explicit LogOdds(R d) {
+    using L = Lane<R>;
+    const R e = L::exp(R(0) - L::abs(d)), tail = L::log1p(e), near = R(1) / (R(1) + e), far = e / (R(1) + e);
+    const auto negative = L::less(d, R(0));
+    softplus_plus = L::select(negative, tail, d + tail);
+    softplus_minus = L::select(negative, tail - d, tail);
+    sigmoid_plus = L::select(negative, far, near);
+    sigmoid_minus = L::select(negative, near, far);
+  }
+};
 
 // ---- what the pass over a row collects --------------------------------------------------------------------------
 
@@ -57,20 +79,20 @@ OBJKERN_INLINE R weighted(R probability, R b) {
 // to nothing and is not counted. The `w` sums use the class weights w (1 where there are none).
 template <class R>
 struct Centred {
-  R max = 0;            // M = max z_j; 0 where there is no other class left
-  R sum_e = 0;          // S = Σ e_j
-  R sum_et = 0;         // Σ e_j t_j
-  R sum_t = 0;          // C = Σ t_j
-  R sum_tt = 0;         // Q = Σ t_j²
-  R sum_zz = 0;         // Σ z_j²; from M, C and Q it would lose a digit
-  R sum_w = 0;          // Σ w_j
-  R sum_wt = 0;         // Σ w_j t_j
-  R sum_q = 0;          // Σ w_j q_j      q: a dense probability target
-  R sum_qt = 0;         // Σ w_j q_j t_j
-  R classes = 0;        // n, the number of classes that count, the target included
-  R target = 0;         // z_y; −inf where there is no target
-  R target_weight = 0;  // w_y
-  R target_is_max = 0;  // 1 if the target is the first maximum of the row
+  R max = R(0);            // M = max z_j; 0 where there is no other class left
+  R sum_e = R(0);          // S = Σ e_j
+  R sum_et = R(0);         // Σ e_j t_j
+  R sum_t = R(0);          // C = Σ t_j
+  R sum_tt = R(0);         // Q = Σ t_j²
+  R sum_zz = R(0);         // Σ z_j²; from M, C and Q it would lose a digit
+  R sum_w = R(0);          // Σ w_j
+  R sum_wt = R(0);         // Σ w_j t_j
+  R sum_q = R(0);          // Σ w_j q_j      q: a dense probability target
+  R sum_qt = R(0);         // Σ w_j q_j t_j
+  R classes = R(0);        // n, the number of classes that count, the target included
+  R target = R(0);         // z_y; −inf where there is no target
+  R target_weight = R(0);  // w_y
+  R target_is_max = R(0);  // 1 if the target is the first maximum of the row
 };
 
 // ---- the vocabulary of the terms --------------------------------------------------------------------------------
@@ -78,66 +100,75 @@ struct Centred {
 // The order is the order of objkern.terms.Statistics.
 template <class R>
 struct Statistics {
-  R logprob = 0;            // log p_y, or Σ w_j q_j log p_j for a dense target q
-  R other_logprob = 0;      // log(1 − p_y)
-  R lse = 0;                // log Σ exp z_j
-  R entropy = 0;            // −Σ p_j log p_j
-  R max_logit = 0;          // max z_j
-  R mean_logit = 0;         // Σ z_j / n, n the number of classes that are not excluded
-  R mean_square_logit = 0;  // Σ z_j² / n
-  R logit_variance = 0;     // Σ (z_j − mean)² / n
-  R target_logit = 0;       // z_y
-  R mean_logprob = 0;       // Σ w_j log p_j / n
+  R logprob = R(0);            // log p_y, or Σ w_j q_j log p_j for a dense target q
+  R other_logprob = R(0);      // log(1 − p_y)
+  R lse = R(0);                // log Σ exp z_j
+  R entropy = R(0);            // −Σ p_j log p_j
+  R max_logit = R(0);          // max z_j
+  R mean_logit = R(0);         // Σ z_j / n, n the number of classes that are not excluded
+  R mean_square_logit = R(0);  // Σ z_j² / n
+  R logit_variance = R(0);     // Σ (z_j − mean)² / n
+  R target_logit = R(0);       // z_y
+  R mean_logprob = R(0);       // Σ w_j log p_j / n
 };
 constexpr int kStatistics = 10;
 
 // The numbers that several formulas share; d = (M − z_y) + log S is log((1 − p_y) / p_y).
 template <class R>
 struct Odds {
-  R d, log_s, p_target, p_others, nlp_target, nlp_others;  // nlp_target = −log p_y, nlp_others = −log(1 − p_y)
+  R d, log_s, inverse_s, p_target, p_others, nlp_target, nlp_others;  // nlp: −log p_y and −log(1 − p_y)
 
   OBJKERN_INLINE explicit Odds(const Centred<R>& c) {
-    log_s = std::log(c.sum_e);
+    using L = Lane<R>;
+    log_s = L::log(c.sum_e);
+    inverse_s = L::select(L::equal(c.sum_e, R(0)), R(0), R(1) / c.sum_e);  // 0: the others are impossible
     d = (c.max - c.target) + log_s;
-    p_target = sigmoid(-d);
-    p_others = sigmoid(d);
-    nlp_target = softplus(d);
-    nlp_others = softplus(-d);
+    const LogOdds<R> odds(d);
+    p_target = odds.sigmoid_minus;
+    p_others = odds.sigmoid_plus;
+    nlp_target = odds.softplus_plus;
+    nlp_others = odds.softplus_minus;
   }
 };
 
-// t_y, and 0 where there is no target: it then adds nothing to the moments.
+// t_y and z_y, and 0 where there is no target: it then adds nothing to the moments.
 template <class R>
 OBJKERN_INLINE R target_t(const Centred<R>& c) {
-  return c.target != -std::numeric_limits<R>::infinity() ? c.target - c.max : R(0);
+  return Lane<R>::select(Lane<R>::equal(c.target, minus_infinity<R>()), R(0), c.target - c.max);
+}
+
+template <class R>
+OBJKERN_INLINE R finite_target(const Centred<R>& c) {
+  return Lane<R>::select(Lane<R>::equal(c.target, minus_infinity<R>()), R(0), c.target);
 }
 
 // −Σ w_j log p_j over all classes: −log p_j = nlp_others + log S − t_j for the others.
 template <class R>
 OBJKERN_INLINE R weighted_nlp(const Centred<R>& c, const Odds<R>& o) {
-  const R others = c.sum_e == 0 || c.sum_w == 0 ? R(0) : c.sum_w * (o.nlp_others + o.log_s);
-  const R own = c.target_weight == 0 ? R(0) : c.target_weight * o.nlp_target;
-  return own + others - c.sum_wt;
+  using L = Lane<R>;
+  const R others = L::select(L::equal(c.sum_e, R(0)), R(0), weighted(c.sum_w, o.nlp_others + o.log_s));
+  return weighted(c.target_weight, o.nlp_target) + others - c.sum_wt;
 }
 
 template <class R>
-OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, bool dense_target) {
-  const Odds<R> o(c);
-  const R n = c.classes;
-  const R t_target = target_t(c);
-  const R mean_t = (c.sum_t + t_target) / n;
+OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool dense_target) {
+  using L = Lane<R>;
+  const R inverse_n = R(1) / c.classes;
+  const R t_target = target_t(c), z_target = finite_target(c);
+  const R mean_t = (c.sum_t + t_target) * inverse_n;
+  const R mu = c.sum_et * o.inverse_s;
   Statistics<R> s;
-  s.logprob = dense_target ? c.sum_qt - c.sum_q * o.log_s : -o.nlp_target;
-  s.other_logprob = -o.nlp_others;
-  s.lse = o.d < 0 ? c.target + o.nlp_target : c.max + o.log_s + o.nlp_others;
-  const R mu = c.sum_e == 0 ? R(0) : c.sum_et / c.sum_e;
+  s.logprob = dense_target ? c.sum_qt - c.sum_q * o.log_s : R(0) - o.nlp_target;
+  s.other_logprob = R(0) - o.nlp_others;
+  s.lse = L::select(L::less(o.d, R(0)), c.target + o.nlp_target, c.max + o.log_s + o.nlp_others);
   s.entropy = weighted(o.p_target, o.nlp_target) + weighted(o.p_others, o.nlp_others + o.log_s - mu);
-  s.max_logit = c.sum_e == 0 || c.target > c.max ? c.target : c.max;
+  const auto alone = L::equal(c.sum_e, R(0));
+  s.max_logit = L::select(alone, c.target, L::select(L::less(c.max, c.target), c.target, c.max));
   s.mean_logit = c.max + mean_t;
-  s.mean_square_logit = (c.sum_zz + (c.target != -std::numeric_limits<R>::infinity() ? c.target * c.target : R(0))) / n;
-  s.logit_variance = (c.sum_tt + t_target * t_target) / n - mean_t * mean_t;
+  s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
+  s.logit_variance = (c.sum_tt + t_target * t_target) * inverse_n - mean_t * mean_t;
   s.target_logit = c.target;
-  s.mean_logprob = -weighted_nlp(c, o) / n;
+  s.mean_logprob = R(0) - weighted_nlp(c, o) * inverse_n;
   return s;
 }
 
@@ -158,133 +189,230 @@ enum class TermKind : int64_t {
 };
 constexpr int64_t kTermKinds = 10;
 
+// Which statistics a term reads, as bits; what nobody reads is neither collected nor differentiated.
+enum Reads : int64_t {
+  kLogprob = 1 << 0,
+  kOtherLogprob = 1 << 1,
+  kLse = 1 << 2,
+  kEntropy = 1 << 3,
+  kMaxLogit = 1 << 4,
+  kMeanLogit = 1 << 5,
+  kMeanSquareLogit = 1 << 6,
+  kLogitVariance = 1 << 7,
+  kTargetLogit = 1 << 8,
+  kMeanLogprob = 1 << 9,
+  kEverything = (1 << kStatistics) - 1,
+};
+
+OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
+  switch (kind) {
+    case TermKind::kCrossEntropy:
+      return (parameter != 1 ? kLogprob : 0) | (parameter != 0 ? kMeanLogprob : 0);
+    case TermKind::kZLoss:
+      return kLse;
+    case TermKind::kMaxZLoss:
+      return kMaxLogit;
+    case TermKind::kEntropy:
+      return kEntropy;
+    case TermKind::kFocal:
+      return parameter != 0 ? kLogprob | kOtherLogprob : kLogprob;
+    case TermKind::kPoly1:
+    case TermKind::kMargin:
+      return kLogprob | kOtherLogprob;
+    case TermKind::kGeneralizedCrossEntropy:
+      return kLogprob;
+    case TermKind::kUnlikelihood:
+      return kOtherLogprob;
+    case TermKind::kLogitL2:
+      return kMeanSquareLogit;
+  }
+  return 0;
+}
+
 // The value of a term for a row; adds scale · ∂value/∂s to `grad`. `row_weight` is the class weight of the target,
 // which cross-entropy alone reads.
 template <class R>
-OBJKERN_INLINE R term_value(TermKind kind, R parameter, R row_weight, R scale, const Statistics<R>& s,
+OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, double scale_, const Statistics<R>& s,
                             Statistics<R>& grad) {
+  using L = Lane<R>;
+  const R scale = R(scale_), p = R(parameter);
   switch (kind) {
     case TermKind::kCrossEntropy: {  // parameter: label smoothing ε
-      const R hard = (R(1) - parameter) * row_weight;
-      R value = 0;
+      R value = R(0);
       if (parameter != 1) {
-        value -= hard * s.logprob;
-        grad.logprob -= scale * hard;
+        const R hard = (R(1) - p) * row_weight;
+        value = value - hard * s.logprob;
+        grad.logprob = grad.logprob - scale * hard;
       }
       if (parameter != 0) {
-        value -= parameter * s.mean_logprob;
-        grad.mean_logprob -= scale * parameter;
+        value = value - p * s.mean_logprob;
+        grad.mean_logprob = grad.mean_logprob - scale * p;
       }
       return value;
     }
     case TermKind::kZLoss:
-      grad.lse += scale * R(2) * s.lse;
+      grad.lse = grad.lse + scale * R(2) * s.lse;
       return s.lse * s.lse;
     case TermKind::kMaxZLoss:
-      grad.max_logit += scale * R(2) * s.max_logit;
+      grad.max_logit = grad.max_logit + scale * R(2) * s.max_logit;
       return s.max_logit * s.max_logit;
     case TermKind::kEntropy:
-      grad.entropy += scale;
+      grad.entropy = grad.entropy + scale;
       return s.entropy;
     case TermKind::kFocal: {  // parameter: γ; (1 − p)^γ = exp(γ log(1 − p))
-      const R focus = parameter == 0 ? R(1) : std::exp(parameter * s.other_logprob);
-      grad.logprob -= scale * focus;
-      grad.other_logprob -= scale * weighted(focus, parameter * s.logprob);
-      return -weighted(focus, s.logprob);
+      if (parameter == 0) {
+        grad.logprob = grad.logprob - scale;
+        return R(0) - s.logprob;
+      }
+      const R focus = L::exp(p * s.other_logprob);
+      grad.logprob = grad.logprob - scale * focus;
+      grad.other_logprob = grad.other_logprob - scale * weighted(focus, p * s.logprob);
+      return R(0) - weighted(focus, s.logprob);
     }
     case TermKind::kPoly1: {  // parameter: ε
-      const R others = parameter * std::exp(s.other_logprob);
-      grad.logprob -= scale;
-      grad.other_logprob += scale * others;
+      const R others = p * L::exp(s.other_logprob);
+      grad.logprob = grad.logprob - scale;
+      grad.other_logprob = grad.other_logprob + scale * others;
       return others - s.logprob;
     }
     case TermKind::kGeneralizedCrossEntropy:  // parameter: q
-      grad.logprob -= scale * std::exp(parameter * s.logprob);
-      return -std::expm1(parameter * s.logprob) / parameter;
+      grad.logprob = grad.logprob - scale * L::exp(p * s.logprob);
+      return (R(0) - L::expm1(p * s.logprob)) / p;
     case TermKind::kUnlikelihood:
-      grad.other_logprob -= scale;
-      return -s.other_logprob;
+      grad.other_logprob = grad.other_logprob - scale;
+      return R(0) - s.other_logprob;
     case TermKind::kMargin: {  // parameter: m; the log-odds against the target grow by m
-      const R d = s.other_logprob - s.logprob + parameter;
-      grad.logprob -= scale * sigmoid(d);
-      grad.other_logprob += scale * sigmoid(d);
-      return softplus(d);
+      const LogOdds<R> odds(s.other_logprob - s.logprob + p);
+      grad.logprob = grad.logprob - scale * odds.sigmoid_plus;
+      grad.other_logprob = grad.other_logprob + scale * odds.sigmoid_plus;
+      return odds.softplus_plus;
     }
     case TermKind::kLogitL2:
-      grad.mean_square_logit += scale;
+      grad.mean_square_logit = grad.mean_square_logit + scale;
       return s.mean_square_logit;
   }
-  return std::numeric_limits<R>::quiet_NaN();
+  return R(std::numeric_limits<float>::quiet_NaN());
 }
 
 // ---- the gradient of a row --------------------------------------------------------------------------------------
 
 // dL/dz_j = e_j (exp_1 + exp_t t_j) + const_1 + const_t t_j + const_z z_j + const_w w_j + const_q w_j q_j   for j ≠ y,
 // plus max_grad at the first maximum of the others; the target's own element is target_grad, computed directly,
-// because p_y − 1 has no digits left where the model is sure.
+// because p_y − 1 has no digits left where the model is sure. The order is that of Depth: a shallow objective has no
+// more than the first fields.
 template <class R>
 struct RowGradient {
-  R max = 0, exp_1 = 0, exp_t = 0, const_1 = 0, const_t = 0, const_z = 0, const_w = 0, const_q = 0, max_grad = 0,
-    target_grad = 0;
+  R max = R(0), target_grad = R(0), exp_1 = R(0);
+  R exp_t = R(0), const_1 = R(0);
+  R const_z = R(0);
+  R const_t = R(0), const_w = R(0), const_q = R(0), max_grad = R(0);
 };
 constexpr int kRowGradient = 10;
 
-// From the partial derivatives of the row's value to the coefficients of its gradient. `weighted_classes` says
-// whether the class weights w_j differ from 1 (then they are read per element).
+// How much of the vocabulary an objective needs: what the passes over a row are compiled for.
+enum class Depth : int {
+  kPlain,    // Σ e: cross-entropy, z-loss and what else is made of log-probabilities
+  kEntropy,  // and Σ e t, Σ t: entropy, label smoothing
+  kSquare,   // and Σ z²: logit L2
+  kFull,     // and everything else
+};
+constexpr int kFieldsOfDepth[] = {3, 5, 6, kRowGradient};  // of RowGradient
+
+OBJKERN_INLINE Depth depth_of(int64_t reads, bool weighted_classes, bool dense_target) {
+  const int64_t rest = kMaxLogit | kMeanLogit | kLogitVariance;
+  if ((reads & rest) != 0 || dense_target || (weighted_classes && (reads & kMeanLogprob) != 0)) return Depth::kFull;
+  if ((reads & kMeanSquareLogit) != 0) return Depth::kSquare;
+  return (reads & (kEntropy | kMeanLogprob)) != 0 ? Depth::kEntropy : Depth::kPlain;
+}
+
+// From the partial derivatives of the row's value to the coefficients of its gradient, for the statistics in `reads`.
+// `weighted_classes` says whether the class weights w_j differ from 1 (then they are read per element).
 template <class R>
-OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Statistics<R>& s, const Statistics<R>& f,
-                                    bool dense_target, bool weighted_classes) {
-  const Odds<R> o(c);
-  const R n = c.classes;
-  const R r = c.sum_e == 0 ? R(0) : o.p_others / c.sum_e;  // p_j = r e_j
-  const R w = c.sum_w + c.target_weight;
+OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const Statistics<R>& s,
+                                    const Statistics<R>& f, int64_t reads, bool dense_target, bool weighted_classes) {
+  using L = Lane<R>;
+  const R r = o.p_others * o.inverse_s;  // p_j = r e_j
+  const R inverse_n = R(1) / c.classes;
   RowGradient<R> g;
   g.max = c.max;
 
-  if (dense_target) {
-    g.exp_1 -= f.logprob * c.sum_q * r;
-    g.const_q += f.logprob;
-  } else {  // 0·NaN included: a row without a softmax has no gradient, whatever its weight
-    g.exp_1 -= f.logprob * r;
-    g.target_grad += f.logprob * o.p_others;
+  if ((reads & kLogprob) != 0) {
+    if (dense_target) {
+      g.exp_1 = g.exp_1 - f.logprob * c.sum_q * r;
+      g.const_q = g.const_q + f.logprob;
+    } else {
+      g.exp_1 = g.exp_1 - f.logprob * r;
+      g.target_grad = g.target_grad + f.logprob * o.p_others;
+    }
   }
-  if (f.other_logprob != 0) {  // ∂log(1 − p_y)/∂z_j = p_y e_j / S
-    g.exp_1 += c.sum_e == 0 ? R(0) : weighted(o.p_target, f.other_logprob) / c.sum_e;
-    g.target_grad -= weighted(o.p_target, f.other_logprob);
+  if ((reads & kOtherLogprob) != 0) {  // ∂log(1 − p_y)/∂z_j = p_y e_j / S
+    const R own = weighted(o.p_target, f.other_logprob);
+    g.exp_1 = g.exp_1 + own * o.inverse_s;
+    g.target_grad = g.target_grad - own;
   }
-  if (f.lse != 0) {
-    g.exp_1 += f.lse * r;
-    g.target_grad += f.lse * o.p_target;
+  if ((reads & kLse) != 0) {
+    g.exp_1 = g.exp_1 + f.lse * r;
+    g.target_grad = g.target_grad + f.lse * o.p_target;
   }
-  if (f.entropy != 0) {  // −p_j (log p_j + H), log p_j = t_j − log S − nlp_others
-    const R mu = c.sum_e == 0 ? R(0) : c.sum_et / c.sum_e;
-    g.exp_1 -= weighted(r, f.entropy * (s.entropy - o.log_s - o.nlp_others));
-    g.exp_t -= f.entropy * r;
-    g.target_grad -= f.entropy * weighted(o.p_target * o.p_others, o.log_s - mu - o.d);
+  if ((reads & kEntropy) != 0) {  // −p_j (log p_j + H), log p_j = t_j − log S − nlp_others
+    const R mu = c.sum_et * o.inverse_s;
+    g.exp_1 = g.exp_1 - weighted(r, f.entropy * (s.entropy - o.log_s - o.nlp_others));
+    g.exp_t = g.exp_t - f.entropy * r;
+    g.target_grad = g.target_grad - f.entropy * weighted(o.p_target * o.p_others, o.log_s - mu - o.d);
   }
-  if (f.max_logit != 0) (c.target_is_max != 0 ? g.target_grad : g.max_grad) += f.max_logit;
-  if (f.mean_logit != 0) {
-    g.const_1 += f.mean_logit / n;
-    g.target_grad += f.mean_logit / n;
+  if ((reads & kMaxLogit) != 0) {
+    const auto at_target = L::less(R(0), c.target_is_max);
+    g.target_grad = g.target_grad + L::select(at_target, f.max_logit, R(0));
+    g.max_grad = L::select(at_target, R(0), f.max_logit);
   }
-  if (f.mean_square_logit != 0) {
-    g.const_z += R(2) * f.mean_square_logit / n;
-    g.target_grad += R(2) * f.mean_square_logit / n * c.target;
+  if ((reads & kMeanLogit) != 0) {
+    g.const_1 = g.const_1 + f.mean_logit * inverse_n;
+    g.target_grad = g.target_grad + f.mean_logit * inverse_n;
   }
-  if (f.logit_variance != 0) {
-    const R t_target = target_t(c);
-    const R mean_t = (c.sum_t + t_target) / n;
-    g.const_t += R(2) * f.logit_variance / n;
-    g.const_1 -= R(2) * f.logit_variance / n * mean_t;
-    g.target_grad += R(2) * f.logit_variance / n * (t_target - mean_t);
+  if ((reads & kMeanSquareLogit) != 0) {
+    const R twice = R(2) * f.mean_square_logit * inverse_n;
+    g.const_z = g.const_z + twice;
+    g.target_grad = g.target_grad + twice * finite_target(c);
   }
-  if (f.target_logit != 0) g.target_grad += f.target_logit;
-  if (f.mean_logprob != 0) {  // (w_j − W p_j) / n; at the target (w_y (1 − p_y) − (W − w_y) p_y) / n
-    g.exp_1 -= f.mean_logprob * w * r / n;
-    (weighted_classes ? g.const_w : g.const_1) += f.mean_logprob / n;
-    g.target_grad += f.mean_logprob * (c.target_weight * o.p_others - c.sum_w * o.p_target) / n;
+  if ((reads & kLogitVariance) != 0) {
+    const R twice = R(2) * f.logit_variance * inverse_n;
+    const R mean_t = (c.sum_t + target_t(c)) * inverse_n;
+    g.const_t = g.const_t + twice;
+    g.const_1 = g.const_1 - twice * mean_t;
+    g.target_grad = g.target_grad + twice * (target_t(c) - mean_t);
+  }
+  if ((reads & kTargetLogit) != 0) g.target_grad = g.target_grad + f.target_logit;
+  if ((reads & kMeanLogprob) != 0) {  // (w_j − W p_j) / n; at the target (w_y (1 − p_y) − (W − w_y) p_y) / n
+    const R share = f.mean_logprob * inverse_n;
+    g.exp_1 = g.exp_1 - share * (c.sum_w + c.target_weight) * r;
+    R& own = weighted_classes ? g.const_w : g.const_1;
+    own = own + share;
+    g.target_grad = g.target_grad + share * (c.target_weight * o.p_others - c.sum_w * o.p_target);
   }
   return g;
+}
+
+// ---- pieces of a row --------------------------------------------------------------------------------------------
+
+// The plain sums over a piece of the others, relative to the piece's own maximum. Pieces merge associatively, so a
+// row may be collected in segments, in any number of threads, or on several devices.
+struct Piece {
+  double max = 0, sum_e = 0, sum_et = 0, sum_t = 0, sum_tt = 0, sum_zz = 0, classes = 0;
+};
+
+OBJKERN_INLINE Piece merge(const Piece& a, const Piece& b) {
+  if (a.classes == 0) return b;
+  if (b.classes == 0) return a;
+  const Piece& low = a.max < b.max ? a : b;
+  Piece sum = a.max < b.max ? b : a;
+  const double shift = low.max - sum.max, factor = std::exp(shift);  // t = t_low + shift
+  sum.sum_e += factor * low.sum_e;
+  sum.sum_et += factor * (low.sum_et + (low.sum_e == 0 ? 0 : shift * low.sum_e));
+  sum.sum_tt += low.sum_tt + shift * (2 * low.sum_t + low.classes * shift);
+  sum.sum_t += low.sum_t + low.classes * shift;
+  sum.sum_zz += low.sum_zz;
+  sum.classes += low.classes;
+  return sum;
 }
 
 }  // namespace OBJKERN_VARIANT

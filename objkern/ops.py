@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  (loading _C registers torch.ops.objkern)
+from . import _C, reference
 from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
@@ -116,11 +116,12 @@ class _FusedObjective(torch.autograd.Function):
             return (*_differentiable_gradient(ctx.program, batch, inputs, needed, upstream), None, None, None, None)
 
         grads: list[Tensor | None] = [None] * 4
+        reads = _C.reads(list(zip(*ctx.program[:2], strict=True)))
         if needed[0]:
             # The gradient made in the forward pass is handed over once; a second backward pass computes its own.
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
-                gradient = _gradient(batch, row_gradient, upstream)
+                gradient = _gradient(batch, row_gradient, upstream, reads)
             elif upstream.item() != 1.0:
                 gradient.mul_(upstream)
             grads[0] = gradient
@@ -133,13 +134,13 @@ class _FusedObjective(torch.autograd.Function):
             grads[2] = static * (own * upstream).sum(-1) if upstream.dim() else static * own * upstream
         if needed[3]:
             # z depends on s·x: dL/ds = Σ dL/d(s·x) x.
-            to_scaled = _gradient(batch, row_gradient, upstream, unscaled=True)
+            to_scaled = _gradient(batch, row_gradient, upstream, reads, unscaled=True)
             grads[3] = (to_scaled.to(upstream.dtype) * logits).sum().to(logit_scale.dtype)
         return (*grads, None, None, None, None)
 
 
-def _gradient(batch: Batch, row_gradient: Tensor, upstream: Tensor, unscaled: bool = False) -> Tensor:
-    return torch.ops.objkern.gradient(upstream, row_gradient, *_row_arguments(batch), unscaled)
+def _gradient(batch: Batch, row_gradient: Tensor, upstream: Tensor, reads: int, unscaled: bool = False) -> Tensor:
+    return torch.ops.objkern.gradient(upstream, row_gradient, *_row_arguments(batch), unscaled, reads)
 
 
 def _row_arguments(batch: Batch) -> tuple[Any, ...]:
@@ -237,7 +238,7 @@ def _(logits: Tensor, target: Tensor | None, class_weight: Tensor | None, coeffi
         loss, parts = logits.new_empty(rows, **like), logits.new_empty((len(terms) + _FREE, rows), **like)
     else:
         loss, parts = logits.new_empty((), **like), logits.new_empty(len(terms) + _FREE + 1, **like)
-    return loss, parts, logits.new_empty((rows, _ROW_GRADIENT), **like)
+    return loss, parts, logits.new_empty((_ROW_GRADIENT, rows), **like)
 
 
 @torch.library.register_fake("objkern::fused")
@@ -254,7 +255,7 @@ def _(upstream: Tensor, row_gradient: Tensor, logits: Tensor, *arguments: Any) -
 @torch.library.register_fake("objkern::statistics")
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     rows, double = logits.shape[0], {"dtype": torch.float64}
-    return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((rows, _CENTRED), **double)
+    return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((_CENTRED, rows), **double)
 
 
 @torch.library.register_fake("objkern::statistics_gradient")

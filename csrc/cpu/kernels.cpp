@@ -1,27 +1,22 @@
-// The CPU kernels, one source for every instruction set. Compiled once per capability:
+// The CPU kernels for rows of more than a few classes; narrow.h has the others. Compiled once per instruction set:
 //
 //   g++ -O3 -std=c++20 -I$TORCH/include -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DOBJKERN_VARIANT=avx2
 //       -mavx2 -mfma -mf16c -c csrc/cpu/kernels.cpp
 //
-// A row passes through a scratch row of the accumulation type that stays in the cache:
+// A row is collected in segments that stay in the first-level cache:
 //
-//   1. load, scale, cap ─▶ scratch; the maximum.  The target's place becomes −inf: excluded, like a masked class.
-//   2. scratch ─▶ the centred sums.
-//   3. the row epilogue of objective.h: values, coefficients of the gradient.
-//   4. scratch (fused) or logits (gradient) ─▶ gradient; then the target's own element.
+//   1. the maximum of the segment;  2. its sums relative to that;  3. the segments merge, in order.
+//
+// Then the row epilogue of objective.h runs for a tile of rows, one row per lane, and the gradient is written from the
+// logits. The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the epilogue.
 #include "kernels.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
-#include <algorithm>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "../objective.h"
+#include "vectors.h"
 
 namespace objkern::cpu {
 inline namespace OBJKERN_VARIANT {
@@ -31,261 +26,329 @@ static_assert(sizeof(Centred<double>) == kCentred * sizeof(double));
 static_assert(sizeof(Statistics<double>) == kStatistics * sizeof(double));
 static_assert(sizeof(RowGradient<double>) == kRowGradient * sizeof(double));
 
-template <class A>
-using Vec = at::vec::Vectorized<A>;
+constexpr int64_t kGrain = 16384;    // elements that are worth a task of their own
+constexpr int64_t kSegment = 8192;   // elements that are summed in the accumulation type before they join float64 sums
+constexpr int64_t kTile = 16;        // rows that share an epilogue
 
-constexpr int64_t kGrain = 16384;  // elements that are worth a task of their own
-constexpr int64_t kBlock = 4096;   // elements summed in the accumulation type before they join a float64 sum
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// ---- rows as vectors --------------------------------------------------------------------------------------------
+// ---- the row epilogue, for a tile of rows -----------------------------------------------------------------------
 
-// How a row of T is walked: in packs of kVectors vectors of the accumulation type A, one full vector of T each.
-template <class T>
-struct Walk {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  static constexpr int kVectors = sizeof(T) == 2 ? 2 : 1;
-  static constexpr int64_t kLanes = Vec<A>::size();
-  static constexpr int64_t kPack = kVectors * kLanes;
-  using Pack = Vec<A>[kVectors];
+// What the passes collect for kTile rows, field by field. Lanes of rows that are not there hold harmless numbers.
+struct Tile {
+  alignas(64) double field[kCentred][kTile];
 
-  // `count` elements of E (T or A) from p; lanes past them hold `pad`.
-  template <class E>
-  static void load(const E* p, int64_t count, float pad, Pack& v) {
-    alignas(64) E buffer[kPack];
-    if (count < kPack) {
-      std::copy(p, p + count, buffer);
-      std::fill(buffer + count, buffer + kPack, static_cast<E>(pad));
-      p = buffer;
-    }
-    if constexpr (std::is_same_v<E, A>) {
-      for (int k = 0; k < kVectors; ++k) v[k] = Vec<A>::loadu(p + k * kLanes);
-    } else {
-      at::vec::load_to_float<E>(p, v[0], v[1]);
-    }
+  Tile() {
+    Centred<double> harmless;
+    harmless.sum_e = harmless.classes = 1;
+    for (int64_t lane = 0; lane < kTile; ++lane) set(lane, harmless);
   }
-
-  static void store(T* p, int64_t count, const Pack& v) {
-    if constexpr (std::is_same_v<T, A>) {
-      v[0].store(p, count);
-    } else {
-      at::vec::convert_from_float<T>(v[0], v[1]).store(p, count);
-    }
+  void set(int64_t lane, const Centred<double>& c) {
+    for (int k = 0; k < kCentred; ++k) field[k][lane] = (&c.max)[k];
   }
-
-  // f(j, count): full packs, then the named remainder.
-  template <class F>
-  static void over(int64_t n, const F& f) {
-    int64_t j = 0;
-    for (; j + kPack <= n; j += kPack) f(j, kPack);
-    if (j < n) f(j, n - j);
+  Centred<Vec<double>> lanes(int64_t first) const {
+    Centred<Vec<double>> c;
+    for (int k = 0; k < kCentred; ++k) (&c.max)[k] = Vec<double>::loadu(&field[k][first]);
+    return c;
   }
 };
 
+bool ignored(const Rows& in, int64_t row) { return in.target != nullptr && in.target[row] == in.ignore_index; }
+
+int64_t label(const Rows& in, int64_t row) { return in.target == nullptr ? -1 : in.target[row]; }
+
 template <class A>
-double horizontal_sum(const Vec<A>& v) {
-  alignas(64) A lanes[Vec<A>::size()];
+double label_weight(const Rows& in, int64_t row) {
+  if (in.class_weight == nullptr || in.target == nullptr || ignored(in, row)) return 1.0;
+  return static_cast<double>(static_cast<const A*>(in.class_weight)[in.target[row]]);
+}
+
+// Writes a field of the lanes [first, first + count) to consecutive rows, and 0 to the ignored ones.
+template <class To>
+void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, To* out) {
+  alignas(64) double lanes[Vec<double>::size()];
   v.store(lanes);
-  double sum = 0;
-  for (A lane : lanes) sum += lane;
-  return sum;
+  for (int64_t i = 0; i < count; ++i) out[i] = ignored(in, row + i) ? To(0) : static_cast<To>(lanes[i]);
 }
 
 template <class A>
-Vec<A> minus_inf() {
-  return Vec<A>(-std::numeric_limits<A>::infinity());
+void store_row_gradient(const Rows& in, const RowGradient<Vec<double>>& g, int64_t row, int64_t count, A* out) {
+  const int fields = kFieldsOfDepth[static_cast<int>(
+      depth_of(in.reads, in.class_weight != nullptr, in.dense_target != nullptr))];
+  for (int k = 0; k < fields; ++k) scatter(in, (&g.max)[k], row, count, out + k * in.rows + row);
 }
 
-// z − max, kept finite: 0·(−inf) would be NaN where the difference overflows.
+// Values of the terms and coefficients of the gradient for rows [row, row + count).
 template <class A>
-Vec<A> difference(const Vec<A>& z, const Vec<A>& max) {
-  return at::vec::maximum(z - max, Vec<A>(std::numeric_limits<A>::lowest()));
+void epilogue(const Rows& in, const Program& program, const Tile& tile, int64_t row, int64_t count, double* values,
+              A* row_gradient) {
+  using V = Vec<double>;
+  const bool dense = in.dense_target != nullptr;
+  for (int64_t lane = 0; lane < count; lane += V::size()) {
+    const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
+    alignas(64) double weights[V::size()] = {};
+    for (int64_t i = 0; i < n; ++i) weights[i] = label_weight<A>(in, first + i);
+    const V row_weight = V::loadu(weights);
+
+    const Centred<V> c = tile.lanes(lane);
+    const Odds<V> odds(c);
+    const Statistics<V> s = derive(c, odds, dense);
+    Statistics<V> partials;
+    for (int64_t k = 0; k < program.size; ++k) {
+      const Term& term = program.terms[k];
+      const V value = term_value<V>(static_cast<TermKind>(term.kind), term.parameter, row_weight, term.scale, s, partials);
+      scatter(in, value, first, n, values + k * in.rows + first);
+    }
+    double* free = values + program.size * in.rows + first;
+    scatter(in, s.lse, first, n, free);
+    scatter(in, c.target_is_max, first, n, free + in.rows);
+    scatter(in, odds.p_target, first, n, free + 2 * in.rows);
+    store_row_gradient(in, chain(c, odds, s, partials, in.reads, dense, in.class_weight != nullptr), first, n,
+                       row_gradient);
+  }
 }
 
-// z = c·tanh(s·x / c), and its derivative to x. A logit of −inf stays −inf: it is tested before the cap.
-template <class A>
-struct Transform {
-  A scale, cap, gain;
-
-  explicit Transform(const Rows& rows)
-      : scale(static_cast<A>(rows.logit_scale)),
-        cap(static_cast<A>(rows.softcap)),
-        gain(rows.unscaled ? A(1) : scale) {}
-
-  Vec<A> operator()(const Vec<A>& x) const {
-    if (scale == A(1) && cap == A(0)) return x;
-    Vec<A> z = x * Vec<A>(scale);
-    if (cap != A(0)) z = (z / Vec<A>(cap)).tanh() * Vec<A>(cap);
-    return Vec<A>::blendv(z, minus_inf<A>(), x == minus_inf<A>());
-  }
-
-  A operator()(A x) const {  // through the vector form, so that a class has one z everywhere
-    alignas(64) A lanes[Vec<A>::size()];
-    (*this)(Vec<A>(x)).store(lanes);
-    return lanes[0];
-  }
-
-  A slope(A z) const {
-    const bool capped = cap != A(0) && z != -std::numeric_limits<A>::infinity();
-    return capped ? gain * (A(1) - (z / cap) * (z / cap)) : gain;
-  }
-
-  Vec<A> slope(const Vec<A>& z) const {
-    if (cap == A(0)) return Vec<A>(gain);
-    const Vec<A> r = z / Vec<A>(cap);
-    return Vec<A>(gain) * (Vec<A>(A(1)) - r * r);
-  }
-};
-
-// ---- one row ----------------------------------------------------------------------------------------------------
+// ---- collecting a segment ---------------------------------------------------------------------------------------
 
 // T: the logits; D: the dense target, T or the accumulation type.
 template <class T, class D>
-struct Kernel {
+struct Wide {
   using W = Walk<T>;
   using A = typename W::A;
   using V = Vec<A>;
+  using Element = T;
 
   const Rows& in;
   const Transform<A> transform;
   const int64_t n;
   const A* const weight;
-  std::vector<A> scratch;  // z of the row, padded with −inf to whole packs; the target's place holds −inf
+  const Depth depth;
+  std::vector<A> scratch;  // z of a segment, where it is not the logit itself
 
-  explicit Kernel(const Rows& rows)
+  explicit Wide(const Rows& rows)
       : in(rows),
-        transform(rows),
+        transform(rows.logit_scale, rows.softcap, rows.unscaled),
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
-        scratch((rows.classes + W::kPack - 1) / W::kPack * W::kPack) {}
+        depth(depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr)),
+        scratch(transform.identity ? 0 : kSegment) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
   const D* dense(int64_t row) const { return static_cast<const D*>(in.dense_target) + row * in.dense_stride; }
-  bool ignored(int64_t row) const { return in.target != nullptr && in.target[row] == in.ignore_index; }
-  int64_t label(int64_t row) const { return in.target != nullptr ? in.target[row] : -1; }
-  double row_weight(int64_t y) const { return y < 0 || weight == nullptr ? 1.0 : static_cast<double>(weight[y]); }
-
-  A scratch_max() const {
-    V m = minus_inf<A>();
-    for (size_t j = 0; j < scratch.size(); j += W::kLanes) m = at::vec::maximum(m, V::loadu(scratch.data() + j));
-    return at::vec::vec_reduce_all<A>([](V a, V b) { return at::vec::maximum(a, b); }, m);
+  A target_z(int64_t row) const {
+    const int64_t y = label(in, row);
+    return y < 0 ? -std::numeric_limits<A>::infinity() : transform(static_cast<A>(logits(row)[y]));
   }
 
-  int64_t first_index_of(A z) const { return std::find(scratch.begin(), scratch.begin() + n, z) - scratch.begin(); }
+  int64_t segments() const { return (n + kSegment - 1) / kSegment; }
 
-  // Steps 1 and 2.
-  Centred<double> collect(int64_t row) {
-    const T* x = logits(row);
+  // Sums over a segment of z, whose element `hole` (if it is one of them) is left out.
+  Piece collect_segment(int64_t row, int64_t segment) {
+    const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
+    const T* x = logits(row) + begin;
+    if (transform.identity) return at_depth(x, count, hole);
     typename W::Pack v;
-    V m = minus_inf<A>();
-    W::over(n, [&](int64_t j, int64_t count) {
-      W::load(x + j, count, -std::numeric_limits<float>::infinity(), v);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V z = transform(v[k]);
-        m = at::vec::maximum(m, z);
-        z.store(scratch.data() + j + k * W::kLanes);
-      }
-    });
-    A max = at::vec::vec_reduce_all<A>([](V a, V b) { return at::vec::maximum(a, b); }, m);
-
-    Centred<double> c;
-    const int64_t y = label(row);
-    const A infinity = std::numeric_limits<A>::infinity();
-    c.target = -infinity;
-    if (y >= 0) {
-      const A z = scratch[y];
-      scratch[y] = -infinity;
-      if (!(z < max)) max = scratch_max();
-      // A logit of +inf has no softmax: NaN, as for any other class.
-      c.target = z == infinity ? std::numeric_limits<A>::quiet_NaN() : z;
-      c.target_is_max = z > max || (z == max && first_index_of(max) > y);
+    for (int64_t j = 0; j < count; j += W::kPack) {
+      W::load(x + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), v);
+      for (int k = 0; k < W::kVectors; ++k) transform(v[k]).store(scratch.data() + j + k * W::kLanes);
     }
-    const bool alone = max == -infinity;  // no other class is left
-    if (alone) max = 0;
-    c.max = max;
-    collect_sums(c, max);
-
-    const double own = y >= 0, found = c.classes;  // `found` others are not −inf
-    const bool target_excluded = c.target == -infinity;
-    const bool infinite_terms = !in.masked && found + own != static_cast<double>(n);
-    c.target_weight = y < 0 || (in.masked && target_excluded) ? 0.0 : row_weight(y);
-    c.classes = in.masked ? found + !target_excluded : static_cast<double>(n);
-    c.sum_w = in.masked ? found : static_cast<double>(n) - own;
-    // As numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax.
-    c.sum_wt = infinite_terms ? -infinity : c.sum_t;
-    if (!in.masked && alone && target_excluded) c.sum_e = std::numeric_limits<double>::quiet_NaN();
-    if (weight != nullptr || in.dense_target != nullptr) collect_weighted(c, max, row, infinite_terms);
-    return c;
+    return at_depth(static_cast<const A*>(scratch.data()), count, hole);
   }
 
-  void collect_sums(Centred<double>& c, A max) const {
-    const V zero(A(0)), one(A(1)), maximum(max);
-    for (size_t begin = 0; begin < scratch.size(); begin += kBlock) {
-      const size_t end = std::min(begin + kBlock, scratch.size());
-      V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), tt_sum(A(0)), zz_sum(A(0)), classes(A(0));
-      for (size_t j = begin; j < end; j += W::kLanes) {
-        const V z = V::loadu(scratch.data() + j);
-        const V excluded = z == minus_inf<A>();
-        const V t = V::blendv(difference(z, maximum), zero, excluded);
-        const V e = V::blendv(t.exp(), zero, excluded);
+  template <class E>
+  Piece at_depth(const E* z, int64_t count, int64_t hole) const {
+    switch (depth) {
+      case Depth::kPlain: return sums<Depth::kPlain>(z, count, hole);
+      case Depth::kEntropy: return sums<Depth::kEntropy>(z, count, hole);
+      case Depth::kSquare: return sums<Depth::kSquare>(z, count, hole);
+      case Depth::kFull: return sums<Depth::kFull>(z, count, hole);
+    }
+    return {};
+  }
+
+  // f_fast(j) for the full packs without the hole, in order; f_masked(j, count) for the pack with the hole, and the
+  // tail. For 70 elements, packs of 16 and the hole at 20: fast 0, 32, 48; masked 16 and (64, 6).
+  template <class Fast, class Masked>
+  static void over(int64_t count, int64_t hole, const Fast& fast, const Masked& masked) {
+    const int64_t full = count / W::kPack * W::kPack;
+    const bool inside = hole >= 0 && hole < full;
+    const int64_t hole_pack = inside ? hole / W::kPack * W::kPack : full;
+    int64_t j = 0;
+    for (; j < hole_pack; j += W::kPack) fast(j);
+    if (inside) {
+      masked(j, W::kPack);
+      for (j += W::kPack; j < full; j += W::kPack) fast(j);
+    }
+    if (full < count) masked(full, count - full);
+  }
+
+  // A pack with −inf at the hole and past the end.
+  template <class E>
+  static void load_masked(const E* z, int64_t j, int64_t count, int64_t hole, typename W::Pack& v) {
+    alignas(64) E buffer[W::kPack];
+    std::copy(z + j, z + j + count, buffer);
+    std::fill(buffer + count, buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));
+    if (hole >= j && hole < j + count) buffer[hole - j] = static_cast<E>(-std::numeric_limits<float>::infinity());
+    W::load(buffer, v);
+  }
+
+  template <Depth kDepth, class E>
+  Piece sums(const E* z, int64_t count, int64_t hole) const {
+    constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
+    // Pass 1. A NaN may get lost here; it comes back in the sum.
+    V high = minus_inf<A>(), low(std::numeric_limits<A>::infinity());
+    over(
+        count, hole,
+        [&](int64_t j) {
+          typename W::Pack v;
+          W::load(z + j, v);
+          for (int k = 0; k < W::kVectors; ++k) {
+            high = at::vec::clamp_min(v[k], high);
+            if constexpr (kCounts) low = at::vec::clamp_max(v[k], low);
+          }
+        },
+        [&](int64_t j, int64_t size) {
+          typename W::Pack v;
+          load_masked(z, j, size, hole, v);
+          for (int k = 0; k < W::kVectors; ++k) high = at::vec::clamp_min(v[k], high);
+        });
+    A max = horizontal_max(high);
+    const bool excluded = kCounts && !(horizontal_min(low) > -std::numeric_limits<A>::infinity());
+    if (max == -std::numeric_limits<A>::infinity()) return {};
+
+    // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
+    const V m(max), zero(A(0)), one(A(1));
+    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), tt_sum(A(0)), zz_sum(A(0)), counted(A(0));
+    const auto add = [&](const V& v) {
+      const V t = v - m, e = exp_nonpositive(t);
+      e_sum = e_sum + e;
+      if constexpr (kCounts) {
+        et_sum = at::vec::fmadd(e, t, et_sum);
+        t_sum = t_sum + t;
+      }
+      if constexpr (kSquares) zz_sum = at::vec::fmadd(v, v, zz_sum);
+      if constexpr (kDepth == Depth::kFull) tt_sum = at::vec::fmadd(t, t, tt_sum);
+    };
+    const auto add_masked = [&](int64_t j, int64_t size) {
+      typename W::Pack v;
+      load_masked(z, j, size, hole, v);
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V out = is_minus_inf(v[k]);
+        const V t = V::blendv(difference(v[k], m), zero, out), e = V::blendv(exp_nonpositive(t), zero, out);
+        const V finite = V::blendv(v[k], zero, out);
         e_sum = e_sum + e;
         et_sum = at::vec::fmadd(e, t, et_sum);
         t_sum = t_sum + t;
         tt_sum = at::vec::fmadd(t, t, tt_sum);
-        const V finite = V::blendv(z, zero, excluded);
         zz_sum = at::vec::fmadd(finite, finite, zz_sum);
-        classes = classes + V::blendv(one, zero, excluded);
+        counted = counted + V::blendv(one, zero, out);
       }
-      c.sum_e += horizontal_sum(e_sum);
-      c.sum_et += horizontal_sum(et_sum);
-      c.sum_t += horizontal_sum(t_sum);
-      c.sum_tt += horizontal_sum(tt_sum);
-      c.sum_zz += horizontal_sum(zz_sum);
-      c.classes += horizontal_sum(classes);
+    };
+    int64_t fast = 0;
+    if (excluded) {
+      for (int64_t j = 0; j < count; j += W::kPack) add_masked(j, std::min(W::kPack, count - j));
+    } else {
+      over(
+          count, hole,
+          [&](int64_t j) {
+            typename W::Pack v;
+            W::load(z + j, v);
+            for (int k = 0; k < W::kVectors; ++k) add(v[k]);
+            if constexpr (kCounts) fast += W::kPack;
+          },
+          add_masked);
     }
+    Piece piece;
+    piece.max = max;
+    piece.sum_e = horizontal_sum(e_sum);
+    piece.sum_et = horizontal_sum(et_sum);
+    piece.sum_t = horizontal_sum(t_sum);
+    piece.sum_tt = horizontal_sum(tt_sum);
+    piece.sum_zz = horizontal_sum(zz_sum);
+    piece.classes = kCounts ? static_cast<double>(fast) + horizontal_sum(counted) : 1;  // 1: not empty
+    return piece;
+  }
+
+  // ---- a whole row ----------------------------------------------------------------------------------------------
+
+  // From the merged pieces of a row to its centred sums.
+  Centred<double> centre(int64_t row, const Piece& others) const {
+    const int64_t y = label(in, row);
+    const bool alone = others.classes == 0;
+    Centred<double> c;
+    c.max = others.max;
+    c.sum_e = others.sum_e;
+    c.sum_et = others.sum_et;
+    c.sum_t = others.sum_t;
+    c.sum_tt = others.sum_tt;
+    c.sum_zz = others.sum_zz;
+    const double z = target_z(row);
+    c.target = z == kInfinity ? std::numeric_limits<double>::quiet_NaN() : z;  // as for any other class of +inf
+    c.target_is_max =
+        y >= 0 && (alone || z > others.max || (z == others.max && first_index_of(row, others.max) > y));
+    const bool no_target = z == -kInfinity;
+    const double own = y >= 0;
+    const bool infinite_terms = !in.masked && others.classes + own != static_cast<double>(n);
+    c.target_weight = y < 0 || (in.masked && no_target) ? 0.0 : label_weight<A>(in, row);
+    c.classes = in.masked ? others.classes + !no_target : static_cast<double>(n);
+    c.sum_w = in.masked ? others.classes : static_cast<double>(n) - own;
+    // As numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax.
+    c.sum_wt = infinite_terms ? -kInfinity : c.sum_t;
+    if (!in.masked && alone && no_target) c.sum_e = std::numeric_limits<double>::quiet_NaN();
+    if (weight != nullptr || in.dense_target != nullptr) add_weighted(c, row, infinite_terms);
+    return c;
+  }
+
+  int64_t first_index_of(int64_t row, double z) const {
+    const T* x = logits(row);
+    int64_t j = 0;
+    while (j < n && !(static_cast<double>(transform(static_cast<A>(x[j]))) == z)) ++j;
+    return j;
   }
 
   // The sums over class weights and a dense target. With `infinite_terms`, −inf logits are numbers: they make the sum
   // infinite, or NaN under a factor of 0, as they do in torch.
-  void collect_weighted(Centred<double>& c, A max, int64_t row, bool infinite_terms) const {
-    const int64_t y = label(row);
-    const D* dense_row = in.dense_target == nullptr ? nullptr : dense(row);
-    const V zero(A(0)), one(A(1));
+  void add_weighted(Centred<double>& c, int64_t row, bool infinite_terms) const {
+    const int64_t y = label(in, row);
+    const T* x = logits(row);
+    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
+    const V m(static_cast<A>(c.max)), zero(A(0)), one(A(1));
     double sum_w = 0, sum_wt = 0, sum_q = 0, sum_qt = 0;
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
+    for (int64_t begin = 0; begin < n; begin += kSegment) {
       V w_sum(A(0)), wt_sum(A(0)), q_sum(A(0)), qt_sum(A(0));
-      W::over(std::min(kBlock, n - begin), [&](int64_t offset, int64_t count) {
-        const int64_t j = begin + offset;
-        typename W::Pack w, q;
+      const int64_t end = std::min(begin + kSegment, n);
+      for (int64_t j = begin; j < end; j += W::kPack) {
+        const int64_t count = std::min(W::kPack, end - j);
+        typename W::Pack v, w, q;
+        load_masked(x, j, count, y, v);
         for (int k = 0; k < W::kVectors; ++k) w[k] = one;
         if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
-        if (dense_row != nullptr) W::load(dense_row + j, count, 0.0f, q);
+        if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
         for (int k = 0; k < W::kVectors; ++k) {
-          const V z = V::loadu(scratch.data() + j + k * W::kLanes);
-          const V excluded = z == minus_inf<A>();
-          const V t = V::blendv(difference(z, V(max)), zero, excluded);
-          const V wk = V::blendv(w[k], zero, excluded);
+          const V z = transform(v[k]), out = is_minus_inf(z);
+          const V t = V::blendv(difference(z, m), zero, out), wk = V::blendv(w[k], zero, out);
           w_sum = w_sum + wk;
           wt_sum = at::vec::fmadd(wk, t, wt_sum);
-          if (dense_row != nullptr) {
-            q_sum = q_sum + wk * q[k];
+          if (q_row != nullptr) {
+            q_sum = at::vec::fmadd(wk, q[k], q_sum);
             qt_sum = at::vec::fmadd(wk * q[k], t, qt_sum);
           }
         }
-      });
+      }
       sum_w += horizontal_sum(w_sum);
       sum_wt += horizontal_sum(wt_sum);
       sum_q += horizontal_sum(q_sum);
       sum_qt += horizontal_sum(qt_sum);
     }
     for (int64_t j = 0; infinite_terms && j < n; ++j) {
-      if (j == y || scratch[j] != -std::numeric_limits<A>::infinity()) continue;
+      if (j == y || static_cast<A>(x[j]) != -std::numeric_limits<A>::infinity()) continue;
       const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[j]);
-      const double q = dense_row == nullptr ? 0.0 : static_cast<double>(dense_row[j]);
+      const double q = q_row == nullptr ? 0.0 : static_cast<double>(q_row[j]);
       sum_w += w;
-      sum_wt += w * -std::numeric_limits<double>::infinity();
+      sum_wt += w * -kInfinity;
       sum_q += w * q;
       const bool lifted = in.smoothed && q == 0;  // the smoothed share stands in sum_wt
-      if (dense_row != nullptr && !lifted) sum_qt += w * q * -std::numeric_limits<double>::infinity();
+      if (q_row != nullptr && !lifted) sum_qt += w * q * -kInfinity;
     }
     c.sum_w = sum_w;
     c.sum_wt = sum_wt;
@@ -293,214 +356,265 @@ struct Kernel {
     c.sum_qt = sum_qt;
   }
 
-  // Step 3.
-  Statistics<double> evaluate(int64_t row, const Centred<double>& c, const Program& program, double* values,
-                              Statistics<double>& partials) {
-    const bool has_dense = in.dense_target != nullptr;
-    const Statistics<double> s = derive(c, has_dense);
-    const double w = row_weight(label(row));
-    for (int64_t k = 0; k < program.size; ++k) {
-      const Term& term = program.terms[k];
-      values[k * in.rows + row] =
-          term_value(static_cast<TermKind>(term.kind), term.parameter, w, term.scale, s, partials);
+  // ---- the gradient ---------------------------------------------------------------------------------------------
+
+  RowGradient<A> coefficients(const A* row_gradient, int64_t row) const {
+    RowGradient<A> g;
+    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k) (&g.max)[k] = row_gradient[k * in.rows + row];
+    return g;
+  }
+
+  // Classes [begin, end) of a row's gradient; begin is a multiple of the pack.
+  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    switch (depth) {
+      case Depth::kPlain: write_simple<Depth::kPlain>(row, g, upstream, begin, end, out); break;
+      case Depth::kEntropy: write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out); break;
+      case Depth::kSquare: write_simple<Depth::kSquare>(row, g, upstream, begin, end, out); break;
+      case Depth::kFull: write_full(row, g, upstream, begin, end, out); break;
     }
-    double* free = values + program.size * in.rows + row;
-    free[0] = s.lse;
-    free[in.rows] = c.target_is_max;
-    free[2 * in.rows] = std::exp(s.logprob);
-    return s;
-  }
-
-  RowGradient<A> narrow(const RowGradient<double>& g) const {
-    const double* from = &g.max;
-    RowGradient<A> out;
-    for (int k = 0; k < kRowGradient; ++k) (&out.max)[k] = static_cast<A>(from[k]);
-    return out;
-  }
-
-  // Step 4. `z_at(j, count, pack)` delivers z; −inf marks what is excluded.
-  template <class Z>
-  void write(int64_t row, const RowGradient<A>& g, A upstream, A target_z, const Z& z_at, T* out) const {
-    const D* dense_row = in.dense_target == nullptr ? nullptr : dense(row);
-    const V zero(A(0)), one(A(1)), u(upstream);
-    const bool read_weight = weight != nullptr && (g.const_w != 0 || g.const_q != 0);
-    const bool read_dense = dense_row != nullptr && g.const_q != 0;
-    W::over(n, [&](int64_t j, int64_t count) {
-      typename W::Pack z, w, q;
-      z_at(j, count, z);
-      if (read_weight) W::load(weight + j, count, 0.0f, w);
-      if (read_dense) W::load(dense_row + j, count, 0.0f, q);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V excluded = z[k] == minus_inf<A>();
-        const V t = V::blendv(difference(z[k], V(g.max)), zero, excluded);
-        const V e = V::blendv(t.exp(), zero, excluded);
-        V d = e * at::vec::fmadd(V(g.exp_t), t, V(g.exp_1)) + at::vec::fmadd(V(g.const_t), t, V(g.const_1));
-        if (g.const_z != 0) d = at::vec::fmadd(V(g.const_z), V::blendv(z[k], zero, excluded), d);
-        if (read_weight) d = at::vec::fmadd(V(g.const_w), w[k], d);
-        if (read_dense) d = d + V(g.const_q) * (read_weight ? w[k] * q[k] : q[k]);
-        d = d * u * transform.slope(z[k]);
-        z[k] = in.masked ? V::blendv(d, zero, excluded) : d;
-      }
-      W::store(out + j, count, z);
-    });
-    const int64_t y = label(row);
-    if (y >= 0) {
-      const bool excluded = in.masked && target_z == -std::numeric_limits<A>::infinity();
-      out[y] = excluded ? T(0) : static_cast<T>(g.target_grad * upstream * transform.slope(target_z));
+    const int64_t y = label(in, row);
+    if (y >= begin && y < end) {
+      const A z = target_z(row);
+      const bool excluded = in.masked && z == -std::numeric_limits<A>::infinity();
+      out[y] = excluded ? T(0) : static_cast<T>(g.target_grad * upstream * transform.slope(z));
     }
-    if (g.max_grad != 0) add_at_maximum(row, g, upstream, z_at, out);
-  }
-
-  // The subgradient of the maximum goes to its first place among the others, where t = 0 and e = 1.
-  template <class Z>
-  void add_at_maximum(int64_t row, const RowGradient<A>& g, A upstream, const Z& z_at, T* out) const {
-    const int64_t y = label(row);
-    int64_t place = -1;
-    alignas(64) A lanes[W::kPack];
-    for (int64_t j = 0; j < n && place < 0; j += W::kPack) {
-      typename W::Pack z;
-      const int64_t count = std::min(W::kPack, n - j);
-      z_at(j, count, z);
-      for (int k = 0; k < W::kVectors; ++k) z[k].store(lanes + k * W::kLanes);
-      for (int64_t i = 0; i < count && place < 0; ++i)
-        if (lanes[i] == g.max && j + i != y) place = j + i;
+    if (depth == Depth::kFull && g.max_grad != 0) {
+      // The subgradient of the maximum goes to its first place among the others, where t = 0 and e = 1.
+      const int64_t place = first_other_of(row, g.max);
+      if (place < begin || place >= end) return;
+      const A w = weight == nullptr ? A(1) : weight[place];
+      A d = g.exp_1 + g.const_1 + g.const_z * g.max + g.max_grad + g.const_w * w;
+      if (in.dense_target != nullptr) d += g.const_q * w * static_cast<A>(dense(row)[place]);
+      out[place] = static_cast<T>(d * upstream * transform.slope(g.max));
     }
-    if (place < 0) return;
-    A d = g.exp_1 + g.const_1 + g.const_z * g.max + g.max_grad;
-    const A w = weight == nullptr ? A(1) : weight[place];
-    if (weight != nullptr) d += g.const_w * w;
-    if (in.dense_target != nullptr) d += g.const_q * w * static_cast<A>(dense(row)[place]);
-    out[place] = static_cast<T>(d * upstream * transform.slope(g.max));
   }
 
-  void write_from_logits(int64_t row, const RowGradient<A>& g, A upstream, T* out) const {
+  int64_t first_other_of(int64_t row, double z) const {
     const T* x = logits(row);
-    const int64_t y = label(row);
-    const A target_z = y < 0 ? A(0) : transform(static_cast<A>(x[y]));
-    const auto z_at = [&](int64_t j, int64_t count, typename W::Pack& z) {
-      W::load(x + j, count, -std::numeric_limits<float>::infinity(), z);
-      for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
-    };
-    write(row, g, upstream, target_z, z_at, out);
+    const int64_t y = label(in, row);
+    int64_t j = 0;
+    while (j < n && (j == y || !(static_cast<double>(transform(static_cast<A>(x[j]))) == z))) ++j;
+    return j;
   }
 
-  void write_from_scratch(int64_t row, const RowGradient<A>& g, A target_z, T* out) const {
-    const auto z_at = [&](int64_t j, int64_t, typename W::Pack& z) {
-      for (int k = 0; k < W::kVectors; ++k) z[k] = V::loadu(scratch.data() + j + k * W::kLanes);
+  // Without weights and dense targets; the upstream gradient is folded into the coefficients.
+  template <Depth kDepth>
+  void write_simple(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const A gain = transform.cap == A(0) ? upstream * transform.gain : upstream;
+    const V m(g.max), exp_1(g.exp_1 * gain), exp_t(g.exp_t * gain), const_1(g.const_1 * gain), const_z(g.const_z * gain);
+    const T* x = logits(row);
+    const bool plain = transform.identity;
+    const auto step = [&](typename W::Pack& v) {
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V z = plain ? v[k] : transform(v[k]);
+        const V t = clamp_exponent(z - m), e = exp_nonpositive(t);
+        V d;
+        if constexpr (kDepth == Depth::kPlain) {
+          d = e * exp_1;
+        } else {
+          d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
+          if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
+        }
+        if (transform.cap != A(0)) d = d * transform.slope(z);
+        // As a number, −inf has no probability and no square: what is left is the constant.
+        if constexpr (kDepth != Depth::kPlain) d = in.masked ? zero_at_minus_inf(d, z) : d;
+        v[k] = d;
+      }
     };
-    write(row, g, A(1), target_z, z_at, out);
+    int64_t j = begin;
+    typename W::Pack v;
+    for (; j + W::kPack <= end; j += W::kPack) {
+      W::load(x + j, v);
+      step(v);
+      W::store(out + j, v);
+    }
+    if (j < end) {
+      W::load(x + j, end - j, 0.0f, v);
+      step(v);
+      W::store(out + j, end - j, v);
+    }
+  }
+
+  void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const T* x = logits(row);
+    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
+    const V m(g.max), u(upstream), zero(A(0)), one(A(1));
+    for (int64_t j = begin; j < end; j += W::kPack) {
+      const int64_t count = std::min(W::kPack, end - j);
+      typename W::Pack v, w, q;
+      W::load(x + j, count, 0.0f, v);
+      for (int k = 0; k < W::kVectors; ++k) w[k] = one;
+      if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
+      if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V z = transform(v[k]), out_of = is_minus_inf(z), finite = V::blendv(z, zero, out_of);
+        const V t = V::blendv(difference(z, m), zero, out_of), e = V::blendv(exp_nonpositive(t), zero, out_of);
+        V d = e * at::vec::fmadd(V(g.exp_t), clamp_exponent(t), V(g.exp_1));
+        d = d + at::vec::fmadd(V(g.const_t), t, V(g.const_1)) + V(g.const_z) * finite + V(g.const_w) * w[k];
+        if (q_row != nullptr) d = at::vec::fmadd(V(g.const_q) * w[k], q[k], d);
+        d = d * u * transform.slope(finite);
+        v[k] = in.masked ? V::blendv(d, zero, out_of) : d;
+      }
+      W::store(out + j, count, v);
+    }
   }
 };
 
 // ---- doors ------------------------------------------------------------------------------------------------------
 
-// f(kernel, row) for every row; one kernel, with its scratch, per task.
-template <class T, class D, class F>
-void over_rows_of(const Rows& rows, const F& f) {
-  at::parallel_for(0, rows.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows.classes)),
-                   [&](int64_t begin, int64_t end) {
-                     Kernel<T, D> kernel(rows);
-                     for (int64_t row = begin; row < end; ++row) f(kernel, row);
-                   });
-}
-
+// f(wide kernel or narrow kernel type) with the element types of a batch.
 template <class F>
-void over_rows(const Rows& rows, const F& f) {
-  const bool dense_as_logits = rows.dense_target == nullptr || rows.dense_dtype == rows.dtype;
-  switch (rows.dtype) {
-    case DType::kFloat32:
-      return over_rows_of<float, float>(rows, f);
-    case DType::kFloat64:
-      return over_rows_of<double, double>(rows, f);
+void with_types(const Rows& in, const F& f) {
+  const bool dense_as_logits = in.dense_target == nullptr || in.dense_dtype == in.dtype;
+  switch (in.dtype) {
+    case DType::kFloat32: return f.template operator()<float, float>();
+    case DType::kFloat64: return f.template operator()<double, double>();
     case DType::kBFloat16:
-      return dense_as_logits ? over_rows_of<c10::BFloat16, c10::BFloat16>(rows, f)
-                             : over_rows_of<c10::BFloat16, float>(rows, f);
+      return dense_as_logits ? f.template operator()<c10::BFloat16, c10::BFloat16>()
+                             : f.template operator()<c10::BFloat16, float>();
     case DType::kFloat16:
-      return dense_as_logits ? over_rows_of<c10::Half, c10::Half>(rows, f) : over_rows_of<c10::Half, float>(rows, f);
+      return dense_as_logits ? f.template operator()<c10::Half, c10::Half>() : f.template operator()<c10::Half, float>();
   }
 }
 
-void statistics_door(const Rows& rows, double* centred, double* statistics) {
-  over_rows(rows, [&](auto& kernel, int64_t row) {
-    Centred<double> c;
-    Statistics<double> s;
-    if (!kernel.ignored(row)) {
-      c = kernel.collect(row);
-      s = derive(c, rows.dense_target != nullptr);
-    }
-    std::memcpy(centred + row * kCentred, &c, sizeof c);
-    for (int k = 0; k < kStatistics; ++k) statistics[k * rows.rows + row] = (&s.logprob)[k];
-  });
+int64_t rows_per_tile(const Rows& in) {  // as many rows as the second-level cache keeps until their gradient is written
+  return std::clamp<int64_t>((int64_t{256} << 10) / (4 * in.classes), 1, kTile);
 }
 
-// Steps 1 to 3 for one row; false if the row is ignored.
-template <class K, class G>
-bool objective_row(K& kernel, int64_t row, const Program& program, double* values, G* gradient, double* target_z) {
-  const Rows& rows = kernel.in;
-  if (kernel.ignored(row)) {
-    for (int64_t k = 0; k < program.size + kFreeStatistics; ++k) values[k * rows.rows + row] = 0;
-    *gradient = G();
-    return false;
+// Few long rows: fewer than keep every thread busy, each of several segments.
+bool split_rows(const Rows& in) { return in.rows < 4 * at::get_num_threads() && in.classes >= 2 * kSegment; }
+
+// Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
+template <class K, class F>
+void collect(const Rows& in, const F& consume) {
+  if (!split_rows(in)) {
+    const int64_t rows = rows_per_tile(in);
+    const int64_t tiles = (in.rows + rows - 1) / rows;
+    at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (rows * in.classes)), [&](int64_t begin, int64_t end) {
+      K kernel(in);
+      Tile tile;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i * rows, count = std::min(rows, in.rows - row);
+        for (int64_t lane = 0; lane < count; ++lane) {
+          if (ignored(in, row + lane)) continue;
+          Piece others;
+          for (int64_t s = 0; s < kernel.segments(); ++s) others = merge(others, kernel.collect_segment(row + lane, s));
+          tile.set(lane, kernel.centre(row + lane, others));
+        }
+        consume(kernel, tile, row, count);
+      }
+    });
+    return;
   }
-  Statistics<double> partials;
-  const Centred<double> c = kernel.collect(row);
-  const Statistics<double> s = kernel.evaluate(row, c, program, values, partials);
-  *gradient = kernel.narrow(chain(c, s, partials, rows.dense_target != nullptr, rows.class_weight != nullptr));
-  *target_z = c.target;
-  return true;
-}
-
-void objective_door(const Rows& rows, const Program& program, double* values, void* row_gradient) {
-  over_rows(rows, [&](auto& kernel, int64_t row) {
-    using A = typename std::decay_t<decltype(kernel)>::A;
-    double target_z;
-    objective_row(kernel, row, program, values, static_cast<RowGradient<A>*>(row_gradient) + row, &target_z);
+  const int64_t segments = (in.classes + kSegment - 1) / kSegment;
+  std::vector<Piece> pieces(in.rows * segments);
+  at::parallel_for(0, in.rows * segments, 1, [&](int64_t begin, int64_t end) {
+    K kernel(in);
+    for (int64_t i = begin; i < end; ++i)
+      if (!ignored(in, i / segments)) pieces[i] = kernel.collect_segment(i / segments, i % segments);
   });
+  K kernel(in);
+  for (int64_t row = 0; row < in.rows; ++row) {
+    Tile tile;
+    if (!ignored(in, row)) {
+      Piece others;
+      for (int64_t s = 0; s < segments; ++s) others = merge(others, pieces[row * segments + s]);
+      tile.set(0, kernel.centre(row, others));
+    }
+    consume(kernel, tile, row, 1);
+  }
 }
 
-void fused_door(const Rows& rows, const Program& program, double* values, void* row_gradient, void* out) {
-  over_rows(rows, [&](auto& kernel, int64_t row) {
-    using K = std::decay_t<decltype(kernel)>;
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(kernel.logits(0))>>;
-    auto* gradient = static_cast<RowGradient<typename K::A>*>(row_gradient) + row;
-    T* to = static_cast<T*>(out) + row * rows.classes;
-    double target_z = 0;
-    if (objective_row(kernel, row, program, values, gradient, &target_z)) {
-      kernel.write_from_scratch(row, *gradient, static_cast<typename K::A>(target_z), to);
-    } else {
-      std::memset(static_cast<void*>(to), 0, rows.classes * sizeof(T));
+template <class K>
+void write_row(const K& kernel, const typename K::A* row_gradient, typename K::A upstream, int64_t row, int64_t begin,
+               int64_t end, typename K::Element* gradient) {
+  typename K::Element* out = gradient + row * kernel.n;
+  if (ignored(kernel.in, row)) {
+    std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof *out);
+  } else {
+    kernel.write(row, kernel.coefficients(row_gradient, row), upstream, begin, end, out);
+  }
+}
+
+template <class K>
+void write_all(const Rows& in, const typename K::A* row_gradient, const typename K::A* upstream, int64_t stride,
+               typename K::Element* gradient) {
+  const int64_t segments = split_rows(in) ? (in.classes + kSegment - 1) / kSegment : 1;
+  const int64_t size = segments == 1 ? in.classes : kSegment;
+  at::parallel_for(0, in.rows * segments, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    const K kernel(in);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / segments, first = i % segments * size;
+      write_row(kernel, row_gradient, upstream[row * stride], row, first, std::min(first + size, in.classes), gradient);
     }
   });
 }
 
-void chain_door(const Rows& rows, const double* centred, const double* partials, void* row_gradient) {
-  over_rows(rows, [&](auto& kernel, int64_t row) {
-    using A = typename std::decay_t<decltype(kernel)>::A;
-    auto* out = static_cast<RowGradient<A>*>(row_gradient) + row;
-    *out = RowGradient<A>();
-    if (kernel.ignored(row)) return;
-    Centred<double> c;
-    Statistics<double> f;
-    std::memcpy(static_cast<void*>(&c), centred + row * kCentred, sizeof c);
-    for (int k = 0; k < kStatistics; ++k) (&f.logprob)[k] = partials[k * rows.rows + row];
-    const bool has_dense = rows.dense_target != nullptr;
-    *out = kernel.narrow(chain(c, derive(c, has_dense), f, has_dense, rows.class_weight != nullptr));
+void statistics_door(const Rows& in, double* centred, double* statistics) {
+  with_types(in, [&]<class T, class D>() {
+    collect<Wide<T, D>>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+      using V = Vec<double>;
+      for (int64_t lane = 0; lane < count; lane += V::size()) {
+        const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
+        const Centred<V> c = tile.lanes(lane);
+        const Statistics<V> s = derive(c, Odds<V>(c), in.dense_target != nullptr);
+        for (int k = 0; k < kCentred; ++k) scatter(in, (&c.max)[k], first, n, centred + k * in.rows + first);
+        for (int k = 0; k < kStatistics; ++k) scatter(in, (&s.logprob)[k], first, n, statistics + k * in.rows + first);
+      }
+    });
   });
 }
 
-void gradient_door(const Rows& rows, const void* row_gradient, const void* upstream, int64_t upstream_stride,
-                   void* out) {
-  over_rows(rows, [&](auto& kernel, int64_t row) {
-    using K = std::decay_t<decltype(kernel)>;
-    using A = typename K::A;
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(kernel.logits(0))>>;
-    T* to = static_cast<T*>(out) + row * rows.classes;
-    if (kernel.ignored(row)) {
-      std::memset(static_cast<void*>(to), 0, rows.classes * sizeof(T));
-      return;
-    }
-    const A u = static_cast<const A*>(upstream)[row * upstream_stride];
-    kernel.write_from_logits(row, static_cast<const RowGradient<A>*>(row_gradient)[row], u, to);
+void objective_door(const Rows& in, const Program& program, double* values, void* row_gradient) {
+  with_types(in, [&]<class T, class D>() {
+    using A = typename Wide<T, D>::A;
+    collect<Wide<T, D>>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+      epilogue(in, program, tile, row, count, values, static_cast<A*>(row_gradient));
+    });
+  });
+}
+
+void fused_door(const Rows& in, const Program& program, double* values, void* row_gradient_, void* gradient) {
+  with_types(in, [&]<class T, class D>() {
+    using A = typename Wide<T, D>::A;
+    A* row_gradient = static_cast<A*>(row_gradient_);
+    const A one(1);
+    const bool split = split_rows(in);
+    collect<Wide<T, D>>(in, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
+      epilogue(in, program, tile, row, count, values, row_gradient);
+      for (int64_t i = 0; i < count && !split; ++i)
+        write_row(kernel, row_gradient, one, row + i, 0, in.classes, static_cast<T*>(gradient));
+    });
+    if (split) write_all<Wide<T, D>>(in, row_gradient, &one, 0, static_cast<T*>(gradient));
+  });
+}
+
+void chain_door(const Rows& in, const double* centred, const double* partials, void* row_gradient) {
+  with_types(in, [&]<class T, class D>() {
+    using A = typename Wide<T, D>::A;
+    using V = Vec<double>;
+    at::parallel_for(0, (in.rows + kTile - 1) / kTile, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * kTile; row < std::min(end * kTile, in.rows); row += V::size()) {
+        const int64_t n = std::min<int64_t>(V::size(), in.rows - row);
+        Centred<V> c;
+        Statistics<V> f;
+        for (int k = 0; k < kCentred; ++k) (&c.max)[k] = V::loadu(centred + k * in.rows + row, n);
+        for (int k = 0; k < kStatistics; ++k) (&f.logprob)[k] = V::loadu(partials + k * in.rows + row, n);
+        const Odds<V> odds(c);
+        const bool dense = in.dense_target != nullptr;
+        store_row_gradient(in, chain(c, odds, derive(c, odds, dense), f, in.reads, dense, in.class_weight != nullptr),
+                           row, n, static_cast<A*>(row_gradient));
+      }
+    });
+  });
+}
+
+void gradient_door(const Rows& in, const void* row_gradient, const void* upstream, int64_t upstream_stride,
+                   void* gradient) {
+  with_types(in, [&]<class T, class D>() {
+    using A = typename Wide<T, D>::A;
+    write_all<Wide<T, D>>(in, static_cast<const A*>(row_gradient), static_cast<const A*>(upstream), upstream_stride,
+                          static_cast<T*>(gradient));
   });
 }
 
@@ -509,8 +623,8 @@ void gradient_door(const Rows& rows, const void* row_gradient, const void* upstr
 #define OBJKERN_STRING_OF(x) #x
 #define OBJKERN_STRING(x) OBJKERN_STRING_OF(x)
 extern const Doors table;
-const Doors table = {
-    OBJKERN_STRING(OBJKERN_VARIANT), statistics_door, objective_door, chain_door, gradient_door, fused_door};
+const Doors table = {OBJKERN_STRING(OBJKERN_VARIANT), statistics_door, objective_door, fused_door,
+                     chain_door,                      gradient_door};
 
 }  // namespace OBJKERN_VARIANT
 }  // namespace objkern::cpu

@@ -1,12 +1,14 @@
-// The door of the CPU backend: plain pointers and sizes in, a status out. Strides count elements.
+// The door of the CPU backend: plain pointers and sizes. Strides count elements.
 //
-//   statistics   logits ─▶ centred sums, one row of `kCentred` doubles each
-//   objective    logits ─▶ values of the terms per row, and the row gradient's coefficients
-//   gradient     logits + row gradient + upstream ─▶ the gradient
-//   fused        logits ─▶ values and gradient, each row read from memory once
+//   statistics   logits ─▶ centred sums and statistics of every row
+//   objective    logits ─▶ values of the terms, and the coefficients of the row's gradient
+//   fused        logits ─▶ the same and the gradient; a row's logits are read from memory once
+//   chain        centred sums + ∂L/∂statistics ─▶ the coefficients of the row's gradient
+//   gradient     logits + coefficients + upstream ─▶ the gradient
 //
 // The accumulation type is float32, and float64 for float64 logits. Centred sums, statistics and values are float64.
-// Every row is computed by one thread in a fixed order: the result is bitwise the same for any number of threads.
+// Numbers of a row lie field by field: (fields, rows). Sums are taken over pieces of fixed size in a fixed order, so
+// the result is bitwise the same for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +40,8 @@ struct Rows {
   bool unscaled = false;  // the gradient is to s·x instead of x: what the gradient of the scale itself needs
   bool smoothed = false;  // a dense target has no zeros, because label smoothing lifts them
   bool masked = true;     // −inf logits are excluded classes; false: they are numbers, as torch has it
+
+  int64_t reads = 0;  // which statistics the objective reads, `Reads` of objective.h
 };
 
 struct Term {
@@ -61,15 +65,17 @@ TargetSummary summarize_targets(const Rows& rows);
 
 struct Doors {
   const char* name;
-  // centred: (rows, kCentred) doubles; statistics: (kStatistics, rows) doubles
+  // centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
   void (*statistics)(const Rows&, double* centred, double* statistics);
-  // values: (size + kFreeStatistics, rows) doubles; row_gradient: (rows, kRowGradient) of the accumulation type or null
+  // values: (size + kFreeStatistics, rows) float64; row_gradient: (kRowGradient, rows) of the accumulation type
   void (*objective)(const Rows&, const Program&, double* values, void* row_gradient);
-  // partials: (kStatistics, rows) doubles, ∂L/∂statistics
+  // gradient: (rows, classes) of dtype, contiguous
+  void (*fused)(const Rows&, const Program&, double* values, void* row_gradient, void* gradient);
+  // partials: (kStatistics, rows) float64, ∂L/∂statistics
   void (*chain)(const Rows&, const double* centred, const double* partials, void* row_gradient);
-  // upstream: accumulation type, stride 0 for one number for all rows; out: (rows, classes) of dtype, contiguous
-  void (*gradient)(const Rows&, const void* row_gradient, const void* upstream, int64_t upstream_stride, void* out);
-  void (*fused)(const Rows&, const Program&, double* values, void* row_gradient, void* out);
+  // upstream: accumulation type, stride 0 for one number for all rows
+  void (*gradient)(const Rows&, const void* row_gradient, const void* upstream, int64_t upstream_stride,
+                   void* gradient);
 };
 
 // The fastest set that this processor can run, or the one named by OBJKERN_CPU_CAPABILITY (default, avx2, avx512);
