@@ -89,7 +89,7 @@ def flatten(
         raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
     if empty not in ("nan", "zero"):
         raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int but got {describe(ignore_index)}")
     if normalizer is not None and reduction != "mean":
         raise ValueError(
@@ -111,7 +111,7 @@ def flatten(
         normalizer=_scalar_tensor("normalizer", normalizer, None),
         logit_scale=_scalar_tensor("logit_scale", logit_scale, 1.0),
         softcap=0.0 if softcap is None else float(softcap),
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         reduction=reduction,
         empty_zero=empty == "zero",
         masked=masked,

@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from . import ops, reference
@@ -90,6 +91,9 @@ class Objective(nn.Module):
         return Objective((Coefficient.of(factor).times(coefficient), term) for coefficient, term in self._sum())
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Objective:
+        return self * (1.0 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
 
     def __neg__(self) -> Objective:
         return self * -1.0
@@ -214,7 +218,8 @@ class Objective(nn.Module):
         if not weights:
             return None
         unweighted = [t for t in self.modules() if getattr(t, "reads_class_weight", False) and t.weight is None]
-        if unweighted or any(w is not weights[0] for w in weights[1:]):
+        # A shared tensor is one object until .to() makes a copy for each term.
+        if unweighted or not all(w is weights[0] or torch.equal(w, weights[0]) for w in weights[1:]):
             raise ValueError(
                 "class weight: the cross-entropy terms of one objective share one class weight tensor; "
                 "evaluate objectives with different weights separately and add their losses"
@@ -262,9 +267,9 @@ class Term(Objective):
             Term.registry[cls.__name__] = cls
             Term.by_kind[cls.kind] = cls
 
-    def __init__(self, parameter: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.parameter = float(parameter)
+        self.parameter = 0.0
 
     def _sum(self) -> list[tuple[Coefficient, Term]]:
         return [(Coefficient(1.0), self)]
@@ -334,6 +339,9 @@ def _parse_number(node: ast.expr) -> float | None:
         return inner if inner is None or isinstance(node.op, ast.UAdd) else -inner
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return float(node.value)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = _parse_number(node.left), _parse_number(node.right)
+        return None if left is None or right is None else left * right
     return None
 
 

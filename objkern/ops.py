@@ -167,7 +167,8 @@ def _differentiable_gradient(
         terms = []
         for k, (kind, parameter, c) in enumerate(zip(kinds, parameters, coefficients, strict=True)):
             term = Term.by_kind[kind].__new__(Term.by_kind[kind])
-            Term.__init__(term, parameter)
+            Term.__init__(term)
+            term.parameter = parameter
             terms.append((c if tensors is None else c * tensors[k], term))
         loss, _ = reference.objective(batch, terms)
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]

@@ -70,7 +70,10 @@ def statistics(batch: Batch) -> Statistics:
         d = (maximum - z_target + log_s).masked_fill(alone, -torch.inf)
         has_target = z_target != -torch.inf
 
-    nlp_target, nlp_others = -F.logsigmoid(-d), -F.logsigmoid(d)  # −log p_y, −log(1 − p_y)
+    # −log p_y and −log(1 − p_y). A target that is not there leaves the others no derivative, and 0·∞ is NaN.
+    absent = d == torch.inf
+    nlp_target = -F.logsigmoid(-d)
+    nlp_others = -F.logsigmoid(d.masked_fill(absent, 0.0)).masked_fill(absent, 0.0)
     p_target, p_others = torch.sigmoid(-d), torch.sigmoid(d)
     lse_others = maximum + log_s
     lse = torch.where(d < 0, z_target + nlp_target, lse_others + nlp_others)

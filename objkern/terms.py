@@ -34,7 +34,8 @@ class CrossEntropy(Term):
     name, kind, target, reads_class_weight = "cross_entropy", 0, "any", True
 
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
-        super().__init__(_number("label_smoothing", label_smoothing, 0.0, 1.0))
+        super().__init__()
+        self.parameter = _number("label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1):
             raise ValueError(f"weight: expected a tensor of shape (V,) but got {describe(weight)}")
         self.register_buffer("weight", weight)
@@ -104,7 +105,8 @@ class Focal(Term):
     name, kind, target = "focal", 4, "index"
 
     def __init__(self, gamma: float) -> None:
-        super().__init__(_number("gamma", gamma, 0.0))
+        super().__init__()
+        self.parameter = _number("gamma", gamma, 0.0)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -132,7 +134,8 @@ class Poly1(Term):
     name, kind, target = "poly1", 5, "index"
 
     def __init__(self, epsilon: float) -> None:
-        super().__init__(_number("epsilon", epsilon))
+        super().__init__()
+        self.parameter = _number("epsilon", epsilon)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -157,7 +160,8 @@ class GeneralizedCrossEntropy(Term):
     name, kind, target = "generalized_cross_entropy", 6, "index"
 
     def __init__(self, q: float) -> None:
-        super().__init__(_number("q", q, 0.0, 1.0))
+        super().__init__()
+        self.parameter = _number("q", q, 0.0, 1.0)
         if self.parameter == 0.0:
             raise ValueError("q: expected 0 < q <= 1 but got 0; the limit is CrossEntropy()")
 
@@ -197,7 +201,8 @@ class Margin(Term):
     name, kind, target = "margin", 8, "index"
 
     def __init__(self, m: float) -> None:
-        super().__init__(_number("m", m))
+        super().__init__()
+        self.parameter = _number("m", m)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:

@@ -68,8 +68,10 @@ def test_class_weights() -> None:
     with pytest.raises(ValueError, match="class weight: expected a tensor on cpu"):
         CrossEntropy(torch.ones(6, device="meta"))(Z, Y)
     shared = torch.ones(6)
-    (CrossEntropy(shared) + CrossEntropy(shared, 0.1))(Z, Y)
-    for other in (CrossEntropy(torch.ones(6)), CrossEntropy()):
+    both = CrossEntropy(shared) + CrossEntropy(shared, 0.1)
+    both(Z, Y)
+    both.double()(Z, Y)  # each term has its own copy now
+    for other in (CrossEntropy(torch.ones(6) * 2), CrossEntropy()):
         with pytest.raises(ValueError, match="class weight: the cross-entropy terms of one objective share one"):
             (CrossEntropy(shared) + other)(Z, Y)
 

@@ -42,6 +42,7 @@ def test_arithmetic_makes_new_objectives() -> None:
     b = 2 * a
     assert repr(a) == "CrossEntropy() + ZLoss()"
     assert repr(b) == "2.0*CrossEntropy() + 2.0*ZLoss()"
+    assert repr(a / 4) == "0.25*CrossEntropy() + 0.25*ZLoss()"
     with pytest.raises(TypeError):
         a + 1
     with pytest.raises(TypeError):
@@ -60,7 +61,7 @@ def test_arithmetic_makes_new_objectives() -> None:
         "", "1", "ZLoss", "ZLoss() +", "2*3", "ZLoss()*ZLoss()", "ZLoss()/2", "Nonsense()", "__import__('os').system('x')",
         "Focal()", "Focal(gamma='2')", "Focal(gamma=[2])", "Focal(2, gamma=2)", "Focal(**{})", "CrossEntropy(weight=w)",
         "ZLoss() if 1 else ZLoss()", "(lambda: ZLoss())()", "True*ZLoss()", "custom(f)", "+".join(["ZLoss()"] * 3) + "+",
-        "Focal(gamma=2, gamma=3)", "ZLoss(1, 2, 3)", "-" * 100_000 + "ZLoss()", "(" * 5000 + "ZLoss()" + ")" * 5000,
+        "Focal(gamma=2, gamma=3)", "ZLoss(1, 2, 3)", "ZLoss(3.0)", "2**3*ZLoss()", "-" * 100_000 + "ZLoss()", "(" * 5000 + "ZLoss()" + ")" * 5000,
         "ZLoss()\0", "GeneralizedCrossEntropy(q=7)", "1e999*ZLoss()", "objective(x)", "Term()", "Custom(1)",
     ],
 )  # fmt: skip
@@ -77,6 +78,7 @@ def test_parse_is_a_parser_and_not_eval() -> None:
         "-2.0*CrossEntropy(label_smoothing=0.1) + 6.0*ZLoss()"
     )
     assert repr(parse("Focal(2)*0.5")) == "0.5*Focal(gamma=2.0)"
+    assert repr(parse("2*-3*ZLoss()")) == "-6.0*ZLoss()"
 
 
 def test_terms_that_hold_tensors_or_functions_do_not_parse_back() -> None:

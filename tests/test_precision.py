@@ -273,6 +273,10 @@ def test_an_excluded_target_is_an_infinite_loss_and_a_finite_gradient(backend: s
     assert loss.item() == torch.inf
     loss.backward()
     torch.testing.assert_close(z.grad, torch.tensor([[0.26894143, 0.0, 0.73105860]]))
+    for objective in (Focal(2.0), Poly1(1.0), GeneralizedCrossEntropy(0.5), Margin(1.0)):
+        x = z.detach().clone().requires_grad_()
+        objective(x, torch.tensor([1]), backend=backend).backward()
+        assert torch.isfinite(x.grad).all(), repr(objective)
 
 
 def test_nan_logits_are_not_hidden() -> None:
