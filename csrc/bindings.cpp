@@ -236,7 +236,8 @@ Tensor gradient(const Tensor& upstream, const Tensor& row_gradient, const Tensor
   Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
   batch.rows.unscaled = unscaled;
   batch.rows.reads = reads;
-  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.size(1) == batch.rows.rows && row_gradient.size(0) == kRowGradient && row_gradient.scalar_type() == accumulation_type(logits),
+  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.size(1) == batch.rows.rows &&
+                  row_gradient.size(0) == kRowGradient && row_gradient.scalar_type() == accumulation_type(logits),
               "objkern: row_gradient does not belong to these logits");
   checked_targets(batch.rows);
   return write_gradient(batch, row_gradient, upstream);

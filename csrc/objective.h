@@ -83,7 +83,7 @@ struct Centred {
   R sum_e = R(0);          // S = Σ e_j
   R sum_et = R(0);         // Σ e_j t_j
   R sum_t = R(0);          // C = Σ t_j
-  R sum_tt = R(0);         // Q = Σ t_j²
+  R sum_dd = R(0);         // Σ (z_j − mean)² about the mean of the others
   R sum_zz = R(0);         // Σ z_j²; from M, C and Q it would lose a digit
   R sum_w = R(0);          // Σ w_j
   R sum_wt = R(0);         // Σ w_j t_j
@@ -166,7 +166,11 @@ OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool 
   s.max_logit = L::select(alone, c.target, L::select(L::less(c.max, c.target), c.target, c.max));
   s.mean_logit = c.max + mean_t;
   s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
-  s.logit_variance = (c.sum_tt + t_target * t_target) * inverse_n - mean_t * mean_t;
+  // The target joins the others as a second sample of size 1.
+  const R others = c.classes - L::select(L::equal(c.target, minus_infinity<R>()), R(0), R(1));
+  const R apart = t_target - L::select(L::equal(others, R(0)), R(0), c.sum_t / others);
+  const R joined = L::select(L::equal(c.target, minus_infinity<R>()), R(0), apart * apart * others * inverse_n);
+  s.logit_variance = (c.sum_dd + joined) * inverse_n;
   s.target_logit = c.target;
   s.mean_logprob = R(0) - weighted_nlp(c, o) * inverse_n;
   return s;
@@ -397,7 +401,7 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
 // The plain sums over a piece of the others, relative to the piece's own maximum. Pieces merge associatively, so a
 // row may be collected in segments, in any number of threads, or on several devices.
 struct Piece {
-  double max = 0, sum_e = 0, sum_et = 0, sum_t = 0, sum_tt = 0, sum_zz = 0, classes = 0;
+  double max = 0, sum_e = 0, sum_et = 0, sum_t = 0, sum_dd = 0, sum_zz = 0, classes = 0;
 };
 
 OBJKERN_INLINE Piece merge(const Piece& a, const Piece& b) {
@@ -408,7 +412,8 @@ OBJKERN_INLINE Piece merge(const Piece& a, const Piece& b) {
   const double shift = low.max - sum.max, factor = std::exp(shift);  // t = t_low + shift
   sum.sum_e += factor * low.sum_e;
   sum.sum_et += factor * (low.sum_et + (low.sum_e == 0 ? 0 : shift * low.sum_e));
-  sum.sum_tt += low.sum_tt + shift * (2 * low.sum_t + low.classes * shift);
+  const double apart = low.sum_t / low.classes + shift - sum.sum_t / sum.classes;  // of the two means
+  sum.sum_dd += low.sum_dd + apart * apart * low.classes * sum.classes / (low.classes + sum.classes);
   sum.sum_t += low.sum_t + low.classes * shift;
   sum.sum_zz += low.sum_zz;
   sum.classes += low.classes;

@@ -15,17 +15,19 @@ CAUGHT_BY = ["tests/test_terms.py", "tests/test_pitfalls.py", "tests/test_precis
 
 # name: (file, the line's text, what stands there instead)
 FAULTS = {
-    "target gradient from a rounded p_y": (
-        "objective.h", "g.target_grad += f.logprob * o.p_others;", "g.target_grad += f.logprob * (1 - static_cast<float>(o.p_target));",
+    "target gradient from 1 − p_y": (
+        "objective.h", "g.target_grad = g.target_grad + f.logprob * o.p_others;", "g.target_grad = g.target_grad + f.logprob * (R(1) - o.p_target);",
     ),
-    "no entropy gradient": ("objective.h", "g.exp_t -= f.entropy * r;", ""),
-    "maximum not subtracted": ("cpu/kernels.cpp", "at::vec::maximum(z - max,", "at::vec::maximum(z,"),
-    "tail off by one": ("cpu/kernels.cpp", "if (j < n) f(j, n - j);", "if (j < n) f(j, n - j - 1);"),
+    "no entropy gradient": ("objective.h", "g.exp_t = g.exp_t - f.entropy * r;", ""),
+    "pieces merged without rescaling": ("objective.h", "sum.sum_e += factor * low.sum_e;", "sum.sum_e += low.sum_e;"),
+    "maximum not subtracted": ("cpu/kernels.cpp", "const V t = v - m, e = exp_nonpositive(t);", "const V t = v, e = exp_nonpositive(t);"),
+    "tail off by one": ("cpu/kernels.cpp", "if (full < count) masked(full, count - full);", "if (full + 1 < count) masked(full, count - full - 1);"),
     "padding counted as logits": (
-        "cpu/kernels.cpp", "W::load(x + j, count, -std::numeric_limits<float>::infinity(), v);", "W::load(x + j, count, 0.0f, v);",
+        "cpu/kernels.cpp", "buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));", "buffer + W::kPack, static_cast<E>(0));",
     ),
+    "target counted among the others": ("cpu/kernels.cpp", "const bool inside = hole >= 0 && hole < full;", "const bool inside = false;"),
     "rows assumed to be dense": ("cpu/kernels.cpp", "row * in.row_stride", "row * in.classes"),
-    "upstream gradient of the first row for all": ("cpu/kernels.cpp", "[row * upstream_stride]", "[0]"),
+    "upstream gradient of the first row for all": ("cpu/kernels.cpp", "upstream[row * stride]", "upstream[0]"),
     "ignored rows not skipped": ("cpu/kernels.cpp", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),
 }  # fmt: skip
 

@@ -204,6 +204,38 @@ def test_long_rows_accumulate_without_drift(dtype: torch.dtype) -> None:
     assert s.mean_logprob.item() == pytest.approx(-math.log(classes), rel=1e-7)
 
 
+@pytest.mark.parametrize("outlier", [30.0, 1000.0])
+def test_variance_survives_an_outlier(outlier: float) -> None:
+    """Σt²/n − mean² cancels when the maximum lies far from the rest: 7e-5 off for one logit of 30."""
+    x = torch.randn(4, 32000)
+    x[:, 5] = outlier
+    s = objkern.row_statistics(x, torch.tensor([0, 5, 31999, 7]))
+    torch.testing.assert_close(s.logit_variance.double(), x.double().var(-1, correction=0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("classes", [8191, 8192, 8193, 16384, 20000, 40961])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_several_segments(dtype: torch.dtype, classes: int) -> None:
+    """Long rows are collected in pieces that merge: the maximum in any of them, −inf in one, a whole one excluded."""
+    z, _ = random_rows(5, classes, dtype)
+    z[0, -1], z[1, 0], z[2, classes // 2] = 20.0, 20.0, 20.0
+    z[3, 100:7000] = -torch.inf
+    z[4, : max(8192, classes - 50)] = -torch.inf if classes > 8250 else 0.0
+    y = torch.tensor([classes - 1, 1, classes // 2, 50, classes - 1])
+    found = []
+    for backend, x in (("cpu", z), ("reference", z.double())):
+        x = x.clone().requires_grad_()
+        s = torch.stack(objkern.row_statistics(x, y, backend=backend))
+        loss = objkern.parse(EVERY_TERM)(x, y, backend=backend)
+        s.nan_to_num(0.0, 0.0, 0.0).mean(0).sum().backward(retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, x)
+        found.append((s.detach().double(), x.grad.double(), gradient.double()))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=tolerance, atol=1e-6)
+
+
 # ---- masked classes -------------------------------------------------------------------------------------------------
 
 

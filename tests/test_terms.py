@@ -55,7 +55,7 @@ def test_derive_by_hand() -> None:
     """z = (0, log 2, log 3), target 2: p = (1, 2, 3)/6; the others are (0, log 2), M = log 2, S = 3/2."""
     half = math.log(0.5)
     centred = [
-        math.log(2), 1.5, 0.5 * half, half, half**2, half**2,  # max, Σe, Σe·t, Σt, Σt², Σz²
+        math.log(2), 1.5, 0.5 * half, half, half**2 / 2, half**2,  # max, Σe, Σe·t, Σt, Σ(z − mean)², Σz²
         2.0, half, 0.0, 0.0, 3.0, math.log(3), 1.0, 1.0,  # Σw, Σw·t, soft, soft, classes, z_y, w_y, is max
     ]  # fmt: skip
     found = Statistics(*_C.derive(centred, False))

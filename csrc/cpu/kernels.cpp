@@ -8,7 +8,8 @@
 //   1. the maximum of the segment;  2. its sums relative to that;  3. the segments merge, in order.
 //
 // Then the row epilogue of objective.h runs for a tile of rows, one row per lane, and the gradient is written from the
-// logits. The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the epilogue.
+// logits. The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the
+// epilogue.
 #include "kernels.h"
 
 #include <ATen/Parallel.h>
@@ -26,9 +27,9 @@ static_assert(sizeof(Centred<double>) == kCentred * sizeof(double));
 static_assert(sizeof(Statistics<double>) == kStatistics * sizeof(double));
 static_assert(sizeof(RowGradient<double>) == kRowGradient * sizeof(double));
 
-constexpr int64_t kGrain = 16384;    // elements that are worth a task of their own
-constexpr int64_t kSegment = 8192;   // elements that are summed in the accumulation type before they join float64 sums
-constexpr int64_t kTile = 16;        // rows that share an epilogue
+constexpr int64_t kGrain = 16384;   // elements that are worth a task of their own
+constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
+constexpr int64_t kTile = 16;       // rows that share an epilogue
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -53,9 +54,13 @@ struct Tile {
   }
 };
 
-bool ignored(const Rows& in, int64_t row) { return in.target != nullptr && in.target[row] == in.ignore_index; }
+bool ignored(const Rows& in, int64_t row) {
+  return in.target != nullptr && in.target[row] == in.ignore_index;
+}
 
-int64_t label(const Rows& in, int64_t row) { return in.target == nullptr ? -1 : in.target[row]; }
+int64_t label(const Rows& in, int64_t row) {
+  return in.target == nullptr ? -1 : in.target[row];
+}
 
 template <class A>
 double label_weight(const Rows& in, int64_t row) {
@@ -73,8 +78,8 @@ void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, T
 
 template <class A>
 void store_row_gradient(const Rows& in, const RowGradient<Vec<double>>& g, int64_t row, int64_t count, A* out) {
-  const int fields = kFieldsOfDepth[static_cast<int>(
-      depth_of(in.reads, in.class_weight != nullptr, in.dense_target != nullptr))];
+  const int fields =
+      kFieldsOfDepth[static_cast<int>(depth_of(in.reads, in.class_weight != nullptr, in.dense_target != nullptr))];
   for (int k = 0; k < fields; ++k) scatter(in, (&g.max)[k], row, count, out + k * in.rows + row);
 }
 
@@ -96,7 +101,8 @@ void epilogue(const Rows& in, const Program& program, const Tile& tile, int64_t 
     Statistics<V> partials;
     for (int64_t k = 0; k < program.size; ++k) {
       const Term& term = program.terms[k];
-      const V value = term_value<V>(static_cast<TermKind>(term.kind), term.parameter, row_weight, term.scale, s, partials);
+      const V value =
+          term_value<V>(static_cast<TermKind>(term.kind), term.parameter, row_weight, term.scale, s, partials);
       scatter(in, value, first, n, values + k * in.rows + first);
     }
     double* free = values + program.size * in.rows + first;
@@ -158,10 +164,14 @@ struct Wide {
   template <class E>
   Piece at_depth(const E* z, int64_t count, int64_t hole) const {
     switch (depth) {
-      case Depth::kPlain: return sums<Depth::kPlain>(z, count, hole);
-      case Depth::kEntropy: return sums<Depth::kEntropy>(z, count, hole);
-      case Depth::kSquare: return sums<Depth::kSquare>(z, count, hole);
-      case Depth::kFull: return sums<Depth::kFull>(z, count, hole);
+      case Depth::kPlain:
+        return sums<Depth::kPlain>(z, count, hole);
+      case Depth::kEntropy:
+        return sums<Depth::kEntropy>(z, count, hole);
+      case Depth::kSquare:
+        return sums<Depth::kSquare>(z, count, hole);
+      case Depth::kFull:
+        return sums<Depth::kFull>(z, count, hole);
     }
     return {};
   }
@@ -218,7 +228,7 @@ struct Wide {
 
     // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
     const V m(max), zero(A(0)), one(A(1));
-    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), tt_sum(A(0)), zz_sum(A(0)), counted(A(0));
+    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), zz_sum(A(0)), counted(A(0));
     const auto add = [&](const V& v) {
       const V t = v - m, e = exp_nonpositive(t);
       e_sum = e_sum + e;
@@ -227,7 +237,6 @@ struct Wide {
         t_sum = t_sum + t;
       }
       if constexpr (kSquares) zz_sum = at::vec::fmadd(v, v, zz_sum);
-      if constexpr (kDepth == Depth::kFull) tt_sum = at::vec::fmadd(t, t, tt_sum);
     };
     const auto add_masked = [&](int64_t j, int64_t size) {
       typename W::Pack v;
@@ -239,33 +248,55 @@ struct Wide {
         e_sum = e_sum + e;
         et_sum = at::vec::fmadd(e, t, et_sum);
         t_sum = t_sum + t;
-        tt_sum = at::vec::fmadd(t, t, tt_sum);
         zz_sum = at::vec::fmadd(finite, finite, zz_sum);
         counted = counted + V::blendv(one, zero, out);
       }
     };
+    const auto whole = [&](const auto& one_pack, const auto& one_masked) {
+      if (excluded) {
+        for (int64_t j = 0; j < count; j += W::kPack) one_masked(j, std::min(W::kPack, count - j));
+      } else {
+        over(count, hole, one_pack, one_masked);
+      }
+    };
     int64_t fast = 0;
-    if (excluded) {
-      for (int64_t j = 0; j < count; j += W::kPack) add_masked(j, std::min(W::kPack, count - j));
-    } else {
-      over(
-          count, hole,
-          [&](int64_t j) {
-            typename W::Pack v;
-            W::load(z + j, v);
-            for (int k = 0; k < W::kVectors; ++k) add(v[k]);
-            if constexpr (kCounts) fast += W::kPack;
-          },
-          add_masked);
-    }
+    whole(
+        [&](int64_t j) {
+          typename W::Pack v;
+          W::load(z + j, v);
+          for (int k = 0; k < W::kVectors; ++k) add(v[k]);
+          if constexpr (kCounts) fast += W::kPack;
+        },
+        add_masked);
     Piece piece;
     piece.max = max;
     piece.sum_e = horizontal_sum(e_sum);
     piece.sum_et = horizontal_sum(et_sum);
     piece.sum_t = horizontal_sum(t_sum);
-    piece.sum_tt = horizontal_sum(tt_sum);
     piece.sum_zz = horizontal_sum(zz_sum);
     piece.classes = kCounts ? static_cast<double>(fast) + horizontal_sum(counted) : 1;  // 1: not empty
+    if constexpr (kDepth == Depth::kFull) {  // pass 3: the spread about the mean, which pass 2 did not know
+      const V mean(static_cast<A>(piece.sum_t / piece.classes));
+      V spread(A(0));
+      whole(
+          [&](int64_t j) {
+            typename W::Pack v;
+            W::load(z + j, v);
+            for (int k = 0; k < W::kVectors; ++k) {
+              const V d = v[k] - m - mean;
+              spread = at::vec::fmadd(d, d, spread);
+            }
+          },
+          [&](int64_t j, int64_t size) {
+            typename W::Pack v;
+            load_masked(z, j, size, hole, v);
+            for (int k = 0; k < W::kVectors; ++k) {
+              const V d = V::blendv(difference(v[k], m) - mean, zero, is_minus_inf(v[k]));
+              spread = at::vec::fmadd(d, d, spread);
+            }
+          });
+      piece.sum_dd = horizontal_sum(spread);
+    }
     return piece;
   }
 
@@ -280,12 +311,11 @@ struct Wide {
     c.sum_e = others.sum_e;
     c.sum_et = others.sum_et;
     c.sum_t = others.sum_t;
-    c.sum_tt = others.sum_tt;
+    c.sum_dd = others.sum_dd;
     c.sum_zz = others.sum_zz;
     const double z = target_z(row);
     c.target = z == kInfinity ? std::numeric_limits<double>::quiet_NaN() : z;  // as for any other class of +inf
-    c.target_is_max =
-        y >= 0 && (alone || z > others.max || (z == others.max && first_index_of(row, others.max) > y));
+    c.target_is_max = y >= 0 && (alone || z > others.max || (z == others.max && first_other_of(row, others.max) > y));
     const bool no_target = z == -kInfinity;
     const double own = y >= 0;
     const bool infinite_terms = !in.masked && others.classes + own != static_cast<double>(n);
@@ -297,13 +327,6 @@ struct Wide {
     if (!in.masked && alone && no_target) c.sum_e = std::numeric_limits<double>::quiet_NaN();
     if (weight != nullptr || in.dense_target != nullptr) add_weighted(c, row, infinite_terms);
     return c;
-  }
-
-  int64_t first_index_of(int64_t row, double z) const {
-    const T* x = logits(row);
-    int64_t j = 0;
-    while (j < n && !(static_cast<double>(transform(static_cast<A>(x[j]))) == z)) ++j;
-    return j;
   }
 
   // The sums over class weights and a dense target. With `infinite_terms`, −inf logits are numbers: they make the sum
@@ -367,10 +390,18 @@ struct Wide {
   // Classes [begin, end) of a row's gradient; begin is a multiple of the pack.
   void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
     switch (depth) {
-      case Depth::kPlain: write_simple<Depth::kPlain>(row, g, upstream, begin, end, out); break;
-      case Depth::kEntropy: write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out); break;
-      case Depth::kSquare: write_simple<Depth::kSquare>(row, g, upstream, begin, end, out); break;
-      case Depth::kFull: write_full(row, g, upstream, begin, end, out); break;
+      case Depth::kPlain:
+        write_simple<Depth::kPlain>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kEntropy:
+        write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kSquare:
+        write_simple<Depth::kSquare>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kFull:
+        write_full(row, g, upstream, begin, end, out);
+        break;
     }
     const int64_t y = label(in, row);
     if (y >= begin && y < end) {
@@ -401,7 +432,8 @@ struct Wide {
   template <Depth kDepth>
   void write_simple(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
     const A gain = transform.cap == A(0) ? upstream * transform.gain : upstream;
-    const V m(g.max), exp_1(g.exp_1 * gain), exp_t(g.exp_t * gain), const_1(g.const_1 * gain), const_z(g.const_z * gain);
+    const V m(g.max), exp_1(g.exp_1 * gain), exp_t(g.exp_t * gain), const_1(g.const_1 * gain),
+        const_z(g.const_z * gain);
     const T* x = logits(row);
     const bool plain = transform.identity;
     const auto step = [&](typename W::Pack& v) {
@@ -467,13 +499,16 @@ template <class F>
 void with_types(const Rows& in, const F& f) {
   const bool dense_as_logits = in.dense_target == nullptr || in.dense_dtype == in.dtype;
   switch (in.dtype) {
-    case DType::kFloat32: return f.template operator()<float, float>();
-    case DType::kFloat64: return f.template operator()<double, double>();
+    case DType::kFloat32:
+      return f.template operator()<float, float>();
+    case DType::kFloat64:
+      return f.template operator()<double, double>();
     case DType::kBFloat16:
       return dense_as_logits ? f.template operator()<c10::BFloat16, c10::BFloat16>()
                              : f.template operator()<c10::BFloat16, float>();
     case DType::kFloat16:
-      return dense_as_logits ? f.template operator()<c10::Half, c10::Half>() : f.template operator()<c10::Half, float>();
+      return dense_as_logits ? f.template operator()<c10::Half, c10::Half>()
+                             : f.template operator()<c10::Half, float>();
   }
 }
 
@@ -482,7 +517,9 @@ int64_t rows_per_tile(const Rows& in) {  // as many rows as the second-level cac
 }
 
 // Few long rows: fewer than keep every thread busy, each of several segments.
-bool split_rows(const Rows& in) { return in.rows < 4 * at::get_num_threads() && in.classes >= 2 * kSegment; }
+bool split_rows(const Rows& in) {
+  return in.rows < 4 * at::get_num_threads() && in.classes >= 2 * kSegment;
+}
 
 // Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
 template <class K, class F>
@@ -623,8 +660,8 @@ void gradient_door(const Rows& in, const void* row_gradient, const void* upstrea
 #define OBJKERN_STRING_OF(x) #x
 #define OBJKERN_STRING(x) OBJKERN_STRING_OF(x)
 extern const Doors table;
-const Doors table = {OBJKERN_STRING(OBJKERN_VARIANT), statistics_door, objective_door, fused_door,
-                     chain_door,                      gradient_door};
+const Doors table = {
+    OBJKERN_STRING(OBJKERN_VARIANT), statistics_door, objective_door, fused_door, chain_door, gradient_door};
 
 }  // namespace OBJKERN_VARIANT
 }  // namespace objkern::cpu

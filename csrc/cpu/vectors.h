@@ -48,8 +48,12 @@ inline Vec<A> is_minus_inf(const Vec<A>& z) {
 }
 
 // Where exp(t) is 0 in the accumulation type, a bounded t: 0·(−inf) would be NaN.
-inline Vec<float> clamp_exponent(const Vec<float>& t) { return at::vec::clamp_min(t, Vec<float>(-88.02f)); }
-inline Vec<double> clamp_exponent(const Vec<double>& t) { return at::vec::clamp_min(t, Vec<double>(-800.0)); }
+inline Vec<float> clamp_exponent(const Vec<float>& t) {
+  return at::vec::clamp_min(t, Vec<float>(-88.02f));
+}
+inline Vec<double> clamp_exponent(const Vec<double>& t) {
+  return at::vec::clamp_min(t, Vec<double>(-800.0));
+}
 
 // exp(t) for t ≤ 0 or NaN, within 1 ulp; exactly 0 below −87.7, where float32 has only subnormals left.
 // exp(t) = 2^n exp(r) with |r| ≤ log(2)/2; n is read off the bits of t·log2(e) + 1.5·2^23, and n = −127 makes 2^n = 0.
@@ -73,7 +77,9 @@ inline Vec<float> exp_nonpositive(const Vec<float>& t_) {
   return p * at::vec::cast<float>(exponent);
 }
 
-inline Vec<double> exp_nonpositive(const Vec<double>& t) { return t.exp(); }
+inline Vec<double> exp_nonpositive(const Vec<double>& t) {
+  return t.exp();
+}
 
 template <class A>
 inline double horizontal_sum(const Vec<A>& v) {
