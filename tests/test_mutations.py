@@ -20,15 +20,15 @@ FAULTS = {
     ),
     "no entropy gradient": ("objective.h", "g.exp_t = g.exp_t - f.entropy * r;", ""),
     "pieces merged without rescaling": ("objective.h", "sum.sum_e += factor * low.sum_e;", "sum.sum_e += low.sum_e;"),
-    "maximum not subtracted": ("cpu/kernels.cpp", "const V t = v - m, e = exp_nonpositive(t);", "const V t = v, e = exp_nonpositive(t);"),
-    "tail off by one": ("cpu/kernels.cpp", "if (full < count) masked(full, count - full);", "if (full + 1 < count) masked(full, count - full - 1);"),
+    "maximum not subtracted": ("cpu/wide.h", "const V t = v - m, e = exp_nonpositive(t);", "const V t = v, e = exp_nonpositive(t);"),
+    "tail off by one": ("cpu/wide.h", "if (full < count) masked(full, count - full);", "if (full + 1 < count) masked(full, count - full - 1);"),
     "padding counted as logits": (
-        "cpu/kernels.cpp", "buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));", "buffer + W::kPack, static_cast<E>(0));",
+        "cpu/wide.h", "buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));", "buffer + W::kPack, static_cast<E>(0));",
     ),
-    "target counted among the others": ("cpu/kernels.cpp", "const bool inside = hole >= 0 && hole < full;", "const bool inside = false;"),
-    "rows assumed to be dense": ("cpu/kernels.cpp", "row * in.row_stride", "row * in.classes"),
+    "target counted among the others": ("cpu/wide.h", "const bool inside = hole >= 0 && hole < full;", "const bool inside = false;"),
+    "rows assumed to be dense": ("cpu/wide.h", "row * in.row_stride", "row * in.classes"),
     "upstream gradient of the first row for all": ("cpu/kernels.cpp", "upstream[row * stride]", "upstream[0]"),
-    "ignored rows not skipped": ("cpu/kernels.cpp", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),
+    "ignored rows not skipped": ("cpu/tile.h", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),
 }  # fmt: skip
 
 

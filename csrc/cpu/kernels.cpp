@@ -1,15 +1,10 @@
-// The CPU kernels for rows of more than a few classes; narrow.h has the others. Compiled once per instruction set:
+// The doors of the CPU backend: who works on which rows. Compiled once per instruction set:
 //
 //   g++ -O3 -std=c++20 -I$TORCH/include -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -DOBJKERN_VARIANT=avx2
 //       -mavx2 -mfma -mf16c -c csrc/cpu/kernels.cpp
 //
-// A row is collected in segments that stay in the first-level cache:
-//
-//   1. the maximum of the segment;  2. its sums relative to that;  3. the segments merge, in order.
-//
-// Then the row epilogue of objective.h runs for a tile of rows, one row per lane, and the gradient is written from the
-// logits. The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the
-// epilogue.
+// Rows of few classes lie one per lane (narrow.h), the others fill vectors by themselves (wide.h); the sums of a tile
+// of rows pass through the row epilogue (tile.h), and the gradient is written from the logits.
 #include "kernels.h"
 
 #include <ATen/Parallel.h>
@@ -17,482 +12,16 @@
 #include <cstring>
 #include <vector>
 
+#include "narrow.h"
+#include "tile.h"
 #include "vectors.h"
+#include "wide.h"
 
 namespace objkern::cpu {
 inline namespace OBJKERN_VARIANT {
 namespace {
 
-static_assert(sizeof(Centred<double>) == kCentred * sizeof(double));
-static_assert(sizeof(Statistics<double>) == kStatistics * sizeof(double));
-static_assert(sizeof(RowGradient<double>) == kRowGradient * sizeof(double));
-
-constexpr int64_t kGrain = 16384;   // elements that are worth a task of their own
-constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
-constexpr int64_t kTile = 16;       // rows that share an epilogue
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// ---- the row epilogue, for a tile of rows -----------------------------------------------------------------------
-
-// What the passes collect for kTile rows, field by field. Lanes of rows that are not there hold harmless numbers.
-struct Tile {
-  alignas(64) double field[kCentred][kTile];
-
-  Tile() {
-    Centred<double> harmless;
-    harmless.sum_e = harmless.classes = 1;
-    for (int64_t lane = 0; lane < kTile; ++lane) set(lane, harmless);
-  }
-  void set(int64_t lane, const Centred<double>& c) {
-    for (int k = 0; k < kCentred; ++k) field[k][lane] = (&c.max)[k];
-  }
-  Centred<Vec<double>> lanes(int64_t first) const {
-    Centred<Vec<double>> c;
-    for (int k = 0; k < kCentred; ++k) (&c.max)[k] = Vec<double>::loadu(&field[k][first]);
-    return c;
-  }
-};
-
-bool ignored(const Rows& in, int64_t row) {
-  return in.target != nullptr && in.target[row] == in.ignore_index;
-}
-
-int64_t label(const Rows& in, int64_t row) {
-  return in.target == nullptr ? -1 : in.target[row];
-}
-
-template <class A>
-double label_weight(const Rows& in, int64_t row) {
-  if (in.class_weight == nullptr || in.target == nullptr || ignored(in, row)) return 1.0;
-  return static_cast<double>(static_cast<const A*>(in.class_weight)[in.target[row]]);
-}
-
-// Writes a field of the lanes [first, first + count) to consecutive rows, and 0 to the ignored ones.
-template <class To>
-void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, To* out) {
-  alignas(64) double lanes[Vec<double>::size()];
-  v.store(lanes);
-  for (int64_t i = 0; i < count; ++i) out[i] = ignored(in, row + i) ? To(0) : static_cast<To>(lanes[i]);
-}
-
-template <class A>
-void store_row_gradient(const Rows& in, const RowGradient<Vec<double>>& g, int64_t row, int64_t count, A* out) {
-  const int fields =
-      kFieldsOfDepth[static_cast<int>(depth_of(in.reads, in.class_weight != nullptr, in.dense_target != nullptr))];
-  for (int k = 0; k < fields; ++k) scatter(in, (&g.max)[k], row, count, out + k * in.rows + row);
-}
-
-// Values of the terms and coefficients of the gradient for rows [row, row + count).
-template <class A>
-void epilogue(const Rows& in, const Program& program, const Tile& tile, int64_t row, int64_t count, double* values,
-              A* row_gradient) {
-  using V = Vec<double>;
-  const bool dense = in.dense_target != nullptr;
-  for (int64_t lane = 0; lane < count; lane += V::size()) {
-    const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
-    alignas(64) double weights[V::size()] = {};
-    for (int64_t i = 0; i < n; ++i) weights[i] = label_weight<A>(in, first + i);
-    const V row_weight = V::loadu(weights);
-
-    const Centred<V> c = tile.lanes(lane);
-    const Odds<V> odds(c);
-    const Statistics<V> s = derive(c, odds, dense);
-    Statistics<V> partials;
-    for (int64_t k = 0; k < program.size; ++k) {
-      const Term& term = program.terms[k];
-      const V value =
-          term_value<V>(static_cast<TermKind>(term.kind), term.parameter, row_weight, term.scale, s, partials);
-      scatter(in, value, first, n, values + k * in.rows + first);
-    }
-    double* free = values + program.size * in.rows + first;
-    scatter(in, s.lse, first, n, free);
-    scatter(in, c.target_is_max, first, n, free + in.rows);
-    scatter(in, odds.p_target, first, n, free + 2 * in.rows);
-    store_row_gradient(in, chain(c, odds, s, partials, in.reads, dense, in.class_weight != nullptr), first, n,
-                       row_gradient);
-  }
-}
-
-// ---- collecting a segment ---------------------------------------------------------------------------------------
-
-// T: the logits; D: the dense target, T or the accumulation type.
-template <class T, class D>
-struct Wide {
-  using W = Walk<T>;
-  using A = typename W::A;
-  using V = Vec<A>;
-  using Element = T;
-
-  const Rows& in;
-  const Transform<A> transform;
-  const int64_t n;
-  const A* const weight;
-  const Depth depth;
-  std::vector<A> scratch;  // z of a segment, where it is not the logit itself
-
-  explicit Wide(const Rows& rows)
-      : in(rows),
-        transform(rows.logit_scale, rows.softcap, rows.unscaled),
-        n(rows.classes),
-        weight(static_cast<const A*>(rows.class_weight)),
-        depth(depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr)),
-        scratch(transform.identity ? 0 : kSegment) {}
-
-  const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
-  const D* dense(int64_t row) const { return static_cast<const D*>(in.dense_target) + row * in.dense_stride; }
-  A target_z(int64_t row) const {
-    const int64_t y = label(in, row);
-    return y < 0 ? -std::numeric_limits<A>::infinity() : transform(static_cast<A>(logits(row)[y]));
-  }
-
-  int64_t segments() const { return (n + kSegment - 1) / kSegment; }
-
-  // Sums over a segment of z, whose element `hole` (if it is one of them) is left out.
-  Piece collect_segment(int64_t row, int64_t segment) {
-    const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
-    const T* x = logits(row) + begin;
-    if (transform.identity) return at_depth(x, count, hole);
-    typename W::Pack v;
-    for (int64_t j = 0; j < count; j += W::kPack) {
-      W::load(x + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), v);
-      for (int k = 0; k < W::kVectors; ++k) transform(v[k]).store(scratch.data() + j + k * W::kLanes);
-    }
-    return at_depth(static_cast<const A*>(scratch.data()), count, hole);
-  }
-
-  template <class E>
-  Piece at_depth(const E* z, int64_t count, int64_t hole) const {
-    switch (depth) {
-      case Depth::kPlain:
-        return sums<Depth::kPlain>(z, count, hole);
-      case Depth::kEntropy:
-        return sums<Depth::kEntropy>(z, count, hole);
-      case Depth::kSquare:
-        return sums<Depth::kSquare>(z, count, hole);
-      case Depth::kFull:
-        return sums<Depth::kFull>(z, count, hole);
-    }
-    return {};
-  }
-
-  // f_fast(j) for the full packs without the hole, in order; f_masked(j, count) for the pack with the hole, and the
-  // tail. For 70 elements, packs of 16 and the hole at 20: fast 0, 32, 48; masked 16 and (64, 6).
-  template <class Fast, class Masked>
-  static void over(int64_t count, int64_t hole, const Fast& fast, const Masked& masked) {
-    const int64_t full = count / W::kPack * W::kPack;
-    const bool inside = hole >= 0 && hole < full;
-    const int64_t hole_pack = inside ? hole / W::kPack * W::kPack : full;
-    int64_t j = 0;
-    for (; j < hole_pack; j += W::kPack) fast(j);
-    if (inside) {
-      masked(j, W::kPack);
-      for (j += W::kPack; j < full; j += W::kPack) fast(j);
-    }
-    if (full < count) masked(full, count - full);
-  }
-
-  // A pack with −inf at the hole and past the end.
-  template <class E>
-  static void load_masked(const E* z, int64_t j, int64_t count, int64_t hole, typename W::Pack& v) {
-    alignas(64) E buffer[W::kPack];
-    std::copy(z + j, z + j + count, buffer);
-    std::fill(buffer + count, buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));
-    if (hole >= j && hole < j + count) buffer[hole - j] = static_cast<E>(-std::numeric_limits<float>::infinity());
-    W::load(buffer, v);
-  }
-
-  template <Depth kDepth, class E>
-  Piece sums(const E* z, int64_t count, int64_t hole) const {
-    constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
-    // Pass 1. A NaN may get lost here; it comes back in the sum.
-    V high = minus_inf<A>(), low(std::numeric_limits<A>::infinity());
-    over(
-        count, hole,
-        [&](int64_t j) {
-          typename W::Pack v;
-          W::load(z + j, v);
-          for (int k = 0; k < W::kVectors; ++k) {
-            high = at::vec::clamp_min(v[k], high);
-            if constexpr (kCounts) low = at::vec::clamp_max(v[k], low);
-          }
-        },
-        [&](int64_t j, int64_t size) {
-          typename W::Pack v;
-          load_masked(z, j, size, hole, v);
-          for (int k = 0; k < W::kVectors; ++k) high = at::vec::clamp_min(v[k], high);
-        });
-    A max = horizontal_max(high);
-    const bool excluded = kCounts && !(horizontal_min(low) > -std::numeric_limits<A>::infinity());
-    if (max == -std::numeric_limits<A>::infinity()) return {};
-
-    // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
-    const V m(max), zero(A(0)), one(A(1));
-    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), zz_sum(A(0)), counted(A(0));
-    const auto add = [&](const V& v) {
-      const V t = v - m, e = exp_nonpositive(t);
-      e_sum = e_sum + e;
-      if constexpr (kCounts) {
-        et_sum = at::vec::fmadd(e, t, et_sum);
-        t_sum = t_sum + t;
-      }
-      if constexpr (kSquares) zz_sum = at::vec::fmadd(v, v, zz_sum);
-    };
-    const auto add_masked = [&](int64_t j, int64_t size) {
-      typename W::Pack v;
-      load_masked(z, j, size, hole, v);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V out = is_minus_inf(v[k]);
-        const V t = V::blendv(difference(v[k], m), zero, out), e = V::blendv(exp_nonpositive(t), zero, out);
-        const V finite = V::blendv(v[k], zero, out);
-        e_sum = e_sum + e;
-        et_sum = at::vec::fmadd(e, t, et_sum);
-        t_sum = t_sum + t;
-        zz_sum = at::vec::fmadd(finite, finite, zz_sum);
-        counted = counted + V::blendv(one, zero, out);
-      }
-    };
-    const auto whole = [&](const auto& one_pack, const auto& one_masked) {
-      if (excluded) {
-        for (int64_t j = 0; j < count; j += W::kPack) one_masked(j, std::min(W::kPack, count - j));
-      } else {
-        over(count, hole, one_pack, one_masked);
-      }
-    };
-    int64_t fast = 0;
-    whole(
-        [&](int64_t j) {
-          typename W::Pack v;
-          W::load(z + j, v);
-          for (int k = 0; k < W::kVectors; ++k) add(v[k]);
-          if constexpr (kCounts) fast += W::kPack;
-        },
-        add_masked);
-    Piece piece;
-    piece.max = max;
-    piece.sum_e = horizontal_sum(e_sum);
-    piece.sum_et = horizontal_sum(et_sum);
-    piece.sum_t = horizontal_sum(t_sum);
-    piece.sum_zz = horizontal_sum(zz_sum);
-    piece.classes = kCounts ? static_cast<double>(fast) + horizontal_sum(counted) : 1;  // 1: not empty
-    if constexpr (kDepth == Depth::kFull) {  // pass 3: the spread about the mean, which pass 2 did not know
-      const V mean(static_cast<A>(piece.sum_t / piece.classes));
-      V spread(A(0));
-      whole(
-          [&](int64_t j) {
-            typename W::Pack v;
-            W::load(z + j, v);
-            for (int k = 0; k < W::kVectors; ++k) {
-              const V d = v[k] - m - mean;
-              spread = at::vec::fmadd(d, d, spread);
-            }
-          },
-          [&](int64_t j, int64_t size) {
-            typename W::Pack v;
-            load_masked(z, j, size, hole, v);
-            for (int k = 0; k < W::kVectors; ++k) {
-              const V d = V::blendv(difference(v[k], m) - mean, zero, is_minus_inf(v[k]));
-              spread = at::vec::fmadd(d, d, spread);
-            }
-          });
-      piece.sum_dd = horizontal_sum(spread);
-    }
-    return piece;
-  }
-
-  // ---- a whole row ----------------------------------------------------------------------------------------------
-
-  // From the merged pieces of a row to its centred sums.
-  Centred<double> centre(int64_t row, const Piece& others) const {
-    const int64_t y = label(in, row);
-    const bool alone = others.classes == 0;
-    Centred<double> c;
-    c.max = others.max;
-    c.sum_e = others.sum_e;
-    c.sum_et = others.sum_et;
-    c.sum_t = others.sum_t;
-    c.sum_dd = others.sum_dd;
-    c.sum_zz = others.sum_zz;
-    const double z = target_z(row);
-    c.target = z == kInfinity ? std::numeric_limits<double>::quiet_NaN() : z;  // as for any other class of +inf
-    c.target_is_max = y >= 0 && (alone || z > others.max || (z == others.max && first_other_of(row, others.max) > y));
-    const bool no_target = z == -kInfinity;
-    const double own = y >= 0;
-    const bool infinite_terms = !in.masked && others.classes + own != static_cast<double>(n);
-    c.target_weight = y < 0 || (in.masked && no_target) ? 0.0 : label_weight<A>(in, row);
-    c.classes = in.masked ? others.classes + !no_target : static_cast<double>(n);
-    c.sum_w = in.masked ? others.classes : static_cast<double>(n) - own;
-    // As numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax.
-    c.sum_wt = infinite_terms ? -kInfinity : c.sum_t;
-    if (!in.masked && alone && no_target) c.sum_e = std::numeric_limits<double>::quiet_NaN();
-    if (weight != nullptr || in.dense_target != nullptr) add_weighted(c, row, infinite_terms);
-    return c;
-  }
-
-  // The sums over class weights and a dense target. With `infinite_terms`, −inf logits are numbers: they make the sum
-  // infinite, or NaN under a factor of 0, as they do in torch.
-  void add_weighted(Centred<double>& c, int64_t row, bool infinite_terms) const {
-    const int64_t y = label(in, row);
-    const T* x = logits(row);
-    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
-    const V m(static_cast<A>(c.max)), zero(A(0)), one(A(1));
-    double sum_w = 0, sum_wt = 0, sum_q = 0, sum_qt = 0;
-    for (int64_t begin = 0; begin < n; begin += kSegment) {
-      V w_sum(A(0)), wt_sum(A(0)), q_sum(A(0)), qt_sum(A(0));
-      const int64_t end = std::min(begin + kSegment, n);
-      for (int64_t j = begin; j < end; j += W::kPack) {
-        const int64_t count = std::min(W::kPack, end - j);
-        typename W::Pack v, w, q;
-        load_masked(x, j, count, y, v);
-        for (int k = 0; k < W::kVectors; ++k) w[k] = one;
-        if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
-        if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
-        for (int k = 0; k < W::kVectors; ++k) {
-          const V z = transform(v[k]), out = is_minus_inf(z);
-          const V t = V::blendv(difference(z, m), zero, out), wk = V::blendv(w[k], zero, out);
-          w_sum = w_sum + wk;
-          wt_sum = at::vec::fmadd(wk, t, wt_sum);
-          if (q_row != nullptr) {
-            q_sum = at::vec::fmadd(wk, q[k], q_sum);
-            qt_sum = at::vec::fmadd(wk * q[k], t, qt_sum);
-          }
-        }
-      }
-      sum_w += horizontal_sum(w_sum);
-      sum_wt += horizontal_sum(wt_sum);
-      sum_q += horizontal_sum(q_sum);
-      sum_qt += horizontal_sum(qt_sum);
-    }
-    for (int64_t j = 0; infinite_terms && j < n; ++j) {
-      if (j == y || static_cast<A>(x[j]) != -std::numeric_limits<A>::infinity()) continue;
-      const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[j]);
-      const double q = q_row == nullptr ? 0.0 : static_cast<double>(q_row[j]);
-      sum_w += w;
-      sum_wt += w * -kInfinity;
-      sum_q += w * q;
-      const bool lifted = in.smoothed && q == 0;  // the smoothed share stands in sum_wt
-      if (q_row != nullptr && !lifted) sum_qt += w * q * -kInfinity;
-    }
-    c.sum_w = sum_w;
-    c.sum_wt = sum_wt;
-    c.sum_q = sum_q;
-    c.sum_qt = sum_qt;
-  }
-
-  // ---- the gradient ---------------------------------------------------------------------------------------------
-
-  RowGradient<A> coefficients(const A* row_gradient, int64_t row) const {
-    RowGradient<A> g;
-    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k) (&g.max)[k] = row_gradient[k * in.rows + row];
-    return g;
-  }
-
-  // Classes [begin, end) of a row's gradient; begin is a multiple of the pack.
-  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
-    switch (depth) {
-      case Depth::kPlain:
-        write_simple<Depth::kPlain>(row, g, upstream, begin, end, out);
-        break;
-      case Depth::kEntropy:
-        write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out);
-        break;
-      case Depth::kSquare:
-        write_simple<Depth::kSquare>(row, g, upstream, begin, end, out);
-        break;
-      case Depth::kFull:
-        write_full(row, g, upstream, begin, end, out);
-        break;
-    }
-    const int64_t y = label(in, row);
-    if (y >= begin && y < end) {
-      const A z = target_z(row);
-      const bool excluded = in.masked && z == -std::numeric_limits<A>::infinity();
-      out[y] = excluded ? T(0) : static_cast<T>(g.target_grad * upstream * transform.slope(z));
-    }
-    if (depth == Depth::kFull && g.max_grad != 0) {
-      // The subgradient of the maximum goes to its first place among the others, where t = 0 and e = 1.
-      const int64_t place = first_other_of(row, g.max);
-      if (place < begin || place >= end) return;
-      const A w = weight == nullptr ? A(1) : weight[place];
-      A d = g.exp_1 + g.const_1 + g.const_z * g.max + g.max_grad + g.const_w * w;
-      if (in.dense_target != nullptr) d += g.const_q * w * static_cast<A>(dense(row)[place]);
-      out[place] = static_cast<T>(d * upstream * transform.slope(g.max));
-    }
-  }
-
-  int64_t first_other_of(int64_t row, double z) const {
-    const T* x = logits(row);
-    const int64_t y = label(in, row);
-    int64_t j = 0;
-    while (j < n && (j == y || !(static_cast<double>(transform(static_cast<A>(x[j]))) == z))) ++j;
-    return j;
-  }
-
-  // Without weights and dense targets; the upstream gradient is folded into the coefficients.
-  template <Depth kDepth>
-  void write_simple(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
-    const A gain = transform.cap == A(0) ? upstream * transform.gain : upstream;
-    const V m(g.max), exp_1(g.exp_1 * gain), exp_t(g.exp_t * gain), const_1(g.const_1 * gain),
-        const_z(g.const_z * gain);
-    const T* x = logits(row);
-    const bool plain = transform.identity;
-    const auto step = [&](typename W::Pack& v) {
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V z = plain ? v[k] : transform(v[k]);
-        const V t = clamp_exponent(z - m), e = exp_nonpositive(t);
-        V d;
-        if constexpr (kDepth == Depth::kPlain) {
-          d = e * exp_1;
-        } else {
-          d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
-          if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
-        }
-        if (transform.cap != A(0)) d = d * transform.slope(z);
-        // As a number, −inf has no probability and no square: what is left is the constant.
-        if constexpr (kDepth != Depth::kPlain) d = in.masked ? zero_at_minus_inf(d, z) : d;
-        v[k] = d;
-      }
-    };
-    int64_t j = begin;
-    typename W::Pack v;
-    for (; j + W::kPack <= end; j += W::kPack) {
-      W::load(x + j, v);
-      step(v);
-      W::store(out + j, v);
-    }
-    if (j < end) {
-      W::load(x + j, end - j, 0.0f, v);
-      step(v);
-      W::store(out + j, end - j, v);
-    }
-  }
-
-  void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
-    const T* x = logits(row);
-    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
-    const V m(g.max), u(upstream), zero(A(0)), one(A(1));
-    for (int64_t j = begin; j < end; j += W::kPack) {
-      const int64_t count = std::min(W::kPack, end - j);
-      typename W::Pack v, w, q;
-      W::load(x + j, count, 0.0f, v);
-      for (int k = 0; k < W::kVectors; ++k) w[k] = one;
-      if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
-      if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V z = transform(v[k]), out_of = is_minus_inf(z), finite = V::blendv(z, zero, out_of);
-        const V t = V::blendv(difference(z, m), zero, out_of), e = V::blendv(exp_nonpositive(t), zero, out_of);
-        V d = e * at::vec::fmadd(V(g.exp_t), clamp_exponent(t), V(g.exp_1));
-        d = d + at::vec::fmadd(V(g.const_t), t, V(g.const_1)) + V(g.const_z) * finite + V(g.const_w) * w[k];
-        if (q_row != nullptr) d = at::vec::fmadd(V(g.const_q) * w[k], q[k], d);
-        d = d * u * transform.slope(finite);
-        v[k] = in.masked ? V::blendv(d, zero, out_of) : d;
-      }
-      W::store(out + j, count, v);
-    }
-  }
-};
-
-// ---- doors ------------------------------------------------------------------------------------------------------
+constexpr int64_t kGrain = 16384;  // elements that are worth a task of their own
 
 // f(wide kernel or narrow kernel type) with the element types of a batch.
 template <class F>
@@ -521,9 +50,21 @@ bool split_rows(const Rows& in) {
   return in.rows < 4 * at::get_num_threads() && in.classes >= 2 * kSegment;
 }
 
+// f(narrow kernel, row, count) for every group of rows.
+template <class T, class F>
+void over_groups(const Rows& in, const F& f) {
+  constexpr int64_t kLanes = Narrow<T>::kLanes;
+  at::parallel_for(0, (in.rows + kLanes - 1) / kLanes, std::max<int64_t>(1, kGrain / (kLanes * in.classes)),
+                   [&](int64_t begin, int64_t end) {
+                     Narrow<T> kernel(in);
+                     for (int64_t i = begin; i < end; ++i)
+                       f(kernel, i * kLanes, std::min(kLanes, in.rows - i * kLanes));
+                   });
+}
+
 // Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
 template <class K, class F>
-void collect(const Rows& in, const F& consume) {
+void collect_wide(const Rows& in, const F& consume) {
   if (!split_rows(in)) {
     const int64_t rows = rows_per_tile(in);
     const int64_t tiles = (in.rows + rows - 1) / rows;
@@ -562,6 +103,20 @@ void collect(const Rows& in, const F& consume) {
   }
 }
 
+// Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
+template <class T, class D, class F>
+void collect(const Rows& in, const F& consume) {
+  if (narrow(in)) {
+    over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+      Tile tile;
+      kernel.collect(row, count, tile);
+      consume(kernel, tile, row, count);
+    });
+  } else {
+    collect_wide<Wide<T, D>>(in, consume);
+  }
+}
+
 template <class K>
 void write_row(const K& kernel, const typename K::A* row_gradient, typename K::A upstream, int64_t row, int64_t begin,
                int64_t end, typename K::Element* gradient) {
@@ -574,8 +129,8 @@ void write_row(const K& kernel, const typename K::A* row_gradient, typename K::A
 }
 
 template <class K>
-void write_all(const Rows& in, const typename K::A* row_gradient, const typename K::A* upstream, int64_t stride,
-               typename K::Element* gradient) {
+void write_wide(const Rows& in, const typename K::A* row_gradient, const typename K::A* upstream, int64_t stride,
+                typename K::Element* gradient) {
   const int64_t segments = split_rows(in) ? (in.classes + kSegment - 1) / kSegment : 1;
   const int64_t size = segments == 1 ? in.classes : kSegment;
   at::parallel_for(0, in.rows * segments, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
@@ -589,14 +144,16 @@ void write_all(const Rows& in, const typename K::A* row_gradient, const typename
 
 void statistics_door(const Rows& in, double* centred, double* statistics) {
   with_types(in, [&]<class T, class D>() {
-    collect<Wide<T, D>>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+    collect<T, D>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
       using V = Vec<double>;
       for (int64_t lane = 0; lane < count; lane += V::size()) {
         const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
         const Centred<V> c = tile.lanes(lane);
         const Statistics<V> s = derive(c, Odds<V>(c), in.dense_target != nullptr);
-        for (int k = 0; k < kCentred; ++k) scatter(in, (&c.max)[k], first, n, centred + k * in.rows + first);
-        for (int k = 0; k < kStatistics; ++k) scatter(in, (&s.logprob)[k], first, n, statistics + k * in.rows + first);
+        const bool some = any_ignored(in, first, n);
+        for (int k = 0; k < kCentred; ++k) scatter(in, (&c.max)[k], first, n, some, centred + k * in.rows + first);
+        for (int k = 0; k < kStatistics; ++k)
+          scatter(in, (&s.logprob)[k], first, n, some, statistics + k * in.rows + first);
       }
     });
   });
@@ -604,31 +161,43 @@ void statistics_door(const Rows& in, double* centred, double* statistics) {
 
 void objective_door(const Rows& in, const Program& program, double* values, void* row_gradient) {
   with_types(in, [&]<class T, class D>() {
-    using A = typename Wide<T, D>::A;
-    collect<Wide<T, D>>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+    using A = typename Walk<T>::A;
+    collect<T, D>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, static_cast<A*>(row_gradient));
     });
   });
 }
 
-void fused_door(const Rows& in, const Program& program, double* values, void* row_gradient_, void* gradient) {
+// What was just collected, written while it is in the cache: the rows of a tile, and the group that a kernel has in
+// hand.
+template <class T, class D, class A>
+void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
+  for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient);
+}
+template <class T, class D, class A>
+void write_tile(Narrow<T>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
+  const A one(1);
+  kernel.write(row, count, row_gradient, &one, 0, gradient);
+}
+
+void fused_door(const Rows& in, const Program& program, double* values, void* row_gradient_, void* gradient_) {
   with_types(in, [&]<class T, class D>() {
-    using A = typename Wide<T, D>::A;
+    using A = typename Walk<T>::A;
     A* row_gradient = static_cast<A*>(row_gradient_);
+    T* gradient = static_cast<T*>(gradient_);
     const A one(1);
-    const bool split = split_rows(in);
-    collect<Wide<T, D>>(in, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
+    const bool later = !narrow(in) && split_rows(in);  // a split row is not in one thread's cache
+    collect<T, D>(in, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, row_gradient);
-      for (int64_t i = 0; i < count && !split; ++i)
-        write_row(kernel, row_gradient, one, row + i, 0, in.classes, static_cast<T*>(gradient));
+      if (!later) write_tile<T, D>(kernel, row_gradient, row, count, gradient);
     });
-    if (split) write_all<Wide<T, D>>(in, row_gradient, &one, 0, static_cast<T*>(gradient));
+    if (later) write_wide<Wide<T, D>>(in, row_gradient, &one, 0, gradient);
   });
 }
 
 void chain_door(const Rows& in, const double* centred, const double* partials, void* row_gradient) {
   with_types(in, [&]<class T, class D>() {
-    using A = typename Wide<T, D>::A;
+    using A = typename Walk<T>::A;
     using V = Vec<double>;
     at::parallel_for(0, (in.rows + kTile - 1) / kTile, 64, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * kTile; row < std::min(end * kTile, in.rows); row += V::size()) {
@@ -640,18 +209,26 @@ void chain_door(const Rows& in, const double* centred, const double* partials, v
         const Odds<V> odds(c);
         const bool dense = in.dense_target != nullptr;
         store_row_gradient(in, chain(c, odds, derive(c, odds, dense), f, in.reads, dense, in.class_weight != nullptr),
-                           row, n, static_cast<A*>(row_gradient));
+                           row, n, any_ignored(in, row, n), static_cast<A*>(row_gradient));
       }
     });
   });
 }
 
-void gradient_door(const Rows& in, const void* row_gradient, const void* upstream, int64_t upstream_stride,
-                   void* gradient) {
+void gradient_door(const Rows& in, const void* row_gradient_, const void* upstream_, int64_t upstream_stride,
+                   void* gradient_) {
   with_types(in, [&]<class T, class D>() {
-    using A = typename Wide<T, D>::A;
-    write_all<Wide<T, D>>(in, static_cast<const A*>(row_gradient), static_cast<const A*>(upstream), upstream_stride,
-                          static_cast<T*>(gradient));
+    using A = typename Walk<T>::A;
+    const A *row_gradient = static_cast<const A*>(row_gradient_), *upstream = static_cast<const A*>(upstream_);
+    T* gradient = static_cast<T*>(gradient_);
+    if (narrow(in)) {
+      over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+        kernel.load(row, count);
+        kernel.write(row, count, row_gradient, upstream + row * upstream_stride, upstream_stride, gradient);
+      });
+    } else {
+      write_wide<Wide<T, D>>(in, row_gradient, upstream, upstream_stride, gradient);
+    }
   });
 }
 

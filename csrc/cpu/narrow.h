@@ -1,0 +1,188 @@
+// Rows of few classes (token and sequence classification): several rows per vector, one in each lane, so that nothing
+// is wasted on tails. A group of rows is turned on its side, classes outermost; then every step is a loop over classes.
+#pragma once
+
+#include "kernels.h"
+#include "tile.h"
+#include "vectors.h"
+
+namespace objkern::cpu {
+inline namespace OBJKERN_VARIANT {
+namespace {
+
+constexpr int64_t kNarrow = 64;  // classes at most: beyond, a row fills vectors by itself
+
+inline bool narrow(const Rows& in) {
+  return in.classes <= kNarrow && in.class_weight == nullptr && in.dense_target == nullptr;
+}
+
+template <class T>
+struct Narrow {
+  using A = typename Walk<T>::A;
+  using V = Vec<A>;
+  static constexpr int64_t kLanes = V::size();
+
+  const Rows& in;
+  const Transform<A> transform;
+  const int64_t n;
+  const Depth depth;
+  alignas(64) A z[kNarrow][kLanes];  // of the group in hand
+  alignas(64) A labels[kLanes];      // −1: no target, or an ignored row
+  bool any_ignored = false;
+
+  explicit Narrow(const Rows& rows)
+      : in(rows), transform(rows.logit_scale, rows.softcap, rows.unscaled), n(rows.classes), depth(depth_of(rows)) {}
+
+  // Rows [row, row + count), count ≤ kLanes; the lanes past them hold zeros.
+  void load(int64_t row, int64_t count) {
+    any_ignored = false;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const bool there = lane < count, skip = there && ignored(in, row + lane);
+      any_ignored |= skip;
+      labels[lane] = there && !skip ? static_cast<A>(label(in, row + lane)) : A(-1);
+      if (there && !skip) {
+        const T* x = static_cast<const T*>(in.logits) + (row + lane) * in.row_stride;
+        for (int64_t j = 0; j < n; ++j) z[j][lane] = static_cast<A>(x[j]);
+      } else {
+        for (int64_t j = 0; j < n; ++j) z[j][lane] = 0;
+      }
+    }
+    if (transform.identity) return;
+    for (int64_t j = 0; j < n; ++j) transform(V::loadu(z[j])).store(z[j]);
+  }
+
+  void collect(int64_t row, int64_t count, Tile& tile) {
+    load(row, count);
+    switch (depth) {
+      case Depth::kPlain:
+        return collect_at<Depth::kPlain>(tile);
+      case Depth::kEntropy:
+        return collect_at<Depth::kEntropy>(tile);
+      case Depth::kSquare:
+        return collect_at<Depth::kSquare>(tile);
+      case Depth::kFull:
+        return collect_at<Depth::kFull>(tile);
+    }
+  }
+
+  template <Depth kDepth>
+  void collect_at(Tile& tile) const {
+    constexpr bool kCounts = kDepth >= Depth::kEntropy;
+    const V zero(A(0)), one(A(1)), low = minus_inf<A>(), y = V::loadu(labels);
+    // The maximum of the others, and of those before the target: ties go to the first.
+    V target = low, before = low, high = low;
+    for (int64_t j = 0; j < n; ++j) {
+      const V v = V::loadu(z[j]), class_j(static_cast<A>(j)), own = y == class_j;
+      const V others = V::blendv(v, low, own);
+      target = V::blendv(target, v, own);
+      high = at::vec::clamp_min(others, high);
+      before = V::blendv(before, at::vec::clamp_min(v, before), class_j < y);
+    }
+    const V alone = is_minus_inf(high), max = V::blendv(high, zero, alone);
+
+    V e_sum = zero, et_sum = zero, t_sum = zero, zz_sum = zero, found = zero;
+    for (int64_t j = 0; j < n; ++j) {
+      const V v = V::blendv(V::loadu(z[j]), low, y == V(static_cast<A>(j)));
+      if constexpr (!kCounts) {
+        e_sum = e_sum + exp_nonpositive(v - max);
+      } else {
+        const V out = is_minus_inf(v), t = V::blendv(difference(v, max), zero, out);
+        const V e = V::blendv(exp_nonpositive(t), zero, out), finite = V::blendv(v, zero, out);
+        e_sum = e_sum + e;
+        et_sum = at::vec::fmadd(e, t, et_sum);
+        t_sum = t_sum + t;
+        if constexpr (kDepth >= Depth::kSquare) zz_sum = at::vec::fmadd(finite, finite, zz_sum);
+        found = found + V::blendv(one, zero, out);
+      }
+    }
+    V spread = zero;
+    if constexpr (kDepth == Depth::kFull) {
+      const V mean = V::blendv(t_sum / found, zero, found == zero);
+      for (int64_t j = 0; j < n; ++j) {
+        const V v = V::blendv(V::loadu(z[j]), low, y == V(static_cast<A>(j)));
+        const V d = V::blendv(difference(v, max) - mean, zero, is_minus_inf(v));
+        spread = at::vec::fmadd(d, d, spread);
+      }
+    }
+
+    const V no_target = is_minus_inf(target), own = V::blendv(one, zero, y < zero), all(static_cast<A>(n));
+    Centred<V> c;
+    c.max = max;
+    c.sum_e = e_sum;
+    c.sum_et = et_sum;
+    c.sum_t = t_sum;
+    c.sum_dd = spread;
+    c.sum_zz = zz_sum;
+    // A logit of +inf has no softmax: NaN, as for any other class.
+    c.target =
+        V::blendv(target, V(std::numeric_limits<A>::quiet_NaN()), target == V(std::numeric_limits<A>::infinity()));
+    const V tie = V::blendv(one, zero, before == high);
+    c.target_is_max = V::blendv(V::blendv(V::blendv(zero, tie, target == high), one, high < target), zero, y < zero);
+    if (in.masked) {
+      c.target_weight = V::blendv(own, zero, no_target);
+      c.classes = found + V::blendv(one, zero, no_target);
+      c.sum_w = found;
+      c.sum_wt = t_sum;
+    } else {  // as numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax
+      c.target_weight = own;
+      c.classes = all;
+      c.sum_w = all - own;
+      c.sum_wt = kCounts ? V::blendv(low, t_sum, found + own == all) : zero;
+      const V none = V::blendv(zero, one, alone) * V::blendv(zero, one, no_target);
+      c.sum_e = V::blendv(e_sum, V(std::numeric_limits<A>::quiet_NaN()), none == one);
+    }
+    alignas(64) A lanes[kLanes];
+    for (int k = 0; k < kCentred; ++k) {
+      (&c.max)[k].store(lanes);
+      for (int64_t lane = 0; lane < kLanes; ++lane) tile.field[k][lane] = static_cast<double>(lanes[lane]);
+    }
+  }
+
+  // The gradient of rows [row, row + count), which `load` has in hand.
+  void write(int64_t row, int64_t count, const A* row_gradient, const A* upstream, int64_t stride, T* gradient) {
+    RowGradient<V> g;
+    alignas(64) A lanes[kLanes] = {};
+    const int fields = kFieldsOfDepth[static_cast<int>(depth)];
+    for (int k = 0; k < fields; ++k) {
+      const A* from = row_gradient + k * in.rows + row;
+      std::copy(from, from + count, lanes);
+      (&g.max)[k] = V::loadu(lanes);
+    }
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = upstream[lane * stride];
+    const V u = V::loadu(lanes), y = V::loadu(labels), zero(A(0));
+    const bool capped = transform.cap != A(0);
+    V unplaced(A(1));  // the maximum's share goes to its first place among the others
+    for (int64_t j = 0; j < n; ++j) {
+      const V v = V::loadu(z[j]), own = y == V(static_cast<A>(j)), out = is_minus_inf(v);
+      const V t = clamp_exponent(v - g.max), e = exp_nonpositive(t);
+      V d = e * g.exp_1;
+      if (depth != Depth::kPlain) {
+        const V finite = V::blendv(v, zero, out), linear = V::blendv(difference(v, g.max), zero, out);
+        d = e * at::vec::fmadd(g.exp_t, t, g.exp_1) + g.const_1 + g.const_z * finite + g.const_t * linear;
+        if (depth == Depth::kFull) {
+          const V here = V::blendv(V::blendv(zero, unplaced, v == g.max), zero, own);
+          d = at::vec::fmadd(g.max_grad, here, d);
+          unplaced = unplaced - here;
+        }
+      }
+      d = V::blendv(d, g.target_grad, own);
+      d = d * u;
+      if (capped) d = d * V::blendv(transform.slope(v), V(transform.gain), out);
+      if (in.masked) d = V::blendv(d, zero, out);
+      if (!capped && transform.gain != A(1)) d = d * V(transform.gain);
+      d.store(z[j]);
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+      T* to = gradient + (row + lane) * n;
+      if (any_ignored && ignored(in, row + lane)) {
+        std::fill(to, to + n, T(0));
+      } else {
+        for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(z[j][lane]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace OBJKERN_VARIANT
+}  // namespace objkern::cpu

@@ -1,0 +1,398 @@
+// Rows that fill vectors by themselves. A row is collected in segments that stay in the first-level cache:
+//
+//   1. the maximum of the segment;  2. its sums relative to that;  3. the segments merge, in order.
+//
+// The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the epilogue.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "tile.h"
+#include "vectors.h"
+
+namespace objkern::cpu {
+inline namespace OBJKERN_VARIANT {
+namespace {
+
+constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
+
+// T: the logits; D: the dense target, T or the accumulation type.
+template <class T, class D>
+struct Wide {
+  using W = Walk<T>;
+  using A = typename W::A;
+  using V = Vec<A>;
+  using Element = T;
+
+  const Rows& in;
+  const Transform<A> transform;
+  const int64_t n;
+  const A* const weight;
+  const Depth depth;
+  std::vector<A> scratch;  // z of a segment, where it is not the logit itself
+
+  explicit Wide(const Rows& rows)
+      : in(rows),
+        transform(rows.logit_scale, rows.softcap, rows.unscaled),
+        n(rows.classes),
+        weight(static_cast<const A*>(rows.class_weight)),
+        depth(depth_of(rows)),
+        scratch(transform.identity ? 0 : kSegment) {}
+
+  const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
+  const D* dense(int64_t row) const { return static_cast<const D*>(in.dense_target) + row * in.dense_stride; }
+  A target_z(int64_t row) const {
+    const int64_t y = label(in, row);
+    return y < 0 ? -std::numeric_limits<A>::infinity() : transform(static_cast<A>(logits(row)[y]));
+  }
+
+  int64_t segments() const { return (n + kSegment - 1) / kSegment; }
+
+  // Sums over a segment of z, whose element `hole` (if it is one of them) is left out.
+  Piece collect_segment(int64_t row, int64_t segment) {
+    const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
+    const T* x = logits(row) + begin;
+    if (transform.identity) return at_depth(x, count, hole);
+    typename W::Pack v;
+    for (int64_t j = 0; j < count; j += W::kPack) {
+      W::load(x + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), v);
+      for (int k = 0; k < W::kVectors; ++k) transform(v[k]).store(scratch.data() + j + k * W::kLanes);
+    }
+    return at_depth(static_cast<const A*>(scratch.data()), count, hole);
+  }
+
+  template <class E>
+  Piece at_depth(const E* z, int64_t count, int64_t hole) const {
+    switch (depth) {
+      case Depth::kPlain:
+        return sums<Depth::kPlain>(z, count, hole);
+      case Depth::kEntropy:
+        return sums<Depth::kEntropy>(z, count, hole);
+      case Depth::kSquare:
+        return sums<Depth::kSquare>(z, count, hole);
+      case Depth::kFull:
+        return sums<Depth::kFull>(z, count, hole);
+    }
+    return {};
+  }
+
+  // f_fast(j) for the full packs without the hole, in order; f_masked(j, count) for the pack with the hole, and the
+  // tail. For 70 elements, packs of 16 and the hole at 20: fast 0, 32, 48; masked 16 and (64, 6).
+  template <class Fast, class Masked>
+  static void over(int64_t count, int64_t hole, const Fast& fast, const Masked& masked) {
+    const int64_t full = count / W::kPack * W::kPack;
+    const bool inside = hole >= 0 && hole < full;
+    const int64_t hole_pack = inside ? hole / W::kPack * W::kPack : full;
+    int64_t j = 0;
+    for (; j < hole_pack; j += W::kPack) fast(j);
+    if (inside) {
+      masked(j, W::kPack);
+      for (j += W::kPack; j < full; j += W::kPack) fast(j);
+    }
+    if (full < count) masked(full, count - full);
+  }
+
+  // A pack with −inf at the hole and past the end.
+  template <class E>
+  static void load_masked(const E* z, int64_t j, int64_t count, int64_t hole, typename W::Pack& v) {
+    alignas(64) E buffer[W::kPack];
+    std::copy(z + j, z + j + count, buffer);
+    std::fill(buffer + count, buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));
+    if (hole >= j && hole < j + count) buffer[hole - j] = static_cast<E>(-std::numeric_limits<float>::infinity());
+    W::load(buffer, v);
+  }
+
+  template <Depth kDepth, class E>
+  Piece sums(const E* z, int64_t count, int64_t hole) const {
+    constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
+    // Pass 1. A NaN may get lost here; it comes back in the sum.
+    V high = minus_inf<A>(), low(std::numeric_limits<A>::infinity());
+    over(
+        count, hole,
+        [&](int64_t j) {
+          typename W::Pack v;
+          W::load(z + j, v);
+          for (int k = 0; k < W::kVectors; ++k) {
+            high = at::vec::clamp_min(v[k], high);
+            if constexpr (kCounts) low = at::vec::clamp_max(v[k], low);
+          }
+        },
+        [&](int64_t j, int64_t size) {
+          typename W::Pack v;
+          load_masked(z, j, size, hole, v);
+          for (int k = 0; k < W::kVectors; ++k) high = at::vec::clamp_min(v[k], high);
+        });
+    A max = horizontal_max(high);
+    const bool excluded = kCounts && !(horizontal_min(low) > -std::numeric_limits<A>::infinity());
+    if (max == -std::numeric_limits<A>::infinity()) return {};
+
+    // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
+    const V m(max), zero(A(0)), one(A(1));
+    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), zz_sum(A(0)), counted(A(0));
+    const auto add = [&](const V& v) {
+      const V t = v - m, e = exp_nonpositive(t);
+      e_sum = e_sum + e;
+      if constexpr (kCounts) {
+        et_sum = at::vec::fmadd(e, t, et_sum);
+        t_sum = t_sum + t;
+      }
+      if constexpr (kSquares) zz_sum = at::vec::fmadd(v, v, zz_sum);
+    };
+    const auto add_masked = [&](int64_t j, int64_t size) {
+      typename W::Pack v;
+      load_masked(z, j, size, hole, v);
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V out = is_minus_inf(v[k]);
+        const V t = V::blendv(difference(v[k], m), zero, out), e = V::blendv(exp_nonpositive(t), zero, out);
+        const V finite = V::blendv(v[k], zero, out);
+        e_sum = e_sum + e;
+        et_sum = at::vec::fmadd(e, t, et_sum);
+        t_sum = t_sum + t;
+        zz_sum = at::vec::fmadd(finite, finite, zz_sum);
+        counted = counted + V::blendv(one, zero, out);
+      }
+    };
+    const auto whole = [&](const auto& one_pack, const auto& one_masked) {
+      if (excluded) {
+        for (int64_t j = 0; j < count; j += W::kPack) one_masked(j, std::min(W::kPack, count - j));
+      } else {
+        over(count, hole, one_pack, one_masked);
+      }
+    };
+    int64_t fast = 0;
+    whole(
+        [&](int64_t j) {
+          typename W::Pack v;
+          W::load(z + j, v);
+          for (int k = 0; k < W::kVectors; ++k) add(v[k]);
+          if constexpr (kCounts) fast += W::kPack;
+        },
+        add_masked);
+    Piece piece;
+    piece.max = max;
+    piece.sum_e = horizontal_sum(e_sum);
+    piece.sum_et = horizontal_sum(et_sum);
+    piece.sum_t = horizontal_sum(t_sum);
+    piece.sum_zz = horizontal_sum(zz_sum);
+    piece.classes = kCounts ? static_cast<double>(fast) + horizontal_sum(counted) : 1;  // 1: not empty
+    if constexpr (kDepth == Depth::kFull) {  // pass 3: the spread about the mean, which pass 2 did not know
+      const V mean(static_cast<A>(piece.sum_t / piece.classes));
+      V spread(A(0));
+      whole(
+          [&](int64_t j) {
+            typename W::Pack v;
+            W::load(z + j, v);
+            for (int k = 0; k < W::kVectors; ++k) {
+              const V d = v[k] - m - mean;
+              spread = at::vec::fmadd(d, d, spread);
+            }
+          },
+          [&](int64_t j, int64_t size) {
+            typename W::Pack v;
+            load_masked(z, j, size, hole, v);
+            for (int k = 0; k < W::kVectors; ++k) {
+              const V d = V::blendv(difference(v[k], m) - mean, zero, is_minus_inf(v[k]));
+              spread = at::vec::fmadd(d, d, spread);
+            }
+          });
+      piece.sum_dd = horizontal_sum(spread);
+    }
+    return piece;
+  }
+
+  // ---- a whole row ----------------------------------------------------------------------------------------------
+
+  // From the merged pieces of a row to its centred sums.
+  Centred<double> centre(int64_t row, const Piece& others) const {
+    const int64_t y = label(in, row);
+    const bool alone = others.classes == 0;
+    Centred<double> c;
+    c.max = others.max;
+    c.sum_e = others.sum_e;
+    c.sum_et = others.sum_et;
+    c.sum_t = others.sum_t;
+    c.sum_dd = others.sum_dd;
+    c.sum_zz = others.sum_zz;
+    const double z = target_z(row);
+    c.target = z == kInfinity ? std::numeric_limits<double>::quiet_NaN() : z;  // as for any other class of +inf
+    c.target_is_max = y >= 0 && (alone || z > others.max || (z == others.max && first_other_of(row, others.max) > y));
+    const bool no_target = z == -kInfinity;
+    const double own = y >= 0;
+    const bool infinite_terms = !in.masked && others.classes + own != static_cast<double>(n);
+    c.target_weight = y < 0 || (in.masked && no_target) ? 0.0 : label_weight<A>(in, row);
+    c.classes = in.masked ? others.classes + !no_target : static_cast<double>(n);
+    c.sum_w = in.masked ? others.classes : static_cast<double>(n) - own;
+    // As numbers, −inf logits make Σ log p_j infinite, and a row of nothing else has no softmax.
+    c.sum_wt = infinite_terms ? -kInfinity : c.sum_t;
+    if (!in.masked && alone && no_target) c.sum_e = std::numeric_limits<double>::quiet_NaN();
+    if (weight != nullptr || in.dense_target != nullptr) add_weighted(c, row, infinite_terms);
+    return c;
+  }
+
+  // The sums over class weights and a dense target. With `infinite_terms`, −inf logits are numbers: they make the sum
+  // infinite, or NaN under a factor of 0, as they do in torch.
+  void add_weighted(Centred<double>& c, int64_t row, bool infinite_terms) const {
+    const int64_t y = label(in, row);
+    const T* x = logits(row);
+    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
+    const V m(static_cast<A>(c.max)), zero(A(0)), one(A(1));
+    double sum_w = 0, sum_wt = 0, sum_q = 0, sum_qt = 0;
+    for (int64_t begin = 0; begin < n; begin += kSegment) {
+      V w_sum(A(0)), wt_sum(A(0)), q_sum(A(0)), qt_sum(A(0));
+      const int64_t end = std::min(begin + kSegment, n);
+      for (int64_t j = begin; j < end; j += W::kPack) {
+        const int64_t count = std::min(W::kPack, end - j);
+        typename W::Pack v, w, q;
+        load_masked(x, j, count, y, v);
+        for (int k = 0; k < W::kVectors; ++k) w[k] = one;
+        if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
+        if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
+        for (int k = 0; k < W::kVectors; ++k) {
+          const V z = transform(v[k]), out = is_minus_inf(z);
+          const V t = V::blendv(difference(z, m), zero, out), wk = V::blendv(w[k], zero, out);
+          w_sum = w_sum + wk;
+          wt_sum = at::vec::fmadd(wk, t, wt_sum);
+          if (q_row != nullptr) {
+            q_sum = at::vec::fmadd(wk, q[k], q_sum);
+            qt_sum = at::vec::fmadd(wk * q[k], t, qt_sum);
+          }
+        }
+      }
+      sum_w += horizontal_sum(w_sum);
+      sum_wt += horizontal_sum(wt_sum);
+      sum_q += horizontal_sum(q_sum);
+      sum_qt += horizontal_sum(qt_sum);
+    }
+    for (int64_t j = 0; infinite_terms && j < n; ++j) {
+      if (j == y || static_cast<A>(x[j]) != -std::numeric_limits<A>::infinity()) continue;
+      const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[j]);
+      const double q = q_row == nullptr ? 0.0 : static_cast<double>(q_row[j]);
+      sum_w += w;
+      sum_wt += w * -kInfinity;
+      sum_q += w * q;
+      const bool lifted = in.smoothed && q == 0;  // the smoothed share stands in sum_wt
+      if (q_row != nullptr && !lifted) sum_qt += w * q * -kInfinity;
+    }
+    c.sum_w = sum_w;
+    c.sum_wt = sum_wt;
+    c.sum_q = sum_q;
+    c.sum_qt = sum_qt;
+  }
+
+  // ---- the gradient ---------------------------------------------------------------------------------------------
+
+  RowGradient<A> coefficients(const A* row_gradient, int64_t row) const {
+    RowGradient<A> g;
+    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k) (&g.max)[k] = row_gradient[k * in.rows + row];
+    return g;
+  }
+
+  // Classes [begin, end) of a row's gradient; begin is a multiple of the pack.
+  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    switch (depth) {
+      case Depth::kPlain:
+        write_simple<Depth::kPlain>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kEntropy:
+        write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kSquare:
+        write_simple<Depth::kSquare>(row, g, upstream, begin, end, out);
+        break;
+      case Depth::kFull:
+        write_full(row, g, upstream, begin, end, out);
+        break;
+    }
+    const int64_t y = label(in, row);
+    if (y >= begin && y < end) {
+      const A z = target_z(row);
+      const bool excluded = in.masked && z == -std::numeric_limits<A>::infinity();
+      out[y] = excluded ? T(0) : static_cast<T>(g.target_grad * upstream * transform.slope(z));
+    }
+    if (depth == Depth::kFull && g.max_grad != 0) {
+      // The subgradient of the maximum goes to its first place among the others, where t = 0 and e = 1.
+      const int64_t place = first_other_of(row, g.max);
+      if (place < begin || place >= end) return;
+      const A w = weight == nullptr ? A(1) : weight[place];
+      A d = g.exp_1 + g.const_1 + g.const_z * g.max + g.max_grad + g.const_w * w;
+      if (in.dense_target != nullptr) d += g.const_q * w * static_cast<A>(dense(row)[place]);
+      out[place] = static_cast<T>(d * upstream * transform.slope(g.max));
+    }
+  }
+
+  int64_t first_other_of(int64_t row, double z) const {
+    const T* x = logits(row);
+    const int64_t y = label(in, row);
+    int64_t j = 0;
+    while (j < n && (j == y || !(static_cast<double>(transform(static_cast<A>(x[j]))) == z))) ++j;
+    return j;
+  }
+
+  // Without weights and dense targets; the upstream gradient is folded into the coefficients.
+  template <Depth kDepth>
+  void write_simple(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const A gain = transform.cap == A(0) ? upstream * transform.gain : upstream;
+    const V m(g.max), exp_1(g.exp_1 * gain), exp_t(g.exp_t * gain), const_1(g.const_1 * gain),
+        const_z(g.const_z * gain);
+    const T* x = logits(row);
+    const bool plain = transform.identity;
+    const auto step = [&](typename W::Pack& v) {
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V z = plain ? v[k] : transform(v[k]);
+        const V t = clamp_exponent(z - m), e = exp_nonpositive(t);
+        V d;
+        if constexpr (kDepth == Depth::kPlain) {
+          d = e * exp_1;
+        } else {
+          d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
+          if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
+        }
+        if (transform.cap != A(0)) d = d * transform.slope(z);
+        // As a number, −inf has no probability and no square: what is left is the constant.
+        if constexpr (kDepth != Depth::kPlain) d = in.masked ? zero_at_minus_inf(d, z) : d;
+        v[k] = d;
+      }
+    };
+    int64_t j = begin;
+    typename W::Pack v;
+    for (; j + W::kPack <= end; j += W::kPack) {
+      W::load(x + j, v);
+      step(v);
+      W::store(out + j, v);
+    }
+    if (j < end) {
+      W::load(x + j, end - j, 0.0f, v);
+      step(v);
+      W::store(out + j, end - j, v);
+    }
+  }
+
+  void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const T* x = logits(row);
+    const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
+    const V m(g.max), u(upstream), zero(A(0)), one(A(1));
+    for (int64_t j = begin; j < end; j += W::kPack) {
+      const int64_t count = std::min(W::kPack, end - j);
+      typename W::Pack v, w, q;
+      W::load(x + j, count, 0.0f, v);
+      for (int k = 0; k < W::kVectors; ++k) w[k] = one;
+      if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
+      if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V z = transform(v[k]), out_of = is_minus_inf(z), finite = V::blendv(z, zero, out_of);
+        const V t = V::blendv(difference(z, m), zero, out_of), e = V::blendv(exp_nonpositive(t), zero, out_of);
+        V d = e * at::vec::fmadd(V(g.exp_t), clamp_exponent(t), V(g.exp_1));
+        d = d + at::vec::fmadd(V(g.const_t), t, V(g.const_1)) + V(g.const_z) * finite + V(g.const_w) * w[k];
+        if (q_row != nullptr) d = at::vec::fmadd(V(g.const_q) * w[k], q[k], d);
+        d = d * u * transform.slope(finite);
+        v[k] = in.masked ? V::blendv(d, zero, out_of) : d;
+      }
+      W::store(out + j, count, v);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace OBJKERN_VARIANT
+}  // namespace objkern::cpu
