@@ -45,7 +45,10 @@ def kernel_objects(build_dir: Path) -> dict[Path, tuple[Path, list[str]]]:
     """Every torch-free object: path -> (source, flags)."""
     capabilities = chosen_capabilities()
     built = [f"-DOBJKERN_HAS_{name.upper()}" for name in capabilities]
-    objects = {build_dir / "dispatch.o": (ROOT / "csrc/cpu/dispatch.cpp", built)}
+    objects = {
+        build_dir / "dispatch.o": (ROOT / "csrc/cpu/dispatch.cpp", built),
+        build_dir / "buffers.o": (ROOT / "csrc/cpu/buffers.cpp", []),
+    }
     for name in capabilities:
         aten_name, machine = CAPABILITIES[name]
         variant = "baseline" if name == "default" else name

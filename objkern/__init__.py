@@ -6,6 +6,7 @@ loss.backward()
 """
 
 from .batch import set_validation
+from .buffers import buffer_limit, release_buffers, set_buffer_limit
 from .functional import cross_entropy, row_statistics
 from .objective import Objective, parse
 from .statistics import Statistics
@@ -38,9 +39,12 @@ __all__ = [
     "Statistics",
     "Unlikelihood",
     "ZLoss",
+    "buffer_limit",
     "cross_entropy",
     "custom",
     "parse",
+    "release_buffers",
     "row_statistics",
+    "set_buffer_limit",
     "set_validation",
 ]

@@ -52,11 +52,6 @@ const Doors* choose(const char* name) {
   return nullptr;
 }
 
-template <class A>
-double weight_of(const void* weights, int64_t y) {
-  return weights == nullptr ? 1.0 : static_cast<double>(static_cast<const A*>(weights)[y]);
-}
-
 }  // namespace
 
 const Doors* doors() {
@@ -71,16 +66,26 @@ TargetSummary summarize_targets(const Rows& rows) {
     summary.weight_sum = static_cast<double>(rows.rows);
     return summary;
   }
-  const auto weight = rows.dtype == DType::kFloat64 ? weight_of<double> : weight_of<float>;
+  // Without branches, for there may be many rows of few classes.
+  int64_t counted = 0, bad = 0;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const int64_t y = rows.target[row], counts = y != rows.ignore_index;
+    counted += counts;
+    bad |= counts & (static_cast<uint64_t>(y) >= static_cast<uint64_t>(rows.classes));
+  }
+  for (int64_t row = 0; bad != 0 && summary.bad_row < 0; ++row) {
+    const int64_t y = rows.target[row];
+    if (y != rows.ignore_index && (y < 0 || y >= rows.classes)) summary.bad_row = row;
+  }
+  summary.counted = counted;
+  summary.weight_sum = static_cast<double>(counted);
+  if (rows.class_weight == nullptr || bad != 0) return summary;
+  const auto* doubles = static_cast<const double*>(rows.class_weight);
+  const auto* floats = static_cast<const float*>(rows.class_weight);
+  summary.weight_sum = 0;
   for (int64_t row = 0; row < rows.rows; ++row) {
     const int64_t y = rows.target[row];
-    if (y == rows.ignore_index) continue;
-    if (y < 0 || y >= rows.classes) {
-      summary.bad_row = row;
-      return summary;
-    }
-    ++summary.counted;
-    summary.weight_sum += weight(rows.class_weight, y);
+    if (y != rows.ignore_index) summary.weight_sum += rows.dtype == DType::kFloat64 ? doubles[y] : floats[y];
   }
   return summary;
 }

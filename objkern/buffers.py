@@ -1,0 +1,27 @@
+"""The memory of large gradients, which is used again from step to step.
+
+Writing to memory fresh from the system costs several times what the kernel needs, for every page is first cleared and
+mapped. So when a gradient of at least 1 MiB on the CPU is freed, its memory is kept for the next one: at most two buffers, and
+at most an eighth of the machine's memory unless `set_buffer_limit` says otherwise.
+"""
+
+from __future__ import annotations
+
+from . import _C
+
+
+def buffer_limit() -> int:
+    """Bytes of freed gradients that may be kept."""
+    return _C.buffer_limit()
+
+
+def set_buffer_limit(bytes: int) -> None:
+    """Keep at most so many bytes of freed gradients; 0 keeps none and gives back what is kept."""
+    if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 0:
+        raise ValueError(f"bytes: expected an int >= 0 but got {bytes!r}")
+    _C.set_buffer_limit(bytes)
+
+
+def release_buffers() -> None:
+    """Give the memory of freed gradients back to the system."""
+    _C.release_buffers()

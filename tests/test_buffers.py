@@ -1,0 +1,88 @@
+"""The memory of large gradients is used again, and never while somebody holds it."""
+
+import pytest
+import torch
+
+import objkern
+from objkern import _C, CrossEntropy
+
+BIG = (300, 2000)  # 2.4 MB in float32
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    limit = objkern.buffer_limit()
+    objkern.release_buffers()
+    yield
+    objkern.set_buffer_limit(limit)
+    objkern.release_buffers()
+
+
+def gradient(z: torch.Tensor) -> torch.Tensor:
+    x = z.requires_grad_()
+    (g,) = torch.autograd.grad(CrossEntropy()(x, torch.zeros(len(x), dtype=torch.long)), x)
+    return g
+
+
+def test_a_freed_gradient_serves_the_next_one() -> None:
+    z = torch.randn(BIG)
+    first = gradient(z)
+    expected, place = first.clone(), first.data_ptr()
+    assert _C.kept_bytes() == 0
+    del first
+    assert _C.kept_bytes() >= z.nbytes
+    second = gradient(z)
+    assert second.data_ptr() == place
+    assert torch.equal(second, expected)
+    assert _C.kept_bytes() == 0
+
+
+def test_gradients_that_live_together_do_not_share() -> None:
+    z = torch.randn(BIG)
+    a, b = gradient(z), gradient(2 * z)
+    view = a[3]
+    kept = a.clone()
+    assert a.data_ptr() != b.data_ptr()
+    del a  # the view still holds the memory
+    c = gradient(3 * z)
+    assert torch.equal(view, kept[3])
+    assert c.data_ptr() not in (view.data_ptr(), b.data_ptr())
+
+
+def test_smaller_batches_fit_and_larger_ones_replace() -> None:
+    del_me = gradient(torch.randn(BIG))
+    place = del_me.data_ptr()
+    del del_me
+    small = gradient(torch.randn(200, 2000))
+    assert small.data_ptr() == place
+    del small
+    large = gradient(torch.randn(900, 2000))
+    assert _C.kept_bytes() == 0, "the one that was too small went back"
+    assert large.shape == (900, 2000)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    live = [gradient(torch.randn(BIG)) for _ in range(4)]
+    size = live[0].nbytes
+    del live
+    assert size * 2 <= _C.kept_bytes() <= 2 * (size + 4096)
+    objkern.set_buffer_limit(size)
+    assert _C.kept_bytes() <= size
+    objkern.set_buffer_limit(0)
+    gradient(torch.randn(BIG))
+    assert _C.kept_bytes() == 0
+    with pytest.raises(ValueError, match="bytes: expected an int >= 0 but got -1"):
+        objkern.set_buffer_limit(-1)
+
+
+def test_small_gradients_are_not_kept() -> None:
+    gradient(torch.randn(10, 10))
+    assert _C.kept_bytes() == 0
+
+
+def test_a_gradient_is_an_ordinary_tensor() -> None:
+    g = gradient(torch.randn(BIG))
+    copy = g.clone()
+    g.resize_(400, 2000)
+    assert torch.equal(g[:300], copy)
+    assert torch.equal(torch.from_numpy(g.numpy())[:300], copy)
