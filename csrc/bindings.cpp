@@ -68,6 +68,7 @@ struct Batch {
     rows.rows = logits.size(0);
     rows.classes = logits.size(1);
     rows.row_stride = logits.stride(0);
+    TORCH_CHECK(rows.classes > 0, "objkern: logits: expected at least one class but got ", logits_.sizes());
     rows.ignore_index = ignore_index;
     rows.softcap = softcap;
     rows.masked = masked;
@@ -169,6 +170,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
                                                          at::ArrayRef<double> coefficients, int64_t reduction_,
                                                          int64_t ignore_index, double softcap, bool masked,
                                                          bool empty_zero, bool with_gradient) {
+  TORCH_CHECK(0 <= reduction_ && reduction_ <= 2, "objkern: reduction: expected 0, 1 or 2 but got ", reduction_);
+  TORCH_CHECK(terms.size() == parameters.size() && terms.size() == coefficients.size(),
+              "objkern: expected a parameter and a coefficient for each of ", terms.size(), " terms");
+  TORCH_CHECK(!coefficient_tensor.has_value() ||
+                  coefficient_tensor->sizes() == at::IntArrayRef{static_cast<int64_t>(terms.size())},
+              "objkern: coefficient_tensor: expected one coefficient for each of ", terms.size(), " terms");
   const auto reduction = static_cast<Reduction>(reduction_);
   Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
   for (size_t k = 0; k < terms.size(); ++k) {

@@ -163,7 +163,10 @@ OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool 
   s.lse = L::select(L::less(o.d, R(0)), c.target + o.nlp_target, c.max + o.log_s + o.nlp_others);
   s.entropy = weighted(o.p_target, o.nlp_target) + weighted(o.p_others, o.nlp_others + o.log_s - mu);
   const auto alone = L::equal(c.sum_e, R(0));
-  s.max_logit = L::select(alone, c.target, L::select(L::less(c.max, c.target), c.target, c.max));
+  const R larger = L::select(L::less(c.target, c.max), c.max, c.target);  // NaN if the target's logit is
+  const R only =
+      L::select(L::equal(c.target, minus_infinity<R>()), R(std::numeric_limits<float>::quiet_NaN()), c.target);
+  s.max_logit = L::select(alone, only, L::select(L::equal(c.max, c.max), larger, c.max));
   s.mean_logit = c.max + mean_t;
   s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
   // The target joins the others as a second sample of size 1.
@@ -211,7 +214,7 @@ enum Reads : int64_t {
 OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
   switch (kind) {
     case TermKind::kCrossEntropy:
-      return (parameter != 1 ? kLogprob : 0) | (parameter != 0 ? kMeanLogprob : 0);
+      return kLogprob | (parameter != 0 ? kMeanLogprob : 0);
     case TermKind::kZLoss:
       return kLse;
     case TermKind::kMaxZLoss:
@@ -242,12 +245,9 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
   const R scale = R(scale_), p = R(parameter);
   switch (kind) {
     case TermKind::kCrossEntropy: {  // parameter: label smoothing ε
-      R value = R(0);
-      if (parameter != 1) {
-        const R hard = (R(1) - p) * row_weight;
-        value = value - hard * s.logprob;
-        grad.logprob = grad.logprob - scale * hard;
-      }
+      const R hard = (R(1) - p) * row_weight;
+      R value = R(0) - hard * s.logprob;
+      grad.logprob = grad.logprob - scale * hard;
       if (parameter != 0) {
         value = value - p * s.mean_logprob;
         grad.mean_logprob = grad.mean_logprob - scale * p;

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +52,10 @@ class Batch:
     def result_dtype(self) -> torch.dtype:
         return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
+    def wide(self) -> Batch:
+        """The same with logits of the result's dtype, for a gradient that is summed before it is rounded."""
+        return replace(self, logits=self.logits.to(self.result_dtype))
+
     def counted(self) -> Tensor | None:
         """(N) bool: the rows that are not ignored; None where all count."""
         return None if self.target is None or self.dense else self.target != self.ignore_index
@@ -91,19 +94,29 @@ def flatten(
         raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
     if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index: expected an int but got {describe(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits but got {ignore_index}")
+    if not isinstance(shift, int) or isinstance(shift, bool) or shift not in (0, 1):
+        raise ValueError(f"shift: expected 0 or 1 but got {shift!r}")
+    if not isinstance(rows or {}, dict):
+        raise TypeError(f"rows: expected a dict of tensors but got {describe(rows)}")
+    if validate not in (None, True, False):
+        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
     if normalizer is not None and reduction != "mean":
         raise ValueError(
             f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
         )
     target = _check_target(target, logits, class_dim)
     if shift:
-        target = _shifted(target, shape, shift, ignore_index)
+        target = _shifted(target, shape, int(ignore_index))
     if class_weight is not None:
         _check_same_device("class weight", class_weight, logits)
+        if class_weight.requires_grad:
+            raise ValueError("class weight: a constant here, so its gradient would be lost; pass weight.detach()")
         if class_weight.shape != (classes,):
             raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
-    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap: expected a number > 0 or None but got {softcap!r}")
+    if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):
+        raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {softcap!r}")
     return Batch(
         logits=logits.reshape(-1, classes),
         target=None if target is None else target.reshape(-1, *target.shape[len(shape) :]),
@@ -128,6 +141,8 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (..., V) but got a 0-dim tensor")
+    if not isinstance(class_dim, int) or isinstance(class_dim, bool):
+        raise TypeError(f"class_dim: expected an int but got {describe(class_dim)}")
     if not -logits.dim() <= class_dim < logits.dim():
         raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
     if class_dim not in (-1, logits.dim() - 1):
@@ -161,9 +176,7 @@ def _check_target(target: Tensor | None, logits: Tensor, class_dim: int) -> Tens
     return target
 
 
-def _shifted(target: Tensor | None, shape: torch.Size, shift: int, ignore_index: int) -> Tensor:
-    if shift != 1:
-        raise ValueError(f"shift: expected 0 or 1 but got {shift!r}")
+def _shifted(target: Tensor | None, shape: torch.Size, ignore_index: int) -> Tensor:
     if target is None or target.is_floating_point():
         raise ValueError("shift: expected int64 labels as target")
     if not shape:

@@ -1,8 +1,8 @@
 """The memory of large gradients, which is used again from step to step.
 
 Writing to memory fresh from the system costs several times what the kernel needs, for every page is first cleared and
-mapped. So when a gradient of at least 1 MiB on the CPU is freed, its memory is kept for the next one: at most two buffers, and
-at most an eighth of the machine's memory unless `set_buffer_limit` says otherwise.
+mapped. So when a gradient of at least 1 MiB on the CPU is freed, its memory is kept for the next one: at most two
+buffers, and at most an eighth of the machine's memory unless `set_buffer_limit` says otherwise.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def buffer_limit() -> int:
 
 def set_buffer_limit(bytes: int) -> None:
     """Keep at most so many bytes of freed gradients; 0 keeps none and gives back what is kept."""
-    if isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 0:
-        raise ValueError(f"bytes: expected an int >= 0 but got {bytes!r}")
+    if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**63:
+        raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {bytes!r}")
     _C.set_buffer_limit(bytes)
 
 

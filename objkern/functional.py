@@ -112,7 +112,10 @@ def cross_entropy(
         ignore_index=ignore_index, class_dim=class_dim, class_weight=weight, masked=False,
     )  # fmt: skip
     loss, _ = ops.backend_for("auto", batch.logits).objective(batch, objective.weighted_terms, False)
-    return (loss.view(batch.shape) if reduction == "none" else loss).to(input.dtype)
+    loss = loss.view(batch.shape) if reduction == "none" else loss
+    if torch.is_autocast_enabled(input.device.type):
+        return loss  # torch's autocast runs cross-entropy in float32
+    return loss.to(torch.promote_types(input.dtype, target.dtype) if dense else input.dtype)
 
 
 def _check_labels(input: Tensor, target: Tensor) -> None:

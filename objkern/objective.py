@@ -15,6 +15,9 @@ from . import ops, reference
 from .batch import Batch, describe, flatten
 from .statistics import Statistics
 
+# The names in parts that no term may take.
+RESERVED_PARTS = ("total", "rows", *reference.FREE_STATISTICS)
+
 
 class Coefficient(NamedTuple):
     """A number times 0-dim tensors. The product is taken at every call, so that tensors may change in between."""
@@ -32,9 +35,13 @@ class Coefficient(NamedTuple):
             return cls(1.0, (value,))
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"coefficient: expected a number or a 0-dim tensor but got {describe(value)}")
-        if not math.isfinite(value):
-            raise ValueError(f"coefficient: expected a finite number but got {value}")
-        return cls(float(value))
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"coefficient: expected a finite number but got {str(value)[:40]}")
+        return cls(number)
 
     def times(self, other: Coefficient) -> Coefficient:
         return Coefficient.of(self.number * other.number)._replace(tensors=self.tensors + other.tensors)
@@ -61,13 +68,24 @@ class Objective(nn.Module):
         super().__init__()
         terms = list(terms)
         self._terms = nn.ModuleList(term for _, term in terms)
-        self._coefficients = [coefficient for coefficient, _ in terms]
-        learned = {id(t): t for c, _ in terms for t in c.tensors if isinstance(t, nn.Parameter)}
-        for index, parameter in enumerate(learned.values()):
-            self.register_parameter(f"coefficient_{index}", parameter)
+        # A parameter is kept by its name, so that whoever replaces it in the module replaces it here.
+        names: dict[int, str] = {}
+        for coefficient, _ in terms:
+            for tensor in coefficient.tensors:
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in names:
+                    names[id(tensor)] = f"coefficient_{len(names)}"
+                    self.register_parameter(names[id(tensor)], tensor)
+        self._factors: list[tuple[float, tuple[str | Tensor, ...]]] = [
+            (coefficient.number, tuple(names.get(id(tensor), tensor) for tensor in coefficient.tensors))
+            for coefficient, _ in terms
+        ]
 
     def _sum(self) -> list[tuple[Coefficient, Term]]:
-        return list(zip(self._coefficients, self._terms, strict=True))
+        coefficients = [
+            Coefficient(number, tuple(getattr(self, f) if isinstance(f, str) else f for f in factors))
+            for number, factors in self._factors
+        ]
+        return list(zip(coefficients, self._terms, strict=True))
 
     @property
     def weighted_terms(self) -> list[tuple[float | Tensor, Term]]:
@@ -93,7 +111,9 @@ class Objective(nn.Module):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Objective:
-        return self * (1.0 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+        if not isinstance(divisor, numbers.Real):
+            raise TypeError(f"divisor: expected a number but got {describe(divisor)}; multiply by a tensor instead")
+        return self * (1.0 / divisor)
 
     def __neg__(self) -> Objective:
         return self * -1.0
@@ -214,12 +234,12 @@ class Objective(nn.Module):
 
     def _class_weight(self) -> Tensor | None:
         """The one class weight of the pass, or none."""
-        weights = [term.weight for term in self.modules() if getattr(term, "weight", None) is not None]
+        found = [term.weight for _, term in self._sum() if term.reads_class_weight]
+        weights = [weight for weight in found if weight is not None]
         if not weights:
             return None
-        unweighted = [t for t in self.modules() if getattr(t, "reads_class_weight", False) and t.weight is None]
         # A shared tensor is one object until .to() makes a copy for each term.
-        if unweighted or not all(w is weights[0] or torch.equal(w, weights[0]) for w in weights[1:]):
+        if len(weights) < len(found) or not all(w is weights[0] or torch.equal(w, weights[0]) for w in weights[1:]):
             raise ValueError(
                 "class weight: the cross-entropy terms of one objective share one class weight tensor; "
                 "evaluate objectives with different weights separately and add their losses"
@@ -234,7 +254,7 @@ class Objective(nn.Module):
             while name in named:
                 name, count = f"{term.name}_{count}", count + 1
             named[name] = next(values)
-        named["total"] = loss
+        named["total"] = loss.detach().clone()  # a logger may add to it in place
         for name in reference.FREE_STATISTICS:
             value = next(values)
             if (batch.target is None or batch.dense) and name != "lse":
@@ -269,6 +289,8 @@ class Term(Objective):
 
     def __init__(self) -> None:
         super().__init__()
+        self._parameter = 0.0
+        self.reads = 0
         self.parameter = 0.0
 
     def _sum(self) -> list[tuple[Coefficient, Term]]:
@@ -278,6 +300,16 @@ class Term(Objective):
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
         """The value of each row; `weight` is the class weight of its label."""
         raise NotImplementedError
+
+    @property
+    def parameter(self) -> float:
+        """The one number of the formula; 0 where it has none."""
+        return self._parameter
+
+    @parameter.setter
+    def parameter(self, value: float) -> None:
+        self._parameter = value
+        self.reads = 0 if self.kind is None else ops.reads(self.kind, value)
 
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         """(N) values of the term for the rows of a batch."""
@@ -310,9 +342,9 @@ def parse(text: str) -> Objective:
     try:
         tree = ast.parse(text.strip(), mode="eval")
         return Objective((Coefficient.of(number), term) for number, term in _parse_sum(tree.body, 1.0))
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(
-            f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too deeply nested')}"
+            f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too large or too deeply nested')}"
         ) from None
 
 

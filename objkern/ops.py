@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +45,11 @@ def backend_for(name: str, logits: Tensor) -> Backend:
     raise ValueError(f'backend: expected "auto", "cpu" or "reference" but got {name!r}')
 
 
+def reads(kind: int, parameter: float) -> int:
+    """Which statistics a term reads, as bits in the order of `Statistics`."""
+    return _C.reads([(kind, parameter)])
+
+
 # ---- the objective --------------------------------------------------------------------------------------------------
 
 
@@ -62,13 +68,16 @@ def _objective(
         coefficients,
         REDUCTIONS.index(batch.reduction),
     )
+    every_read = 0
+    for _, term in terms:
+        every_read |= term.reads
     fuse = with_gradient and torch.is_grad_enabled() and batch.logits.requires_grad
     # A second reduction of the same rows must not see a normalizer that requires grad: it is a constant.
     normalizer = None if batch.normalizer is None else batch.normalizer.detach()
     loss, parts = _FusedObjective.apply(
-        batch.logits, batch.target, tensors, batch.logit_scale, normalizer, batch, program, fuse
+        batch.logits, batch.target, tensors, batch.logit_scale, normalizer, batch, program, every_read, fuse
     )
-    return loss, list(parts.unbind(0))
+    return loss, list(parts.clone().unbind(0))  # the caller's own: autograd may have kept the others
 
 
 class _FusedObjective(torch.autograd.Function):
@@ -84,6 +93,7 @@ class _FusedObjective(torch.autograd.Function):
         normalizer: Tensor | None,
         batch: Batch,
         program: tuple[list[int], list[float], list[float], int],
+        reads: int,
         fuse: bool,
     ) -> tuple[Tensor, Tensor]:
         arguments = (
@@ -100,6 +110,7 @@ class _FusedObjective(torch.autograd.Function):
         )
         ctx.options = replace(batch, logits=None, target=None, logit_scale=None, normalizer=None, class_weight=None)
         ctx.program = program
+        ctx.reads = reads
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -113,30 +124,49 @@ class _FusedObjective(torch.autograd.Function):
         inputs = (logits, target, coefficients, logit_scale)
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph: a gradient that can be differentiated comes from the reference
-            return (*_differentiable_gradient(ctx.program, batch, inputs, needed, upstream), None, None, None, None)
+            grads = _differentiable_gradient(ctx.program, batch, inputs, needed, upstream)
+            return (*grads, None, None, None, None, None)
 
         grads: list[Tensor | None] = [None] * 4
-        reads = _C.reads(list(zip(*ctx.program[:2], strict=True)))
         if needed[0]:
             # The gradient made in the forward pass is handed over once; a second backward pass computes its own.
             gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:
-                gradient = _gradient(batch, row_gradient, upstream, reads)
-            elif upstream.item() != 1.0:
-                gradient.mul_(upstream)
+            if gradient is None or not _scale(gradient, upstream):
+                gradient = _gradient(batch, row_gradient, upstream, ctx.reads)
             grads[0] = gradient
         if needed[1]:
-            (grads[1],) = _differentiable_gradient(ctx.program, batch, (target,), (True,), upstream)
+            only_target = (False, True, False, False)
+            grads[1] = _differentiable_gradient(ctx.program, batch, inputs, only_target, upstream)[1]
         if needed[2]:
             # d loss / d coefficient is the term itself.
             static = torch.tensor(ctx.program[2], dtype=torch.float64)
             own = parts[: len(ctx.program[0])].to(torch.float64)
             grads[2] = static * (own * upstream).sum(-1) if upstream.dim() else static * own * upstream
         if needed[3]:
-            # z depends on s·x: dL/ds = Σ dL/d(s·x) x.
-            to_scaled = _gradient(batch, row_gradient, upstream, reads, unscaled=True)
-            grads[3] = (to_scaled.to(upstream.dtype) * logits).sum().to(logit_scale.dtype)
-        return (*grads, None, None, None, None)
+            to_scaled = _gradient(batch.wide(), row_gradient, upstream, ctx.reads, unscaled=True)
+            grads[3] = _scale_gradient(to_scaled, logits, logit_scale)
+        return (*grads, None, None, None, None, None)
+
+
+def _scale(gradient: Tensor, upstream: Tensor) -> bool:
+    """Multiply a finished gradient by the upstream gradient in place; False where that would lose digits.
+
+    Half precision has been rounded already, and float16 may have underflowed; 0·∞ in an ignored row would be NaN.
+    """
+    if torch.compiler.is_compiling():  # no look at the number
+        return False
+    factor = upstream.item()
+    if factor == 1.0:
+        return True
+    if gradient.dtype in (torch.bfloat16, torch.float16) or not math.isfinite(factor):
+        return False
+    gradient.mul_(upstream)
+    return True
+
+
+def _scale_gradient(to_scaled: Tensor, logits: Tensor, logit_scale: Tensor) -> Tensor:
+    """dL/ds = Σ dL/d(s·x) x; what has no gradient (an excluded class, an ignored row) may be infinite."""
+    return torch.where(to_scaled == 0, to_scaled, to_scaled * logits).sum().to(logit_scale.dtype)
 
 
 def _gradient(batch: Batch, row_gradient: Tensor, upstream: Tensor, reads: int, unscaled: bool = False) -> Tensor:
@@ -161,7 +191,7 @@ def _differentiable_gradient(
     from .objective import Term
 
     kinds, parameters, coefficients, _ = program
-    tensors = inputs[2] if len(inputs) > 2 else None
+    tensors = inputs[2]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         terms = []
@@ -217,8 +247,8 @@ class _RowStatistics(torch.autograd.Function):
         if needed[0]:
             grads[0] = torch.ops.objkern.statistics_gradient(partials, centred, *_row_arguments(batch), False)
         if needed[2]:
-            to_scaled = torch.ops.objkern.statistics_gradient(partials, centred, *_row_arguments(batch), True)
-            grads[2] = (to_scaled.to(batch.result_dtype) * logits).sum().to(logit_scale.dtype)
+            to_scaled = torch.ops.objkern.statistics_gradient(partials, centred, *_row_arguments(batch.wide()), True)
+            grads[2] = _scale_gradient(to_scaled, logits, logit_scale)
         return (*grads, None)
 
 

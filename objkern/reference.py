@@ -36,6 +36,8 @@ def transformed(batch: Batch) -> tuple[Tensor, Tensor]:
         z = z * batch.logit_scale.to(z)
     if batch.softcap:
         z = torch.tanh(z / batch.softcap) * batch.softcap
+    excluded = excluded | (z == -torch.inf)  # what the scale sends there
+    z = z.masked_fill(z == torch.inf, torch.nan)  # a logit of +inf has no softmax
     return z.masked_fill(excluded, -torch.inf), excluded
 
 
@@ -115,6 +117,8 @@ def statistics(batch: Batch) -> Statistics:
         target_logit=z_target,
         mean_logprob=mean_logprob,
     )
+    hopeless = excluded.all(-1)  # no class is left, so there is no distribution
+    found = Statistics(*(field.masked_fill(hopeless, torch.nan) for field in found))
     counted = batch.counted()
     if counted is not None:
         found = Statistics(*(torch.where(counted, field, torch.zeros_like(field)) for field in found))
@@ -170,11 +174,11 @@ def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term
         loss = loss + coefficient * value
 
     free = (s.lse, _is_first_maximum(batch).to(s.lse.dtype), s.logprob.exp())
+    if counted is not None:
+        free = tuple(torch.where(counted, value, torch.zeros_like(value)) for value in free)
     if batch.reduction == "none":
         parts += free
     else:
-        if counted is not None:
-            free = tuple(torch.where(counted, value, torch.zeros_like(value)) for value in free)
         parts += [value.sum() / number for value in free] + [number]
     dtype = batch.result_dtype
     return loss.to(dtype), [part.to(dtype) for part in parts]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, describe
-from .objective import Term
+from .objective import RESERVED_PARTS, Term
 from .statistics import Statistics
 
 
@@ -36,13 +36,13 @@ class CrossEntropy(Term):
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.parameter = _number("label_smoothing", label_smoothing, 0.0, 1.0)
-        if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1):
-            raise ValueError(f"weight: expected a tensor of shape (V,) but got {describe(weight)}")
+        if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()):
+            raise ValueError(f"weight: expected a floating-point tensor of shape (V,) but got {describe(weight)}")
         self.register_buffer("weight", weight)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
-        hard = -(1.0 - parameter) * weight * s.logprob if parameter != 1.0 else 0.0
+        hard = -(1.0 - parameter) * weight * s.logprob
         return hard - parameter * s.mean_logprob if parameter != 0.0 else hard
 
     def _arguments(self) -> str:
@@ -240,6 +240,8 @@ class Custom(Term):
         self.fn = fn
         self.needs = None if needs is None else tuple(needs)
         self.name = name or _snake_case(getattr(fn, "__name__", type(fn).__name__))
+        if self.name in RESERVED_PARTS:
+            raise ValueError(f"name: {self.name!r} is a part of every call; give the term another name")
         if self.needs is not None and {"logprob", "other_logprob", "target_logit"} & set(self.needs):
             self.target = "any" if set(self.needs) & {"logprob"} else "index"
 
@@ -249,7 +251,12 @@ class Custom(Term):
             visible = visible._replace(other_logprob=None, target_logit=None)
         dtype = batch.result_dtype
         visible = Statistics(*(field if field is None else field.to(dtype) for field in visible))
-        value = self.fn(visible, **batch.rows)
+        try:
+            value = self.fn(visible, **batch.rows)
+        except (TypeError, AttributeError) as error:
+            if batch.target is None and "None" in str(error):
+                raise ValueError(f"target: {self._formula_name()} reads statistics of a target: {error}") from error
+            raise
         if not isinstance(value, Tensor) or value.shape != s.lse.shape:
             raise ValueError(
                 f"{self._formula_name()}: expected one value per row, a tensor of shape {tuple(s.lse.shape)}, "

@@ -71,8 +71,17 @@ def test_what_is_kept_is_bounded() -> None:
     objkern.set_buffer_limit(0)
     gradient(torch.randn(BIG))
     assert _C.kept_bytes() == 0
-    with pytest.raises(ValueError, match="bytes: expected an int >= 0 but got -1"):
+    with pytest.raises(ValueError, match="bytes: expected an int >= 0 of 64 bits but got -1"):
         objkern.set_buffer_limit(-1)
+
+
+def test_a_small_gradient_does_not_hold_a_large_buffer() -> None:
+    large = gradient(torch.randn(3000, 2000))
+    size = large.nbytes
+    del large
+    small = gradient(torch.randn(BIG))
+    assert _C.kept_bytes() >= size
+    assert small.untyped_storage().nbytes() == small.nbytes
 
 
 def test_small_gradients_are_not_kept() -> None:

@@ -122,7 +122,7 @@ def test_float64_values_and_gradients_against_the_native_formula(formula: str, b
     [
         (terms.CrossEntropy, {"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0.0, 1.0\] but got 1.5"),
         (terms.CrossEntropy, {"label_smoothing": "a"}, TypeError, "label_smoothing: expected a number but got 'a'"),
-        (terms.CrossEntropy, {"weight": torch.ones(2, 2)}, ValueError, r"weight: expected a tensor of shape \(V,\)"),
+        (terms.CrossEntropy, {"weight": torch.ones(2, 2)}, ValueError, r"weight: expected a floating-point tensor of shape \(V,\)"),
         (terms.Focal, {"gamma": -1.0}, ValueError, "gamma: expected a number >= 0.0 but got -1.0"),
         (terms.GeneralizedCrossEntropy, {"q": 0.0}, ValueError, "q: expected 0 < q"),
         (terms.GeneralizedCrossEntropy, {"q": 1.01}, ValueError, "q: expected"),

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr size_t kMostKept = 2;
+constexpr int64_t kMostRoom = 4;  // a buffer serves requests down to a quarter of its size
 
 int64_t default_limit() {
   const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGE_SIZE);
@@ -38,9 +39,13 @@ struct Buffers {
   // The smallest go first: the largest serves every later request.
   void shrink_to(int64_t most_bytes, size_t most_buffers) {
     while (!kept.empty() && (kept.size() > most_buffers || bytes() > most_bytes)) {
-      std::free(kept.front().memory);
-      kept.erase(kept.begin());
+      drop_smallest();
     }
+  }
+
+  void drop_smallest() {
+    std::free(kept.front().memory);
+    kept.erase(kept.begin());
   }
 };
 
@@ -55,14 +60,16 @@ Buffers& buffers() {
 void* acquire_buffer(int64_t bytes) {
   Buffers& all = buffers();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto fits = std::find_if(all.kept.begin(), all.kept.end(), [&](const auto& b) { return b.bytes >= bytes; });
+  // Not one that is far too large: a small tensor that lives long would hold it.
+  const auto fits = std::find_if(all.kept.begin(), all.kept.end(),
+                                 [&](const auto& b) { return b.bytes >= bytes && b.bytes / kMostRoom <= bytes; });
   Buffers::Buffer buffer;
   if (fits != all.kept.end()) {
     buffer = *fits;
     all.kept.erase(fits);
   } else {
     // What is too small now would only be held beside the new one.
-    all.shrink_to(0, 0);
+    while (!all.kept.empty() && all.kept.front().bytes < bytes) all.drop_smallest();
     buffer.bytes = (bytes + kPage - 1) / kPage * kPage;
     buffer.memory = std::aligned_alloc(kPage, buffer.bytes);
     if (buffer.memory == nullptr) return nullptr;

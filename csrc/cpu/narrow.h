@@ -107,7 +107,7 @@ struct Narrow {
 
     const V no_target = is_minus_inf(target), own = V::blendv(one, zero, y < zero), all(static_cast<A>(n));
     Centred<V> c;
-    c.max = max;
+    c.max = V::blendv(e_sum, max, e_sum == e_sum);  // NaN, should a comparison have lost it
     c.sum_e = e_sum;
     c.sum_et = et_sum;
     c.sum_t = t_sum;

@@ -125,7 +125,11 @@ struct Wide {
         });
     A max = horizontal_max(high);
     const bool excluded = kCounts && !(horizontal_min(low) > -std::numeric_limits<A>::infinity());
-    if (max == -std::numeric_limits<A>::infinity()) return {};
+    if (max == -std::numeric_limits<A>::infinity()) {
+      for (int64_t j = 0; j < count; ++j)
+        if (z[j] != z[j] && j != hole) max = 0;  // not empty after all
+      if (max != 0) return {};
+    }
 
     // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
     const V m(max), zero(A(0)), one(A(1));
@@ -208,7 +212,7 @@ struct Wide {
     const int64_t y = label(in, row);
     const bool alone = others.classes == 0;
     Centred<double> c;
-    c.max = others.max;
+    c.max = std::isnan(others.sum_e) ? others.sum_e : others.max;
     c.sum_e = others.sum_e;
     c.sum_et = others.sum_et;
     c.sum_t = others.sum_t;
@@ -348,7 +352,7 @@ struct Wide {
           d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
           if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
         }
-        if (transform.cap != A(0)) d = d * transform.slope(z);
+        if (transform.cap != A(0)) d = d * V::blendv(transform.slope(z), V(transform.gain), is_minus_inf(z));
         // As a number, −inf has no probability and no square: what is left is the constant.
         if constexpr (kDepth != Depth::kPlain) d = in.masked ? zero_at_minus_inf(d, z) : d;
         v[k] = d;

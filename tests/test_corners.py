@@ -1,0 +1,205 @@
+"""Corners where the library was once wrong: masks, NaN, scales, and what surrounds a loss in real training code."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import objkern
+from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, Unlikelihood, ZLoss, custom
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("classes", [5, 64, 65, 9000])
+@pytest.mark.parametrize("objective", [CrossEntropy(), CrossEntropy() + ZLoss(), CrossEntropy() - Entropy(), LogitL2()])
+def test_a_softcap_leaves_excluded_classes_alone(objective: objkern.Objective, classes: int) -> None:
+    x = torch.randn(1, classes)
+    x[0, -3] = -INF
+    x.requires_grad_()
+    objective(x, torch.tensor([0]), softcap=30.0).backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[0, -3] == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("classes", "place"), [(2, 1), (5, 2), (100, 17), (20000, 9000)])
+def test_a_nan_among_masked_classes_is_not_lost(classes: int, place: int, backend: str) -> None:
+    x = torch.full((1, classes), -INF)
+    x[0, 0], x[0, place] = 1.0, math.nan
+    for objective in (CrossEntropy(), ZLoss(), MaxZLoss(), Entropy(), CrossEntropy(torch.ones(classes))):
+        assert objective(x, torch.tensor([0]), backend=backend).isnan(), repr(objective)
+    assert objkern.cross_entropy(x, torch.tensor([0])).isnan()
+    y = torch.zeros(1, classes)
+    y[0, place] = math.nan
+    for target in (0, place):
+        assert MaxZLoss()(y, torch.tensor([target]), backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_a_logit_of_infinity_and_a_row_without_classes_are_nan(classes: int, backend: str) -> None:
+    x = torch.zeros(3, classes)
+    x[0, 1] = INF
+    x[1] = -INF
+    for objective in (CrossEntropy(), ZLoss(), MaxZLoss(), Entropy(), Unlikelihood()):
+        for y in (torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0])):
+            found = objective(x, y, reduction="none", backend=backend)
+            assert found.isnan().tolist() == [True, True, False], (objective, y)
+
+
+def test_probability_targets_learn_through_tensor_coefficients() -> None:
+    x = torch.randn(2, 5)
+    for value in (0.5, 0.0):
+        q = torch.rand(2, 5, requires_grad=True)
+        ours = (torch.tensor(value) * CrossEntropy())(x, q)
+        torch.testing.assert_close(torch.autograd.grad(ours, q), torch.autograd.grad(value * F.cross_entropy(x, q), q))
+
+
+@pytest.mark.parametrize(
+    "objective", [CrossEntropy(), CrossEntropy() + custom(lambda s: s.lse)], ids=["term", "custom"]
+)
+def test_a_learned_scale_beside_masks_and_ignored_rows(objective: objkern.Objective) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    x[0, 1] = -INF
+    x[2] = math.nan
+    y = torch.tensor([0, 2, -100])
+    s = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(objective(x, y, logit_scale=s, reduction="sum"), s)
+    (expected,) = torch.autograd.grad(objective(x[:2], y[:2], logit_scale=s, reduction="sum", backend="reference"), s)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_gradient_of_a_scale_is_summed_before_it_is_rounded() -> None:
+    x = torch.randn(15, 64).to(torch.bfloat16)
+    y = torch.randint(0, 64, (15,))
+    s = torch.tensor(1.5, requires_grad=True)
+    (found,) = torch.autograd.grad(CrossEntropy()(x, y, logit_scale=s), s)
+    (exact,) = torch.autograd.grad(F.cross_entropy(x.double() * s, y), s)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_float16_does_not_underflow_under_loss_scaling() -> None:
+    x = torch.zeros(2, 5, dtype=torch.float16)
+    x[:, 0] = 20
+    x.requires_grad_()
+    y = torch.tensor([0, -100])
+    both = [torch.autograd.grad(CrossEntropy()(x, y, gradient=g) * 65536, x)[0] for g in ("forward", "backward")]
+    assert torch.equal(*both)
+    assert both[0][0].abs().min() > 1e-5
+    (infinite,) = torch.autograd.grad(CrossEntropy()(x, y, gradient="forward") * INF, x)
+    assert not infinite[1].any()
+
+
+def test_parameters_stay_connected_when_they_are_replaced() -> None:
+    x, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    objective = CrossEntropy() + torch.nn.Parameter(torch.tensor(0.3)) * ZLoss()
+    plain, z = CrossEntropy()(x, y), ZLoss()(x)
+    called = torch.func.functional_call(objective, {"coefficient_0": torch.tensor(100.0)}, (x, y))
+    torch.testing.assert_close(called, plain + 100 * z)
+    objective.load_state_dict({"coefficient_0": torch.tensor(1.0)}, assign=True)
+    loss = objective(x, y)
+    torch.testing.assert_close(loss, plain + z)
+    loss.backward()
+    torch.testing.assert_close(next(objective.parameters()).grad, z)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_parts_belong_to_the_caller(reduction: str) -> None:
+    x, y = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
+    coefficient = torch.tensor(0.5, requires_grad=True)
+    loss, parts = (CrossEntropy() + coefficient * ZLoss())(x, y, return_parts=True, reduction=reduction)
+    before = loss.detach().clone()
+    for value in parts.values():
+        value += 100
+    assert torch.equal(loss.detach(), before)
+    loss.sum().backward()
+    with pytest.raises(ValueError, match="name: 'total' is a part of every call"):
+        custom(lambda s: s.lse, name="total")
+
+
+def test_a_custom_term_may_be_a_module_with_weights() -> None:
+    class Learned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(1, 1)
+
+        def forward(self, s: objkern.Statistics) -> torch.Tensor:
+            return self.linear(s.lse[:, None]).squeeze(-1)
+
+    fn = Learned()
+    objective = CrossEntropy() + custom(fn)
+    objective(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).backward()
+    assert fn.linear.weight.grad is not None
+
+
+def test_lost_gradients_are_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(5))
+    with pytest.raises(ValueError, match="class weight: a constant here"):
+        CrossEntropy(weight)(torch.randn(2, 5), torch.tensor([0, 1]))
+
+
+def test_dtypes_as_in_torch() -> None:
+    x, q = torch.randn(2, 5).half(), torch.rand(2, 5)
+    assert objkern.cross_entropy(x, q).dtype == F.cross_entropy(x, q).dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            x = torch.randn(2, 5).to(dtype)
+            assert (
+                objkern.cross_entropy(x, torch.tensor([0, 1])).dtype == F.cross_entropy(x, torch.tensor([0, 1])).dtype
+            )
+
+
+@pytest.mark.parametrize("gradient", ["backward", "forward"])
+@pytest.mark.parametrize(
+    "formula", ["CrossEntropy()", "CrossEntropy(label_smoothing=0.1) + 0.1*ZLoss() - 0.01*Entropy()"]
+)
+def test_compiled_without_a_graph_break(formula: str, gradient: str) -> None:
+    """18: a compiled loss that is wrong when a label is ignored, or a graph break."""
+    objective = objkern.parse(formula)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x, y: 2.0 * objective(x, y, gradient=gradient), fullgraph=True, backend="aot_eager")
+    for rows in (4, 7):
+        x = torch.randn(rows, 9)
+        y = torch.randint(0, 9, (rows,))
+        y[1] = -100
+        results = []
+        for call in (run, lambda x, y: 2.0 * objective(x, y)):
+            leaf = x.clone().requires_grad_()
+            loss = call(leaf, y)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int of 64 bits"),
+        ({"class_dim": "a"}, TypeError, "class_dim: expected an int but got 'a'"),
+        ({"class_dim": 1.0}, TypeError, "class_dim: expected an int"),
+        ({"rows": [1]}, TypeError, "rows: expected a dict of tensors"),
+        ({"shift": torch.tensor([1, 1])}, ValueError, "shift: expected 0 or 1"),
+        ({"shift": True}, ValueError, "shift: expected 0 or 1 but got True"),
+        ({"validate": "x"}, TypeError, "validate: expected True, False or None"),
+        ({"softcap": 1e-50}, ValueError, "softcap: expected a number > 0"),
+    ],
+)
+def test_more_bad_options(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        CrossEntropy()(torch.zeros(2, 3), torch.tensor([0, 1]), **options)
+
+
+def test_more_bad_algebra() -> None:
+    with pytest.raises(ValueError, match="coefficient: expected a finite number"):
+        10**400 * ZLoss()
+    with pytest.raises(ValueError, match="objective: "):
+        objkern.parse("9" * 400 + "*ZLoss()")
+    with pytest.raises(TypeError, match="divisor: expected a number"):
+        ZLoss() / torch.tensor(2.0)
+    with pytest.raises(ValueError, match="target: custom"):
+        custom(lambda s: s.logprob * 2)(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="expected at least one class"):
+        torch.ops.objkern.statistics(torch.zeros(2, 0), None, None, None, -100, 0.0, True)
