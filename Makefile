@@ -70,8 +70,8 @@ format: $(STAMP)
 	$(PY) -m clang_format -i $(CPP)
 
 docs: build
-	$(PY) docs/objectives.py
-	$(PY) benchmarks/report.py
+	PYTHONPATH=. $(PY) docs/objectives.py
+	PYTHONPATH=. $(PY) benchmarks/report.py
 
 wheel: $(STAMP)
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

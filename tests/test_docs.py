@@ -1,0 +1,67 @@
+"""The documentation: generated pages are current, stated gradients are right, and every Python block runs."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from objkern.objective import Term
+
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in (ROOT / "README.md", ROOT / "docs" / "objectives.md") if page.exists()]
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository as a module; docs/ and benchmarks/ are not on the path."""
+    name = path.removesuffix(".py").replace("/", "_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+gallery = script("docs/objectives.py")
+EXAMPLES = [(name, example) for name, entry in gallery.ENTRIES.items() for example in entry.examples]
+
+
+def test_gallery_is_current() -> None:
+    """The page holds what the generator writes from today's docstrings, every term has an entry and a plot."""
+    assert gallery.problems() == []
+
+
+def test_gallery_notices_a_term_without_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Term.registry, "Novel", Term)
+    with pytest.raises(SystemExit, match="without an entry: \\['Novel'\\]"):
+        gallery.problems()
+
+
+def test_performance_page_is_current() -> None:
+    """Every figure of docs/performance.md comes from a file in benchmarks/results."""
+    assert script("benchmarks/report.py").problems() == []
+
+
+@pytest.mark.parametrize(("name", "term"), EXAMPLES, ids=[repr(example) for _, example in EXAMPLES])
+@pytest.mark.parametrize("seed", range(5))
+def test_stated_gradients(name: str, term: Term, seed: int) -> None:
+    """The closed forms that the gallery states, against autograd through the kernels in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    z = (2 * torch.randn(10, generator=generator, dtype=torch.float64)).requires_grad_()
+    y = int(torch.randint(10, (), generator=generator))
+    (expected,) = torch.autograd.grad(term(z, torch.tensor(y), reduction="none"), z)
+    target, others = gallery.ENTRIES[name].gradient(gallery.Row(z.detach(), y), term)
+    stated = others.clone()
+    stated[y] = target
+    torch.testing.assert_close(stated, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path) -> None:
+    """In one namespace, top to bottom, as a reader would; a block fenced with more than "python" is not run."""
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        blank = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback names the page's own line
+        exec(compile(blank + block[1], str(page), "exec"), namespace)
