@@ -36,12 +36,13 @@ Forward and backward pass of an objective on logits, objkern against eager torch
 - **In pairs.** Contestants take turns in one process, A B A B ..., and only times of the same round are divided. The
   tables give the median of these ratios and its 95 % confidence interval from order statistics, which assumes nothing
   about the distribution. Times are medians over the rounds.
-- **A step** drops the old gradient (`logits.grad = None`), runs forward and runs backward. So every step allocates its
-  gradient, and eager torch its intermediate tensors too.
+- **A step** drops the old gradient (`logits.grad = None`), runs forward and runs backward. Before each timed step the
+  same contestant takes an untimed one, as in training, where a loss follows itself.
 - **The allocator** matters as much as the arithmetic. By default glibc hands large blocks back to the kernel when they
-  are freed, and the next step pays for fresh pages: both sides do, eager torch for more of them. With
-  `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` glibc keeps its pages, as allocators made for
-  throughput do. Each section says which of the two it measured.
+  are freed, and the next step pays for fresh pages: eager torch pays this for each of its intermediate tensors.
+  objkern's gradient reuses its memory (`objkern.set_buffer_limit`): at most two freed gradients are kept, and at most
+  an eighth of the machine's memory. With `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` glibc keeps its
+  pages too. Each section says which of the two it measured.
 - **Bytes** are those that no implementation with the gradient in the backward pass can avoid: logits read twice,
   gradient written once. GB/s is their number over objkern's time. The machine's copy bandwidth, reads and writes
   counted, between buffers that exist already, is measured in the same run. Shapes that fit into the caches can exceed

@@ -31,7 +31,7 @@ def test_forward_backward(
 
     steps = {name: step(loss, logits, target) for name, loss in losses.items()}
     ours = steps.pop("objkern")
-    rivals, rounds = Rivals(steps), request.config.getoption("--rounds") or shape.rounds
+    rivals, rounds = Rivals(steps, ours), request.config.getoption("--rounds") or shape.rounds
     benchmark.group = str(shape)
     benchmark.pedantic(ours, setup=rivals, rounds=rounds, warmup_rounds=1)
     if benchmark.disabled:  # --benchmark-disable: the accuracy was checked, nothing was timed

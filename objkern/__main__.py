@@ -1,4 +1,4 @@
-"""``python -m objkern info`` says what this installation can run."""
+"""``python -m objkern info`` says what this installation can run; ``python -m objkern finetune`` trains a model."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ def _cpu(capability: str | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m objkern", description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["finetune"]:  # it has options of its own, and needs packages that the rest does not
+        from .finetune.cli import main as finetune
+
+        return finetune(argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, backends that can run here and why the others cannot, CPU capability")
+    commands.add_parser("info", help="version, backends that can run here, CPU capability")
+    commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")
     parser.parse_args(argv)
     print(info())
     return 0

@@ -11,6 +11,7 @@
     native.py                the demo's objective in plain torch
     demo.py                  `make demo`: fused against native, on the task and (scale.py) at language-model size
     report.py, curves.py     tables and predictions for the terminal, a picture
+    cli.py                   `python -m objkern finetune`
 
 `import objkern` doesn't import this package; it needs `pip install objkern[finetune]`.
 """
