@@ -27,6 +27,8 @@ FAULTS = {
     ),
     "target counted among the others": ("cpu/wide.h", "const bool inside = hole >= 0 && hole < full;", "const bool inside = false;"),
     "rows assumed to be dense": ("cpu/wide.h", "row * in.row_stride", "row * in.classes"),
+    "narrow rows assumed to be dense": ("cpu/narrow.h", "(row + lane) * in.row_stride", "(row + lane) * in.classes"),
+    "narrow target counted among the others": ("cpu/narrow.h", "found = found + V::blendv(one, zero, out);", "found = found + one;"),
     "upstream gradient of the first row for all": ("cpu/kernels.cpp", "upstream[row * stride]", "upstream[0]"),
     "ignored rows not skipped": ("cpu/tile.h", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),
 }  # fmt: skip

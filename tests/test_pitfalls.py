@@ -55,9 +55,10 @@ def test_two_backwards_with_different_upstream_gradients(upstreams: tuple[float,
 
 
 @pytest.mark.parametrize("objective", [REGULARIZED, REGULARIZED + custom(lambda s: s.lse)], ids=["terms", "custom"])
-def test_every_row_has_its_own_upstream_gradient(objective: objkern.Objective) -> None:
+@pytest.mark.parametrize("classes", [21, 130])
+def test_every_row_has_its_own_upstream_gradient(classes: int, objective: objkern.Objective) -> None:
     """3 and 4: reduction="none" multiplied every row by the first row's upstream gradient."""
-    z, y = random_rows(6, 21, torch.float64)
+    z, y = random_rows(6, classes, torch.float64)
     upstream = torch.tensor([0.0, -1.0, 2.5, 1.0, 1e-3, -40.0], dtype=torch.float64)
     x = z.clone().requires_grad_()
     objective(x, y, reduction="none").backward(upstream)
@@ -87,9 +88,10 @@ def layouts(z: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["transposed", "padded rows", "every other row", "every other class"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gradient", GRADIENT)
-def test_any_strides(name: str, dtype: torch.dtype, gradient: str) -> None:
+@pytest.mark.parametrize("classes", [45, 301])  # rows that lie one per lane, and rows that fill vectors
+def test_any_strides(classes: int, name: str, dtype: torch.dtype, gradient: str) -> None:
     """11: the class stride was right and the row stride wrong."""
-    z, y = random_rows(6, 45, dtype)
+    z, y = random_rows(6, classes, dtype)
     strided = layouts(z)[name].detach().requires_grad_()
     plain = z.clone().requires_grad_()
     for x in (strided, plain):
@@ -97,12 +99,13 @@ def test_any_strides(name: str, dtype: torch.dtype, gradient: str) -> None:
     assert torch.equal(strided.grad, plain.grad)
 
 
-def test_expanded_logits_and_expanded_upstream() -> None:
+@pytest.mark.parametrize("classes", [19, 190])
+def test_expanded_logits_and_expanded_upstream(classes: int) -> None:
     """11: stride-0 rows, and the stride-0 upstream gradient that .sum() sends."""
-    z = torch.randn(1, 19, dtype=torch.float64)
+    z = torch.randn(1, classes, dtype=torch.float64)
     y = torch.tensor([3, 18, 3, 0])
     x = z.clone().requires_grad_()
-    losses = REGULARIZED(x.expand(4, 19), y, reduction="none")
+    losses = REGULARIZED(x.expand(4, classes), y, reduction="none")
     (losses.sum() * 2.0).backward()
     again = z.clone().requires_grad_()
     (REGULARIZED(again.repeat(4, 1), y, reduction="sum") * 2.0).backward()
