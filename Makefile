@@ -62,12 +62,12 @@ bench: build
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(CPP)
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(CPP)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(CPP)
+	$(PY) -c "import clang_format; clang_format.clang_format()" -i $(CPP)
 
 docs: build
 	PYTHONPATH=. $(PY) docs/objectives.py
