@@ -1,5 +1,6 @@
-// The only file that sees tensors: op schemas, checks, memory, and the way into the backends. The pybind11 module at
-// the end carries no tensor: build facts, and scalar doors through which tests hold objective.h against terms.py.
+// The ops: schemas, checks, memory, and the way into the backends. No file but this and autograd.cpp sees a tensor.
+// The pybind11 module at the end carries none: build facts, and scalar doors through which tests hold objective.h
+// against terms.py.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -14,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/buffers.h"
 #include "cpu/kernels.h"
 #include "objective.h"
@@ -22,7 +24,8 @@ namespace objkern {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = const std::optional<Tensor>&;
+using c10::IValue;
+using torch::jit::Stack;
 
 enum class Reduction : int64_t { kNone, kMean, kSum };  // the order of objkern.ops.REDUCTIONS
 
@@ -50,47 +53,101 @@ Tensor with_unit_class_stride(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
 }
 
-double scalar_or(OptionalTensor t, double otherwise) {
-  return t.has_value() ? t->item<double>() : otherwise;
+// ---- arguments: the ops take them boxed, so that each list of them is read in one place ---------------------------
+
+std::optional<Tensor> optional_tensor(const IValue& value) {
+  return value.isNone() ? std::nullopt : std::optional<Tensor>(value.toTensor());
 }
+
+struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
+  Tensor logits;
+  std::optional<Tensor> target, logit_scale, class_weight;
+  int64_t ignore_index;
+  double softcap;
+  bool masked;
+
+  explicit RowArguments(c10::ArrayRef<IValue> a)
+      : logits(a[kLogits].toTensor()),
+        target(optional_tensor(a[kTarget])),
+        logit_scale(optional_tensor(a[kLogitScale])),
+        class_weight(optional_tensor(a[3])),
+        ignore_index(a[4].toInt()),
+        softcap(a[5].toDouble()),
+        masked(a[6].toBool()) {}
+};
+
+struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE_ARGUMENTS
+  std::optional<Tensor> coefficient_tensor, normalizer;
+  std::vector<int64_t> terms;
+  std::vector<double> parameters, coefficients;
+  Reduction reduction;
+  bool empty_zero, with_parts;
+
+  explicit ObjectiveArguments(c10::ArrayRef<IValue> a)
+      : RowArguments(a),
+        coefficient_tensor(optional_tensor(a[kCoefficientTensor])),
+        normalizer(optional_tensor(a[8])),
+        terms(a[9].toIntVector()),
+        parameters(a[10].toDoubleVector()),
+        coefficients(a[kCoefficients].toDoubleVector()),
+        reduction(static_cast<Reduction>(a[12].toInt())),
+        empty_zero(a[13].toBool()),
+        with_parts(a[14].toBool()) {
+    const auto size = static_cast<int64_t>(terms.size());
+    TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
+                "objkern: reduction: expected 0, 1 or 2 but got ", a[12].toInt());
+    TORCH_CHECK(terms.size() == parameters.size() && terms.size() == coefficients.size(),
+                "objkern: expected a parameter and a coefficient for each of ", size, " terms");
+    TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
+                "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");
+    for (const int64_t term : terms)
+      TORCH_CHECK(0 <= term && term < kTermKinds, "objkern: term kind ", term, " is not known");
+  }
+
+  int64_t reads() const {
+    int64_t all = 0;
+    for (size_t k = 0; k < terms.size(); ++k) all |= reads_of(static_cast<TermKind>(terms[k]), parameters[k]);
+    return all;
+  }
+};
 
 // Tensors that live as long as the raw view of them does.
 struct Batch {
   cpu::Rows rows;
   Tensor logits, target, class_weight;
 
-  Batch(const Tensor& logits_, OptionalTensor target_, OptionalTensor class_weight_, OptionalTensor logit_scale,
-        int64_t ignore_index, double softcap, bool masked) {
-    TORCH_CHECK(logits_.dim() == 2, "objkern: logits: expected (rows, classes) but got ", logits_.sizes());
-    logits = with_unit_class_stride(logits_);
+  explicit Batch(const RowArguments& in, int64_t reads = kEverything) {
+    TORCH_CHECK(in.logits.dim() == 2, "objkern: logits: expected (rows, classes) but got ", in.logits.sizes());
+    logits = with_unit_class_stride(in.logits);
     rows.dtype = dtype_of(logits);
     rows.logits = logits.const_data_ptr();
     rows.rows = logits.size(0);
     rows.classes = logits.size(1);
     rows.row_stride = logits.stride(0);
-    TORCH_CHECK(rows.classes > 0, "objkern: logits: expected at least one class but got ", logits_.sizes());
-    rows.ignore_index = ignore_index;
-    rows.softcap = softcap;
-    rows.masked = masked;
-    rows.logit_scale = scalar_or(logit_scale, 1.0);
-    if (target_.has_value() && target_->scalar_type() == at::kLong) {
-      TORCH_CHECK(target_->dim() == 1 && target_->size(0) == rows.rows, "objkern: target: expected (", rows.rows,
-                  ") labels but got ", target_->sizes());
-      target = target_->contiguous();
+    rows.reads = reads;
+    TORCH_CHECK(rows.classes > 0, "objkern: logits: expected at least one class but got ", in.logits.sizes());
+    rows.ignore_index = in.ignore_index;
+    rows.softcap = in.softcap;
+    rows.masked = in.masked;
+    rows.logit_scale = in.logit_scale.has_value() ? in.logit_scale->item<double>() : 1.0;
+    if (in.target.has_value() && in.target->scalar_type() == at::kLong) {
+      TORCH_CHECK(in.target->dim() == 1 && in.target->size(0) == rows.rows, "objkern: target: expected (", rows.rows,
+                  ") labels but got ", in.target->sizes());
+      target = in.target->contiguous();
       rows.target = target.const_data_ptr<int64_t>();
-    } else if (target_.has_value()) {
-      TORCH_CHECK(target_->sizes() == logits.sizes(), "objkern: target: expected probabilities of shape ",
-                  logits.sizes(), " but got ", target_->sizes());
-      const bool same = target_->scalar_type() == logits.scalar_type();
-      target = with_unit_class_stride(same ? *target_ : target_->to(accumulation_type(logits)));
+    } else if (in.target.has_value()) {
+      TORCH_CHECK(in.target->sizes() == logits.sizes(), "objkern: target: expected probabilities of shape ",
+                  logits.sizes(), " but got ", in.target->sizes());
+      const bool same = in.target->scalar_type() == logits.scalar_type();
+      target = with_unit_class_stride(same ? *in.target : in.target->to(accumulation_type(logits)));
       rows.dense_target = target.const_data_ptr();
       rows.dense_dtype = dtype_of(target);
       rows.dense_stride = target.stride(0);
     }
-    if (class_weight_.has_value()) {
-      TORCH_CHECK(class_weight_->dim() == 1 && class_weight_->size(0) == rows.classes,
-                  "objkern: class weight: expected (", rows.classes, ") but got ", class_weight_->sizes());
-      class_weight = class_weight_->to(accumulation_type(logits)).contiguous();
+    if (in.class_weight.has_value()) {
+      TORCH_CHECK(in.class_weight->dim() == 1 && in.class_weight->size(0) == rows.classes,
+                  "objkern: class weight: expected (", rows.classes, ") but got ", in.class_weight->sizes());
+      class_weight = in.class_weight->to(accumulation_type(logits)).contiguous();
       rows.class_weight = class_weight.const_data_ptr();
     }
   }
@@ -132,22 +189,20 @@ cpu::TargetSummary checked_targets(const cpu::Rows& rows) {
 
 // The coefficients over their denominators. Cross-entropy's mean divides by the weight of its labels, every other
 // term by the number of rows that count; `normalizer` replaces both.
-std::vector<cpu::Term> program_of(const cpu::Rows& rows, const cpu::TargetSummary& summary, at::IntArrayRef terms,
-                                  at::ArrayRef<double> parameters, const std::vector<double>& coefficients,
-                                  std::optional<double> normalizer, Reduction reduction, bool empty_zero,
-                                  std::vector<double>& denominators) {
-  const bool empty = summary.counted == 0 && empty_zero;
-  std::vector<cpu::Term> program(terms.size());
-  denominators.assign(terms.size(), 1.0);
-  for (size_t k = 0; k < terms.size(); ++k) {
-    TORCH_CHECK(0 <= terms[k] && terms[k] < kTermKinds, "objkern: term kind ", terms[k], " is not known");
-    if (normalizer.has_value()) {
-      denominators[k] = *normalizer;
-    } else if (reduction == Reduction::kMean && !empty) {
-      const bool weighted = static_cast<TermKind>(terms[k]) == TermKind::kCrossEntropy && rows.target != nullptr;
+std::vector<cpu::Term> program_of(const ObjectiveArguments& in, const cpu::TargetSummary& summary, bool class_labels,
+                                  const std::vector<double>& coefficients, std::vector<double>& denominators) {
+  const bool empty = summary.counted == 0 && in.empty_zero;
+  const size_t size = in.terms.size();
+  std::vector<cpu::Term> program(size);
+  denominators.assign(size, 1.0);
+  for (size_t k = 0; k < size; ++k) {
+    if (in.normalizer.has_value()) {
+      denominators[k] = in.normalizer->item<double>();
+    } else if (in.reduction == Reduction::kMean && !empty) {
+      const bool weighted = static_cast<TermKind>(in.terms[k]) == TermKind::kCrossEntropy && class_labels;
       denominators[k] = weighted ? summary.weight_sum : static_cast<double>(summary.counted);
     }
-    program[k] = {terms[k], parameters[k], coefficients[k] / denominators[k]};
+    program[k] = {in.terms[k], in.parameters[k], coefficients[k] / denominators[k]};
   }
   return program;
 }
@@ -163,47 +218,44 @@ double sum(const double* values, int64_t n) {
   return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, OptionalTensor target,
-                                                         OptionalTensor class_weight, OptionalTensor coefficient_tensor,
-                                                         OptionalTensor normalizer, OptionalTensor logit_scale,
-                                                         at::IntArrayRef terms, at::ArrayRef<double> parameters,
-                                                         at::ArrayRef<double> coefficients, int64_t reduction_,
-                                                         int64_t ignore_index, double softcap, bool masked,
-                                                         bool empty_zero, bool with_gradient) {
-  TORCH_CHECK(0 <= reduction_ && reduction_ <= 2, "objkern: reduction: expected 0, 1 or 2 but got ", reduction_);
-  TORCH_CHECK(terms.size() == parameters.size() && terms.size() == coefficients.size(),
-              "objkern: expected a parameter and a coefficient for each of ", terms.size(), " terms");
-  TORCH_CHECK(!coefficient_tensor.has_value() ||
-                  coefficient_tensor->sizes() == at::IntArrayRef{static_cast<int64_t>(terms.size())},
-              "objkern: coefficient_tensor: expected one coefficient for each of ", terms.size(), " terms");
-  const auto reduction = static_cast<Reduction>(reduction_);
-  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
-  for (size_t k = 0; k < terms.size(); ++k) {
-    batch.rows.reads |= reads_of(static_cast<TermKind>(terms[k]), parameters[k]);
-    batch.rows.smoothed |= static_cast<TermKind>(terms[k]) == TermKind::kCrossEntropy && parameters[k] > 0;
+template <class T>
+Tensor filled(at::IntArrayRef sizes, c10::ScalarType type, const T& numbers) {  // at::tensor costs four times as much
+  const Tensor t = at::empty(sizes, at::TensorOptions(type));
+  if (type == at::kDouble) {
+    std::copy(numbers.begin(), numbers.end(), t.mutable_data_ptr<double>());
+  } else {
+    std::copy(numbers.begin(), numbers.end(), t.mutable_data_ptr<float>());
   }
+  return t;
+}
+
+// (loss, parts, row_gradient), and the gradient if asked for.
+void run_objective(Stack* stack, bool with_gradient) {
+  const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
+  torch::jit::drop(*stack, kObjectiveArguments);
+  Batch batch(in, in.reads());
+  for (size_t k = 0; k < in.terms.size(); ++k)
+    batch.rows.smoothed |= static_cast<TermKind>(in.terms[k]) == TermKind::kCrossEntropy && in.parameters[k] > 0;
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
-  const int64_t n = rows.rows, size = static_cast<int64_t>(terms.size());
+  const int64_t n = rows.rows, size = static_cast<int64_t>(in.terms.size());
 
-  std::vector<double> scale(coefficients.begin(), coefficients.end());
-  if (coefficient_tensor.has_value()) {
-    const Tensor c = coefficient_tensor->to(at::kDouble).contiguous();
+  std::vector<double> scale = in.coefficients;
+  if (in.coefficient_tensor.has_value()) {
+    const Tensor c = in.coefficient_tensor->to(at::kDouble).contiguous();
     for (int64_t k = 0; k < size; ++k) scale[k] *= c.const_data_ptr<double>()[k];
   }
   std::vector<double> denominators;
-  const std::optional<double> divisor =
-      normalizer.has_value() ? std::optional<double>(normalizer->item<double>()) : std::nullopt;
-  const auto terms_of_rows =
-      program_of(rows, summary, terms, parameters, scale, divisor, reduction, empty_zero, denominators);
+  const auto terms_of_rows = program_of(in, summary, rows.target != nullptr, scale, denominators);
   const cpu::Program program{terms_of_rows.data(), size};
 
-  const auto options = logits.options().dtype(accumulation_type(logits));
-  const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, logits.options().dtype(at::kDouble));
+  const auto options = in.logits.options().dtype(accumulation_type(in.logits));
+  const auto type = accumulation_type(in.logits);
+  const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, in.logits.options().dtype(at::kDouble));
   const Tensor row_gradient = at::empty({kRowGradient, n}, options);
-  Tensor gradient = at::empty({0}, logits.options());
+  Tensor gradient;
   if (with_gradient) {
-    gradient = empty_gradient(rows, logits);
+    gradient = empty_gradient(rows, in.logits);
     cpu_doors().fused(rows, program, values.mutable_data_ptr<double>(), row_gradient.mutable_data_ptr(),
                       gradient.mutable_data_ptr());
   } else {
@@ -211,46 +263,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
   }
 
   const double* value = values.const_data_ptr<double>();
-  if (reduction == Reduction::kNone) {
-    const Tensor loss = at::zeros({n}, options.dtype(at::kDouble));
+  Tensor loss, parts;
+  if (in.reduction == Reduction::kNone) {
+    loss = at::zeros({n}, options.dtype(at::kDouble));
     double* out = loss.mutable_data_ptr<double>();
     for (int64_t k = 0; k < size; ++k)
       for (int64_t i = 0; i < n; ++i) out[i] += program.terms[k].scale * value[k * n + i];
-    return {loss.to(options.dtype()), values.to(options.dtype()), row_gradient, gradient};
+    loss = loss.to(type);
+    parts = in.with_parts ? values.to(type) : at::empty({0, n}, options);
+  } else {
+    // Terms over their denominators, free statistics as means over the rows that count, and the number of those.
+    std::vector<double> numbers;
+    double total = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const double term = sum(value + k * n, n) / denominators[k];
+      total += scale[k] * term;
+      if (in.with_parts) numbers.push_back(term);
+    }
+    if (in.with_parts) {
+      for (int64_t k = size; k < size + cpu::kFreeStatistics; ++k)
+        numbers.push_back(sum(value + k * n, n) / static_cast<double>(summary.counted));
+      numbers.push_back(static_cast<double>(summary.counted));
+    }
+    loss = filled({}, type, std::array<double, 1>{total});
+    parts = filled({static_cast<int64_t>(numbers.size())}, type, numbers);
   }
-  // Terms over their denominators, free statistics as means over the rows that count, and the number of those.
-  std::vector<double> parts(size + cpu::kFreeStatistics + 1);
-  double total = 0;
-  for (int64_t k = 0; k < size; ++k) {
-    parts[k] = sum(value + k * n, n) / denominators[k];
-    total += scale[k] * parts[k];
-  }
-  for (int64_t k = size; k < size + cpu::kFreeStatistics; ++k)
-    parts[k] = sum(value + k * n, n) / static_cast<double>(summary.counted);
-  parts.back() = static_cast<double>(summary.counted);
-  return {at::scalar_tensor(total, options), at::tensor(parts, options), row_gradient, gradient};
+  torch::jit::push(*stack, loss, parts, row_gradient);
+  if (with_gradient) torch::jit::push(*stack, gradient);
 }
 
-std::tuple<Tensor, Tensor, Tensor> objective(const Tensor& logits, OptionalTensor target, OptionalTensor class_weight,
-                                             OptionalTensor coefficient_tensor, OptionalTensor normalizer,
-                                             OptionalTensor logit_scale, at::IntArrayRef terms,
-                                             at::ArrayRef<double> parameters, at::ArrayRef<double> coefficients,
-                                             int64_t reduction, int64_t ignore_index, double softcap, bool masked,
-                                             bool empty_zero) {
-  auto [loss, parts, row_gradient, gradient] =
-      run_objective(logits, target, class_weight, coefficient_tensor, normalizer, logit_scale, terms, parameters,
-                    coefficients, reduction, ignore_index, softcap, masked, empty_zero, false);
-  return {loss, parts, row_gradient};
+void objective(const c10::OperatorHandle&, Stack* stack) {
+  run_objective(stack, false);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused(const Tensor& logits, OptionalTensor target,
-                                                 OptionalTensor class_weight, OptionalTensor coefficient_tensor,
-                                                 OptionalTensor normalizer, OptionalTensor logit_scale,
-                                                 at::IntArrayRef terms, at::ArrayRef<double> parameters,
-                                                 at::ArrayRef<double> coefficients, int64_t reduction,
-                                                 int64_t ignore_index, double softcap, bool masked, bool empty_zero) {
-  return run_objective(logits, target, class_weight, coefficient_tensor, normalizer, logit_scale, terms, parameters,
-                       coefficients, reduction, ignore_index, softcap, masked, empty_zero, true);
+void fused(const c10::OperatorHandle&, Stack* stack) {
+  run_objective(stack, true);
 }
 
 Tensor write_gradient(const Batch& batch, const Tensor& row_gradient, const Tensor& upstream) {
@@ -264,74 +311,81 @@ Tensor write_gradient(const Batch& batch, const Tensor& row_gradient, const Tens
   return out;
 }
 
-Tensor gradient(const Tensor& upstream, const Tensor& row_gradient, const Tensor& logits, OptionalTensor target,
-                OptionalTensor class_weight, OptionalTensor logit_scale, int64_t ignore_index, double softcap,
-                bool masked, bool unscaled, int64_t reads) {
-  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+void gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kObjectiveArguments + 1);
+  const Tensor upstream = all[0].toTensor(), row_gradient = all[1].toTensor();
+  const ObjectiveArguments in(all.slice(2, kObjectiveArguments));
+  const bool unscaled = all.back().toBool();
+  torch::jit::drop(*stack, all.size());
+  Batch batch(in, in.reads());
   batch.rows.unscaled = unscaled;
-  batch.rows.reads = reads;
-  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.size(1) == batch.rows.rows &&
-                  row_gradient.size(0) == kRowGradient && row_gradient.scalar_type() == accumulation_type(logits),
+  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.dim() == 2 && row_gradient.size(0) == kRowGradient &&
+                  row_gradient.size(1) == batch.rows.rows &&
+                  row_gradient.scalar_type() == accumulation_type(batch.logits),
               "objkern: row_gradient does not belong to these logits");
   checked_targets(batch.rows);
-  return write_gradient(batch, row_gradient, upstream);
+  torch::jit::push(*stack, write_gradient(batch, row_gradient, upstream));
 }
 
-std::tuple<Tensor, Tensor> statistics(const Tensor& logits, OptionalTensor target, OptionalTensor class_weight,
-                                      OptionalTensor logit_scale, int64_t ignore_index, double softcap, bool masked) {
-  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
-  batch.rows.reads = kEverything;
+void statistics(const c10::OperatorHandle&, Stack* stack) {
+  const RowArguments in(torch::jit::last(*stack, kRowArguments));
+  torch::jit::drop(*stack, kRowArguments);
+  const Batch batch(in);
   checked_targets(batch.rows);
-  const auto options = logits.options().dtype(at::kDouble);
+  const auto options = in.logits.options().dtype(at::kDouble);
   const Tensor centred = at::empty({cpu::kCentred, batch.rows.rows}, options);
   const Tensor out = at::empty({kStatistics, batch.rows.rows}, options);
   cpu_doors().statistics(batch.rows, centred.mutable_data_ptr<double>(), out.mutable_data_ptr<double>());
-  return {out, centred};
+  torch::jit::push(*stack, out, centred);
 }
 
-Tensor statistics_gradient(const Tensor& partials, const Tensor& centred, const Tensor& logits, OptionalTensor target,
-                           OptionalTensor class_weight, OptionalTensor logit_scale, int64_t ignore_index,
-                           double softcap, bool masked, bool unscaled) {
-  Batch batch(logits, target, class_weight, logit_scale, ignore_index, softcap, masked);
+void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kRowArguments + 1);
+  const Tensor partials = all[0].toTensor(), centred = all[1].toTensor();
+  const RowArguments in(all.slice(2, kRowArguments));
+  const bool unscaled = all.back().toBool();
+  torch::jit::drop(*stack, all.size());
+  Batch batch(in);
   batch.rows.unscaled = unscaled;
-  batch.rows.reads = kEverything;
-  TORCH_CHECK(centred.is_contiguous() && centred.size(1) == batch.rows.rows && centred.size(0) == cpu::kCentred,
+  const int64_t n = batch.rows.rows;
+  TORCH_CHECK(centred.is_contiguous() && centred.dim() == 2 && centred.size(1) == n &&
+                  centred.size(0) == cpu::kCentred && centred.scalar_type() == at::kDouble,
               "objkern: centred sums do not belong to these logits");
-  TORCH_CHECK(partials.dim() == 2 && partials.size(0) == kStatistics && partials.size(1) == batch.rows.rows,
-              "objkern: partials: expected (", kStatistics, ", ", batch.rows.rows, ") but got ", partials.sizes());
+  TORCH_CHECK(partials.dim() == 2 && partials.size(0) == kStatistics && partials.size(1) == n,
+              "objkern: partials: expected (", kStatistics, ", ", n, ") but got ", partials.sizes());
   checked_targets(batch.rows);
-  const auto options = logits.options().dtype(accumulation_type(logits));
-  const Tensor row_gradient = at::empty({kRowGradient, batch.rows.rows}, options);
+  const auto options = in.logits.options().dtype(accumulation_type(in.logits));
+  const Tensor row_gradient = at::empty({kRowGradient, n}, options);
   const Tensor f = partials.to(at::kDouble).contiguous();
   cpu_doors().chain(batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
                     row_gradient.mutable_data_ptr());
-  return write_gradient(batch, row_gradient, at::ones({}, options));
+  torch::jit::push(*stack, write_gradient(batch, row_gradient, at::ones({}, options)));
 }
 
 }  // namespace
 
 TORCH_LIBRARY(objkern, m) {
-  // Inputs common to all: logits (N, V); target (N) int64 labels or (N, V) probabilities; class_weight (V).
-#define OBJKERN_OBJECTIVE_INPUTS                                                                                  \
-  "(Tensor logits, Tensor? target, Tensor? class_weight, Tensor? coefficient_tensor, Tensor? normalizer, "        \
-  "Tensor? logit_scale, int[] terms, float[] parameters, float[] coefficients, int reduction, int ignore_index, " \
-  "float softcap, bool masked, bool empty_zero)"
-#define OBJKERN_ROW_INPUTS                                                                                           \
-  "Tensor logits, Tensor? target, Tensor? class_weight, Tensor? logit_scale, int ignore_index, float softcap, bool " \
-  "masked"
-  m.def("objective" OBJKERN_OBJECTIVE_INPUTS " -> (Tensor loss, Tensor parts, Tensor row_gradient)");
-  m.def("fused" OBJKERN_OBJECTIVE_INPUTS " -> (Tensor loss, Tensor parts, Tensor row_gradient, Tensor gradient)");
-  m.def("gradient(Tensor upstream, Tensor row_gradient, " OBJKERN_ROW_INPUTS ", bool unscaled, int reads) -> Tensor");
-  m.def("statistics(" OBJKERN_ROW_INPUTS ") -> (Tensor statistics, Tensor centred)");
-  m.def("statistics_gradient(Tensor partials, Tensor centred, " OBJKERN_ROW_INPUTS ", bool unscaled) -> Tensor");
+  m.def("objective(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient)");
+  m.def("fused(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient, Tensor gradient)");
+  m.def("gradient(Tensor upstream, Tensor row_gradient, " OBJKERN_OBJECTIVE_ARGUMENTS ", bool unscaled) -> Tensor");
+  m.def("statistics(" OBJKERN_ROW_ARGUMENTS ") -> (Tensor statistics, Tensor centred)");
+  m.def("statistics_gradient(Tensor partials, Tensor centred, " OBJKERN_ROW_ARGUMENTS ", bool unscaled) -> Tensor");
+  // Derivatives through the reference, implemented in objkern/ops.py: for the differentiable arguments (in their
+  // order, the upstream gradient first where it is differentiated) that `needed` marks.
+  m.def("reference_gradient(Tensor upstream, " OBJKERN_OBJECTIVE_ARGUMENTS ", bool[] needed) -> Tensor[]");
+  m.def("reference_second_order(Tensor grad, Tensor upstream, " OBJKERN_OBJECTIVE_ARGUMENTS
+        ", bool[] needed) -> Tensor[]");
+  m.def("reference_statistics_gradient(Tensor partials, " OBJKERN_ROW_ARGUMENTS ", bool[] needed) -> Tensor[]");
+  m.def("reference_statistics_second_order(Tensor grad, Tensor partials, " OBJKERN_ROW_ARGUMENTS
+        ", bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(objkern, CPU, m) {
-  m.impl("objective", &objective);
-  m.impl("fused", &fused);
-  m.impl("gradient", &gradient);
-  m.impl("statistics", &statistics);
-  m.impl("statistics_gradient", &statistics_gradient);
+  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
+  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused>());
+  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
+  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
+  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
 }
 
 // ---- scalar doors -----------------------------------------------------------------------------------------------
@@ -374,14 +428,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes of gradient buffers kept for the next call.");
   m.def("buffer_limit", &cpu::buffer_limit);
   m.def("set_buffer_limit", &cpu::set_buffer_limit);
-  m.def(
-      "reads",
-      [](const std::vector<std::pair<int64_t, double>>& terms) {
-        int64_t reads = 0;
-        for (const auto& [kind, parameter] : terms) reads |= reads_of(static_cast<TermKind>(kind), parameter);
-        return reads;
-      },
-      "Which statistics the terms (kind, parameter) read, as bits in the order of Statistics.");
   m.def(
       "derive",
       [](const std::vector<double>& centred, bool dense_target) {

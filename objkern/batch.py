@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def set_validation(mode: str) -> None:
     _validation = mode
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """N rows of V logits, and how to read and reduce them."""
 
     logits: Tensor  # (N, V)
@@ -41,7 +40,7 @@ class Batch:
     masked: bool  # −inf logits are excluded classes; False: they are numbers, as in torch
     validate: bool
     shape: torch.Size  # of the rows before they were flattened
-    rows: dict[str, Tensor] = field(default_factory=dict)  # (N) each
+    rows: dict[str, Tensor]  # (N) each
 
     @property
     def dense(self) -> bool:
@@ -51,10 +50,6 @@ class Batch:
     @property
     def result_dtype(self) -> torch.dtype:
         return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
-
-    def wide(self) -> Batch:
-        """The same with logits of the result's dtype, for a gradient that is summed before it is rounded."""
-        return replace(self, logits=self.logits.to(self.result_dtype))
 
     def counted(self) -> Tensor | None:
         """(N) bool: the rows that are not ignored; None where all count."""
@@ -92,13 +87,13 @@ def flatten(
         raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
     if empty not in ("nan", "zero"):
         raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index: expected an int but got {describe(ignore_index)}")
+    if type(ignore_index) is not int:
+        ignore_index = _integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits but got {ignore_index}")
-    if not isinstance(shift, int) or isinstance(shift, bool) or shift not in (0, 1):
+    if type(shift) is not int or shift not in (0, 1):
         raise ValueError(f"shift: expected 0 or 1 but got {shift!r}")
-    if not isinstance(rows or {}, dict):
+    if rows is not None and not isinstance(rows, dict):
         raise TypeError(f"rows: expected a dict of tensors but got {describe(rows)}")
     if validate not in (None, True, False):
         raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
@@ -106,9 +101,10 @@ def flatten(
         raise ValueError(
             f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
         )
-    target = _check_target(target, logits, class_dim)
+    if target is not None:
+        target = _check_target(target, logits, class_dim)
     if shift:
-        target = _shifted(target, shape, int(ignore_index))
+        target = _shifted(target, shape, ignore_index)
     if class_weight is not None:
         _check_same_device("class weight", class_weight, logits)
         if class_weight.requires_grad:
@@ -117,21 +113,26 @@ def flatten(
             raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
     if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):
         raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {softcap!r}")
+    if len(shape) != 1:
+        logits = logits.reshape(-1, classes)
+        if target is not None:
+            target = target.reshape(-1, *target.shape[len(shape) :])
     return Batch(
-        logits=logits.reshape(-1, classes),
-        target=None if target is None else target.reshape(-1, *target.shape[len(shape) :]),
-        class_weight=class_weight,
-        normalizer=_scalar_tensor("normalizer", normalizer, None),
-        logit_scale=_scalar_tensor("logit_scale", logit_scale, 1.0),
-        softcap=0.0 if softcap is None else float(softcap),
-        ignore_index=int(ignore_index),
-        reduction=reduction,
-        empty_zero=empty == "zero",
-        masked=masked,
-        validate=logits.device.type == "cpu" or (_validation == "always" if validate is None else validate),
-        shape=shape,
-        rows={name: _check_row(name, value, shape, logits) for name, value in (rows or {}).items()},
-    )
+        logits, target, class_weight,
+        None if normalizer is None else _scalar_tensor("normalizer", normalizer, None),
+        None if type(logit_scale) is float and logit_scale == 1.0 else _scalar_tensor("logit_scale", logit_scale, 1.0),
+        0.0 if softcap is None else float(softcap),
+        ignore_index, reduction, empty == "zero", masked,
+        logits.is_cpu or (_validation == "always" if validate is None else validate),
+        shape,
+        {name: _check_row(name, value, shape, logits) for name, value in rows.items()} if rows else {},
+    )  # fmt: skip
+
+
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int but got {describe(value)}")
+    return int(value)
 
 
 def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
@@ -141,28 +142,29 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (..., V) but got a 0-dim tensor")
-    if not isinstance(class_dim, int) or isinstance(class_dim, bool):
+    if type(class_dim) is not int:
         raise TypeError(f"class_dim: expected an int but got {describe(class_dim)}")
-    if not -logits.dim() <= class_dim < logits.dim():
-        raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
-    if class_dim not in (-1, logits.dim() - 1):
-        logits = logits.movedim(class_dim, -1)
+    if class_dim != -1:
+        if not -logits.dim() <= class_dim < logits.dim():
+            raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
+        if class_dim != logits.dim() - 1:
+            logits = logits.movedim(class_dim, -1)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits: expected at least one class but got shape {tuple(logits.shape)}")
     return logits
 
 
-def _check_target(target: Tensor | None, logits: Tensor, class_dim: int) -> Tensor | None:
+def _check_target(target: Tensor, logits: Tensor, class_dim: int) -> Tensor:
     """`logits` has its classes last; a dense target comes with them at `class_dim`."""
-    if target is None:
-        return None
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor but got {describe(target)}")
-    _check_same_device("target", target, logits)
-    shape = tuple(logits.shape[:-1])
-    if target.dtype == torch.int64:
-        if tuple(target.shape) != shape:
-            raise ValueError(f"target: expected labels of shape {shape} but got {tuple(target.shape)}")
+    if not (target.is_cpu and logits.is_cpu):
+        _check_same_device("target", target, logits)
+    if target.dtype is torch.int64:
+        if target.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"target: expected labels of shape {tuple(logits.shape[:-1])} but got {tuple(target.shape)}"
+            )
         return target
     if target.dtype not in DTYPES:
         raise TypeError(f"target: expected int64 labels or floating-point probabilities but got {describe(target)}")
@@ -170,8 +172,8 @@ def _check_target(target: Tensor | None, logits: Tensor, class_dim: int) -> Tens
         target = target.movedim(class_dim, -1)
     if target.shape != logits.shape:
         raise ValueError(
-            f"target: expected int64 labels of shape {shape} or probabilities of shape {tuple(logits.shape)} "
-            f"but got {describe(target)}"
+            f"target: expected int64 labels of shape {tuple(logits.shape[:-1])} or probabilities of shape "
+            f"{tuple(logits.shape)} but got {describe(target)}"
         )
     return target
 

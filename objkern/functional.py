@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import ops
 from .batch import flatten
-from .objective import Objective
 from .statistics import Statistics
 from .terms import CrossEntropy, Entropy, ZLoss
 
@@ -102,17 +101,20 @@ def cross_entropy(
             f"cross_entropy: weight tensor should be defined either for all {input.shape[class_dim]} classes or no "
             f"classes but got weight tensor of shape: {list(weight.shape)}"
         )
-    objective: Objective = CrossEntropy(weight, label_smoothing)
-    if z_loss:
-        objective = objective + z_loss * ZLoss()
-    if entropy:
-        objective = objective + entropy * Entropy()
+    kinds, parameters, coefficients = [CrossEntropy.kind], [float(label_smoothing)], [1.0]
+    for term, coefficient in ((ZLoss, z_loss), (Entropy, entropy)):
+        if coefficient:
+            kinds.append(term.kind)
+            parameters.append(0.0)
+            coefficients.append(coefficient)
     batch = flatten(
         input, target.long() if target.dtype == torch.uint8 else target, reduction=reduction,
         ignore_index=ignore_index, class_dim=class_dim, class_weight=weight, masked=False,
     )  # fmt: skip
-    loss, _ = ops.backend_for("auto", batch.logits).objective(batch, objective.weighted_terms, False)
-    loss = loss.view(batch.shape) if reduction == "none" else loss
+    run = ops.backend_for("auto", batch.logits)
+    loss, _ = run.objective(batch, ops.Program.of(kinds, parameters, coefficients), False, False)
+    if reduction == "none" and len(batch.shape) != 1:
+        loss = loss.view(batch.shape)
     if torch.is_autocast_enabled(input.device.type):
         return loss  # torch's autocast runs cross-entropy in float32
     return loss.to(torch.promote_types(input.dtype, target.dtype) if dense else input.dtype)

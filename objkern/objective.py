@@ -46,9 +46,6 @@ class Coefficient(NamedTuple):
     def times(self, other: Coefficient) -> Coefficient:
         return Coefficient.of(self.number * other.number)._replace(tensors=self.tensors + other.tensors)
 
-    def value(self) -> float | Tensor:
-        return math.prod(self.tensors, start=self.number) if self.tensors else self.number
-
 
 class Objective(nn.Module):
     """A weighted sum of terms, evaluated as one fused forward and backward pass.
@@ -64,6 +61,9 @@ class Objective(nn.Module):
     tensors stay the caller's own.
     """
 
+    # (number, tensors or names of parameters, term) of each summand
+    _summands: list[tuple[float, tuple[str | Tensor, ...], Term]]
+
     def __init__(self, terms: Iterable[tuple[Coefficient, Term]] = ()) -> None:
         super().__init__()
         terms = list(terms)
@@ -75,22 +75,24 @@ class Objective(nn.Module):
                 if isinstance(tensor, nn.Parameter) and id(tensor) not in names:
                     names[id(tensor)] = f"coefficient_{len(names)}"
                     self.register_parameter(names[id(tensor)], tensor)
-        self._factors: list[tuple[float, tuple[str | Tensor, ...]]] = [
-            (coefficient.number, tuple(names.get(id(tensor), tensor) for tensor in coefficient.tensors))
-            for coefficient, _ in terms
+        self._summands = [
+            (coefficient.number, tuple(names.get(id(tensor), tensor) for tensor in coefficient.tensors), term)
+            for coefficient, term in terms
         ]
 
+    def _factors(self, factors: tuple[str | Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f) if isinstance(f, str) else f for f in factors)
+
     def _sum(self) -> list[tuple[Coefficient, Term]]:
-        coefficients = [
-            Coefficient(number, tuple(getattr(self, f) if isinstance(f, str) else f for f in factors))
-            for number, factors in self._factors
-        ]
-        return list(zip(coefficients, self._terms, strict=True))
+        return [(Coefficient(number, self._factors(factors)), term) for number, factors, term in self._summands]
 
     @property
     def weighted_terms(self) -> list[tuple[float | Tensor, Term]]:
         """The terms in order, each with the present value of its coefficient."""
-        return [(coefficient.value(), term) for coefficient, term in self._sum()]
+        return [
+            (math.prod(self._factors(factors), start=number) if factors else number, term)
+            for number, factors, term in self._summands
+        ]
 
     # ---- algebra ----------------------------------------------------------------------------------------------------
 
@@ -192,52 +194,32 @@ class Objective(nn.Module):
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
                 validate=validate, class_weight=self._class_weight(),
             )  # fmt: skip
-            self._check_call(batch, gradient, rows)
+            terms = self.weighted_terms
+            built_in = _check_call(terms, batch, gradient)
             run = ops.backend_for(backend, batch.logits)
         except (ValueError, TypeError, NotImplementedError) as error:
             where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
             raise type(error)(f"{error} [{where}]") from None
-        loss, parts = self._evaluate(batch, gradient, run)
-        if reduction == "none":
+        if built_in:
+            program = ops.Program.of(
+                [term.kind for _, term in terms], [term.parameter for _, term in terms], [c for c, _ in terms]
+            )
+            loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
+        else:
+            loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
+        if reduction == "none" and len(batch.shape) != 1:
             loss = loss.view(batch.shape)
         if not return_parts:
             return loss
-        return loss, self._named_parts(loss, parts, batch)
-
-    def _evaluate(self, batch: Batch, gradient: str, run: ops.Backend) -> tuple[Tensor, list[Tensor]]:
-        terms = self.weighted_terms
-        if all(term.kind is not None for _, term in terms):
-            return run.objective(batch, terms, gradient == "forward")
-        return reference.evaluate(run.statistics(batch), batch, terms)
-
-    def _check_call(self, batch: Batch, gradient: str, rows: dict[str, Tensor] | None) -> None:
-        terms = [term for _, term in self._sum()]
-        if gradient not in ("backward", "forward"):
-            raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
-        if gradient == "forward" and batch.reduction == "none":
-            raise ValueError(
-                'gradient="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
-                "is only known in the backward pass"
-            )
-        custom = [term for term in terms if term.kind is None]
-        if gradient == "forward" and custom:
-            raise ValueError(
-                f'gradient="forward" cannot serve {custom[0]._formula_name()}: its derivative comes from autograd'
-            )
-        if rows and not custom:
-            raise ValueError(f"rows: no term reads {sorted(rows)}; per-row tensors are for custom terms")
-        for term in terms:
-            if term.target != "none" and batch.target is None:
-                raise ValueError(f"target: {term._formula_name()} needs one but got None")
-            if term.target == "index" and batch.dense:
-                raise ValueError(f"target: {term._formula_name()} needs class labels (int64) but got probabilities")
+        # Cloned: autograd may have kept them, and a logger may add to them in place.
+        return loss, self._named_parts(loss, [part.detach().clone() for part in parts], batch)
 
     def _class_weight(self) -> Tensor | None:
         """The one class weight of the pass, or none."""
-        found = [term.weight for _, term in self._sum() if term.reads_class_weight]
-        weights = [weight for weight in found if weight is not None]
-        if not weights:
+        found = [term.weight for _, _, term in self._summands if term.reads_class_weight]
+        if not any(weight is not None for weight in found):
             return None
+        weights = [weight for weight in found if weight is not None]
         # A shared tensor is one object until .to() makes a copy for each term.
         if len(weights) < len(found) or not all(w is weights[0] or torch.equal(w, weights[0]) for w in weights[1:]):
             raise ValueError(
@@ -249,12 +231,12 @@ class Objective(nn.Module):
     def _named_parts(self, loss: Tensor, parts: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         values = iter(parts)
-        for _, term in self._sum():
+        for _, _, term in self._summands:
             name, count = term.name, 2
             while name in named:
                 name, count = f"{term.name}_{count}", count + 1
             named[name] = next(values)
-        named["total"] = loss.detach().clone()  # a logger may add to it in place
+        named["total"] = loss.detach().clone()
         for name in reference.FREE_STATISTICS:
             value = next(values)
             if (batch.target is None or batch.dense) and name != "lse":
@@ -264,7 +246,34 @@ class Objective(nn.Module):
             named["rows"] = next(values)
         else:
             named = {name: value.view(batch.shape) for name, value in named.items()}
-        return {name: value.detach() for name, value in named.items()}
+        return named
+
+
+def _check_call(terms: list[tuple[float | Tensor, Term]], batch: Batch, gradient: str) -> bool:
+    """What the terms ask of a call; returns whether all of them are built in, so that kernels know them."""
+    if gradient not in ("backward", "forward"):
+        raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+    if gradient == "forward" and batch.reduction == "none":
+        raise ValueError(
+            'gradient="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
+            "is only known in the backward pass"
+        )
+    built_in = True
+    for _, term in terms:
+        if term.kind is None:
+            built_in = False
+            if gradient == "forward":
+                raise ValueError(
+                    f'gradient="forward" cannot serve {term._formula_name()}: its derivative comes from autograd'
+                )
+        if term.target != "none":
+            if batch.target is None:
+                raise ValueError(f"target: {term._formula_name()} needs one but got None")
+            if term.target == "index" and batch.dense:
+                raise ValueError(f"target: {term._formula_name()} needs class labels (int64) but got probabilities")
+    if batch.rows and built_in:
+        raise ValueError(f"rows: no term reads {sorted(batch.rows)}; per-row tensors are for custom terms")
+    return built_in
 
 
 class Term(Objective):
@@ -288,28 +297,24 @@ class Term(Objective):
             Term.by_kind[cls.kind] = cls
 
     def __init__(self) -> None:
-        super().__init__()
-        self._parameter = 0.0
-        self.reads = 0
-        self.parameter = 0.0
+        nn.Module.__init__(self)
+        self.parameter = 0.0  # the one number of the formula; 0 where it has none
 
-    def _sum(self) -> list[tuple[Coefficient, Term]]:
-        return [(Coefficient(1.0), self)]
+    @classmethod
+    def of_kind(cls, kind: int, parameter: float) -> Term:
+        term = cls.by_kind[kind].__new__(cls.by_kind[kind])
+        Term.__init__(term)
+        term.parameter = parameter
+        return term
+
+    @property
+    def _summands(self) -> list[tuple[float, tuple[str | Tensor, ...], Term]]:
+        return [(1.0, (), self)]
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
         """The value of each row; `weight` is the class weight of its label."""
         raise NotImplementedError
-
-    @property
-    def parameter(self) -> float:
-        """The one number of the formula; 0 where it has none."""
-        return self._parameter
-
-    @parameter.setter
-    def parameter(self, value: float) -> None:
-        self._parameter = value
-        self.reads = 0 if self.kind is None else ops.reads(self.kind, value)
 
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         """(N) values of the term for the rows of a batch."""

@@ -1,0 +1,354 @@
+// The derivatives of the ops, for every backend. Written once, over boxed arguments: an op whose arguments are
+// x_1, ..., x_n and whose results are (y, ..., kept) has a gradient op of (∂L/∂y, kept, x_1, ..., x_n) ↦ ∂L/∂logits.
+//
+//   objective, fused  ── ObjectiveBackward ──▶ gradient             ── GradientBackward ──▶ reference_second_order
+//   statistics        ── StatisticsBackward ─▶ statistics_gradient  ── GradientBackward ──▶ reference_second_order
+//
+// First derivatives to logits, logit scale and coefficients run in kernels. Derivatives to probability targets, and
+// second derivatives, are taken through the reference (objkern/reference.py), which torch can differentiate.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+
+namespace objkern {
+namespace {
+
+using at::Tensor;
+using c10::IValue;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+using NodePointer = std::decay_t<decltype(std::declval<torch::autograd::Edge>().function)>;
+
+// torch 2.13 counts a node's references in the node; torch before it has shared_ptr.
+template <class N, class... Arguments>
+auto make_node(Arguments&&... arguments) {
+  if constexpr (std::is_same_v<NodePointer, std::shared_ptr<Node>>) {
+    return std::make_shared<N>(std::forward<Arguments>(arguments)...);
+  } else {
+    return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
+  }
+}
+
+Tensor tensor_or_undefined(const IValue& value) {
+  return value.isTensor() ? value.toTensor() : Tensor();
+}
+
+c10::OperatorHandle find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
+// The arguments of a call, kept for its backward pass.
+class SavedArguments {
+ public:
+  explicit SavedArguments(c10::ArrayRef<IValue> arguments) : values_(arguments.vec()) {
+    for (IValue& value : values_) {
+      if (!value.isTensor()) continue;
+      tensors_.emplace_back(value.toTensor(), /*is_output=*/false);
+      value = place_of_tensor;
+    }
+  }
+
+  void append_to(Stack& stack) const {
+    auto tensor = tensors_.begin();
+    for (const IValue& value : values_) {
+      if (value.isTensor()) {
+        stack.emplace_back((tensor++)->unpack());
+      } else {
+        stack.push_back(value);
+      }
+    }
+  }
+
+  void reset() {
+    for (SavedVariable& tensor : tensors_) tensor.reset_data();
+  }
+
+ private:
+  inline static const IValue place_of_tensor{Tensor()};
+  std::vector<IValue> values_;
+  std::vector<SavedVariable> tensors_;
+};
+
+bool is_tracing(const Tensor& t) {  // its numbers are not there to look at, or stand for others
+  return t.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+}
+
+// A gradient made in the forward pass, times the upstream gradient, in place; undefined where that would lose digits.
+// Half precision has been rounded already, and float16 may have underflowed; 0·∞ in an ignored row would be NaN.
+Tensor scaled(const Tensor& gradient, const Tensor& upstream) {
+  const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
+  if (is_tracing(gradient) || is_tracing(upstream)) return half ? Tensor() : gradient * upstream;
+  const double factor = upstream.item<double>();
+  if (factor == 1.0) return gradient;
+  if (half || !std::isfinite(factor)) return {};
+  return gradient.mul_(upstream);
+}
+
+// dL/ds = Σ dL/d(s·x) x; what has no gradient (an excluded class, an ignored row) may be infinite.
+Tensor scale_gradient(const Tensor& to_scaled, const Tensor& logits, const Tensor& scale) {
+  return at::where(to_scaled == 0, to_scaled, to_scaled * logits).sum().to(scale.scalar_type());
+}
+
+// Gradients through the reference, for the differentiable arguments that `needed` marks; undefined for the others.
+variable_list through_reference(const char* op, Stack stack, const std::vector<bool>& needed) {
+  c10::List<bool> mask;
+  for (const bool need : needed) mask.push_back(need);
+  stack.emplace_back(mask);
+  find(op).callBoxed(stack);
+  const auto found = stack.back().toTensorVector();
+  variable_list gradients(needed.size());
+  for (size_t i = 0, next = 0; i < needed.size(); ++i)
+    if (needed[i]) gradients[i] = found.at(next++);
+  return gradients;
+}
+
+// What the backward passes of all the ops share: saved arguments, and one result that is differentiable.
+struct RowsBackward : Node {
+  SavedArguments arguments;
+  std::vector<int> differentiable;  // places in the arguments
+
+  RowsBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places)
+      : arguments(arguments_), differentiable(std::move(places)) {
+    torch::autograd::edge_list edges;
+    for (const int place : differentiable) {
+      const Tensor t = tensor_or_undefined(arguments_[place]);
+      edges.push_back(t.defined() && t.requires_grad() ? torch::autograd::impl::gradient_edge(t)
+                                                       : torch::autograd::Edge());
+    }
+    set_next_edges(std::move(edges));
+  }
+
+  std::vector<bool> needed() const {
+    std::vector<bool> mask;
+    for (size_t i = 0; i < differentiable.size(); ++i) mask.push_back(task_should_compute_output(i));
+    return mask;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    arguments.reset();
+  }
+};
+
+// The derivatives of a gradient op of (∂L/∂y, kept, arguments..., unscaled).
+struct GradientBackward final : RowsBackward {
+  std::string family;
+
+  GradientBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, std::string family_)
+      : RowsBackward(arguments_, std::move(places)), family(std::move(family_)) {}
+
+  std::string name() const override { return family + "GradientBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return variable_list(differentiable.size());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Stack stack{IValue(grads[0])}, saved;
+    arguments.append_to(saved);
+    stack.push_back(saved[0]);                                      // ∂L/∂y
+    stack.insert(stack.end(), saved.begin() + 2, saved.end() - 1);  // neither `kept` nor `unscaled`
+    return through_reference(
+        family == "Objective" ? "objkern::reference_second_order" : "objkern::reference_statistics_second_order",
+        std::move(stack), needed());
+  }
+};
+
+// The derivatives of objective, fused and statistics.
+struct ForwardBackward : RowsBackward {
+  SavedVariable kept;
+  const char* gradient_op;
+  const char* reference_op;
+
+  ForwardBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const char* gradient_op_,
+                  const char* reference_op_)
+      : RowsBackward(arguments_, std::move(places)), gradient_op(gradient_op_), reference_op(reference_op_) {}
+
+  // What differs: a gradient that is there already, and the coefficients.
+  virtual Tensor finished_gradient(const Tensor&) { return {}; }
+  virtual Tensor coefficient_gradient(const Tensor&, const Stack&) { return {}; }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list found(differentiable.size());
+    if (!grads[0].defined()) return found;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor upstream = grads[0];
+    Stack inputs;
+    arguments.append_to(inputs);
+    std::vector<bool> need = needed();
+    // A gradient that can be differentiated again comes from the reference, but for the common case: the gradient op
+    // of the logits has a derivative of its own.
+    const bool only_logits = std::find(need.begin() + 1, need.end(), true) == need.end();
+    std::vector<bool> reference = need;
+    if (!at::GradMode::is_enabled() || only_logits) reference.assign(need.size(), false);
+    reference[1] = need[1];  // the target
+    if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
+      Stack stack{IValue(upstream)};
+      stack.insert(stack.end(), inputs.begin(), inputs.end());
+      found = through_reference(reference_op, std::move(stack), reference);
+    }
+    if (need[0] && !reference[0]) {
+      found[0] = finished_gradient(upstream);
+      if (!found[0].defined()) found[0] = gradient(upstream, inputs, false);
+    }
+    if (need[2] && !reference[2]) {
+      const Tensor logits = inputs[kLogits].toTensor();
+      const bool doubles = logits.scalar_type() == at::kDouble;
+      Stack wide = inputs;  // summed before it is rounded
+      wide[kLogits] = logits.to(doubles ? at::kDouble : at::kFloat);
+      found[2] = scale_gradient(gradient(upstream, wide, true), logits, inputs[kLogitScale].toTensor());
+    }
+    if (need.size() > 3 && need[3] && !reference[3]) found[3] = coefficient_gradient(upstream, inputs);
+    return found;
+  }
+
+  Tensor gradient(const Tensor& upstream, const Stack& inputs, bool unscaled) const {
+    Stack stack{IValue(upstream), IValue(kept.unpack())};
+    stack.insert(stack.end(), inputs.begin(), inputs.end());
+    stack.emplace_back(unscaled);
+    find(gradient_op).callBoxed(stack);
+    return stack.back().toTensor();
+  }
+
+  void release_variables() override {
+    RowsBackward::release_variables();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept.reset_data();
+  }
+};
+
+struct ObjectiveBackward final : ForwardBackward {
+  SavedVariable parts;
+  Tensor finished;  // by the forward pass; handed over once, a second backward pass computes its own
+
+  explicit ObjectiveBackward(c10::ArrayRef<IValue> arguments_)
+      : ForwardBackward(arguments_, {kLogits, kTarget, kLogitScale, kCoefficientTensor}, "objkern::gradient",
+                        "objkern::reference_gradient") {}
+
+  std::string name() const override { return "ObjectiveBackward"; }
+
+  Tensor finished_gradient(const Tensor& upstream) override {
+    if (!finished.defined() || at::GradMode::is_enabled()) return {};
+    return scaled(std::exchange(finished, Tensor()), upstream);
+  }
+
+  // d loss / d coefficient is the term itself.
+  Tensor coefficient_gradient(const Tensor& upstream, const Stack& inputs) override {
+    const std::vector<double> numbers = inputs[kCoefficients].toDoubleVector();
+    const int64_t terms = static_cast<int64_t>(numbers.size());
+    Tensor own = parts.unpack().narrow(0, 0, terms).to(at::kDouble) * upstream;
+    if (upstream.dim() != 0) own = own.sum(-1);
+    return own * at::tensor(numbers, own.options());
+  }
+
+  void release_variables() override {
+    ForwardBackward::release_variables();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    parts.reset_data();
+    finished.reset();
+  }
+};
+
+struct StatisticsBackward final : ForwardBackward {
+  explicit StatisticsBackward(c10::ArrayRef<IValue> arguments_)
+      : ForwardBackward(arguments_, {kLogits, kTarget, kLogitScale}, "objkern::statistics_gradient",
+                        "objkern::reference_statistics_gradient") {}
+
+  std::string name() const override { return "StatisticsBackward"; }
+};
+
+// ---- the ops at the autograd key ----------------------------------------------------------------------------------
+
+bool requires_grad(c10::ArrayRef<IValue> arguments, const std::vector<int>& places, const c10::OperatorHandle& op) {
+  bool any = false;
+  for (const int place : places) {
+    if (!arguments[place].isTensor()) continue;
+    const Tensor& t = arguments[place].toTensor();
+    TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(t), op.schema().name(),
+                                ": forward-mode derivatives are not implemented; use reverse mode, or "
+                                "backend=\"reference\"");
+    any |= t.requires_grad();
+  }
+  return any && at::GradMode::is_enabled();
+}
+
+void call_below(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+// `record(node, results)` fills the node of N with what the results hold.
+template <class N, class F>
+void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const std::vector<int>& places,
+                const F& record) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
+  auto node = make_node<N>(arguments);
+  call_below(op, keys, stack);
+  const auto results = torch::jit::last(*stack, op.schema().returns().size());
+  torch::autograd::set_history(results[0].toTensor(), node);
+  record(*node, results);
+}
+
+void objective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  static const std::vector<int> places{kLogits, kTarget, kLogitScale, kCoefficientTensor};
+  forward_op<ObjectiveBackward>(op, keys, stack, places, [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
+    node.parts = SavedVariable(results[1].toTensor(), false);
+    node.kept = SavedVariable(results[2].toTensor(), false);
+    if (results.size() > 3) node.finished = results[3].toTensor();
+  });
+}
+
+void statistics(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  static const std::vector<int> places{kLogits, kTarget, kLogitScale};
+  forward_op<StatisticsBackward>(op, keys, stack, places, [](StatisticsBackward& node, c10::ArrayRef<IValue> results) {
+    node.kept = SavedVariable(results[1].toTensor(), false);
+  });
+}
+
+void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const char* family,
+                 const std::vector<int>& places) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
+  TORCH_CHECK_NOT_IMPLEMENTED(!arguments.back().toBool(), op.schema().name(), ": no second derivative of `unscaled`");
+  auto node = make_node<GradientBackward>(arguments, places, family);
+  call_below(op, keys, stack);
+  torch::autograd::set_history(stack->back().toTensor(), node);
+}
+
+// Two arguments stand before the row arguments: the upstream gradient, which is differentiable, and what was kept.
+void gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  static const std::vector<int> places{0, 2 + kLogits, 2 + kTarget, 2 + kLogitScale, 2 + kCoefficientTensor};
+  gradient_op(op, keys, stack, "Objective", places);
+}
+
+void statistics_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  static const std::vector<int> places{0, 2 + kLogits, 2 + kTarget, 2 + kLogitScale};
+  gradient_op(op, keys, stack, "Statistics", places);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(objkern, Autograd, m) {
+  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
+  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&objective>());
+  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
+  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
+  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+}
+
+}  // namespace objkern
