@@ -1,24 +1,24 @@
-// The arguments that the ops share, in the order of their schemas.
+// The arguments that the ops share, in the order of their schemas. Passing one costs a quarter of a microsecond, so
+// what is seldom needed has a default and comes last.
 //
 //   Row arguments     how to read a batch of rows: logits (N, V); target (N) int64 labels or (N, V) probabilities;
 //                     logit_scale (); class_weight (V); ...
-//   Objective         what to make of them: coefficient_tensor (terms), normalizer (), the terms, the reduction
+//   Objective         what to make of them: terms, a (kind, parameter, coefficient) for each; the reduction; the row
+//                     arguments; coefficient_tensor (terms), which multiplies the coefficients; normalizer (); ...
 #pragma once
 
 #define OBJKERN_ROW_ARGUMENTS                                                                                        \
-  "Tensor logits, Tensor? target, Tensor? logit_scale, Tensor? class_weight, int ignore_index, float softcap, bool " \
-  "masked"
-#define OBJKERN_OBJECTIVE_ARGUMENTS                                                                               \
-  OBJKERN_ROW_ARGUMENTS                                                                                           \
-  ", Tensor? coefficient_tensor, Tensor? normalizer, int[] terms, float[] parameters, float[] coefficients, int " \
-  "reduction, bool empty_zero, bool with_parts"
+  "Tensor logits, Tensor? target=None, Tensor? logit_scale=None, Tensor? class_weight=None, int ignore_index=-100, " \
+  "float softcap=0, bool masked=True"
+#define OBJKERN_OBJECTIVE_ARGUMENTS                      \
+  "float[] terms, int reduction, " OBJKERN_ROW_ARGUMENTS \
+  ", Tensor? coefficient_tensor=None, Tensor? normalizer=None, bool empty_zero=False, bool with_parts=False"
 
 namespace objkern {
 
-// The places of the differentiable arguments.
-constexpr int kLogits = 0, kTarget = 1, kLogitScale = 2, kCoefficientTensor = 7;
-// And of what their derivatives read.
-constexpr int kCoefficients = 11;
-constexpr int kRowArguments = 7, kObjectiveArguments = 15;
+// Places in the row arguments, and in the objective's, whose row arguments begin at kRows.
+constexpr int kLogits = 0, kTarget = 1, kLogitScale = 2, kClassWeight = 3, kRowArguments = 7;
+constexpr int kTerms = 0, kReduction = 1, kRows = 2, kCoefficientTensor = kRows + kRowArguments;
+constexpr int kObjectiveArguments = kCoefficientTensor + 4;
 
 }  // namespace objkern

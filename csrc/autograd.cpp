@@ -1,5 +1,6 @@
 // The derivatives of the ops, for every backend. Written once, over boxed arguments: an op whose arguments are
-// x_1, ..., x_n and whose results are (y, ..., kept) has a gradient op of (∂L/∂y, kept, x_1, ..., x_n) ↦ ∂L/∂logits.
+// x_1, ..., x_n and whose results are (y, ..., kept) has a gradient op of (∂L/∂y, kept, unscaled, x_1, ..., x_n) ↦
+// ∂L/∂logits.
 //
 //   objective, fused  ── ObjectiveBackward ──▶ gradient             ── GradientBackward ──▶ reference_second_order
 //   statistics        ── StatisticsBackward ─▶ statistics_gradient  ── GradientBackward ──▶ reference_second_order
@@ -106,16 +107,30 @@ Tensor scale_gradient(const Tensor& to_scaled, const Tensor& logits, const Tenso
 }
 
 // Gradients through the reference, for the differentiable arguments that `needed` marks; undefined for the others.
-variable_list through_reference(const char* op, Stack stack, const std::vector<bool>& needed) {
+variable_list through_reference(const c10::OperatorHandle& op, Stack stack, c10::ArrayRef<IValue> arguments,
+                                const std::vector<bool>& needed) {
   c10::List<bool> mask;
   for (const bool need : needed) mask.push_back(need);
   stack.emplace_back(mask);
-  find(op).callBoxed(stack);
+  stack.insert(stack.end(), arguments.begin(), arguments.end());
+  op.callBoxed(stack);
   const auto found = stack.back().toTensorVector();
   variable_list gradients(needed.size());
   for (size_t i = 0, next = 0; i < needed.size(); ++i)
     if (needed[i]) gradients[i] = found.at(next++);
   return gradients;
+}
+
+// The places of the differentiable arguments.
+const std::vector<int> objective_places{kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kCoefficientTensor};
+const std::vector<int> statistics_places{kLogits, kTarget, kLogitScale};
+
+constexpr int kBeforeArguments = 3;  // in a gradient op: ∂L/∂y, which is differentiable too, kept, unscaled
+
+std::vector<int> in_gradient_op(const std::vector<int>& places) {
+  std::vector<int> found{0};
+  for (const int place : places) found.push_back(kBeforeArguments + place);
+  return found;
 }
 
 // What the backward passes of all the ops share: saved arguments, and one result that is differentiable.
@@ -146,7 +161,7 @@ struct RowsBackward : Node {
   }
 };
 
-// The derivatives of a gradient op of (∂L/∂y, kept, arguments..., unscaled).
+// The derivatives of a gradient op of (∂L/∂y, kept, unscaled, arguments...).
 struct GradientBackward final : RowsBackward {
   std::string family;
 
@@ -158,24 +173,22 @@ struct GradientBackward final : RowsBackward {
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(differentiable.size());
     const std::lock_guard<std::mutex> lock(mutex_);
-    Stack stack{IValue(grads[0])}, saved;
+    Stack saved;
     arguments.append_to(saved);
-    stack.push_back(saved[0]);                                      // ∂L/∂y
-    stack.insert(stack.end(), saved.begin() + 2, saved.end() - 1);  // neither `kept` nor `unscaled`
     return through_reference(
-        family == "Objective" ? "objkern::reference_second_order" : "objkern::reference_statistics_second_order",
-        std::move(stack), needed());
+        find(family == "Objective" ? "objkern::reference_second_order" : "objkern::reference_statistics_second_order"),
+        {IValue(grads[0]), saved[0]}, c10::ArrayRef<IValue>(saved).slice(kBeforeArguments), needed());
   }
 };
 
 // The derivatives of objective, fused and statistics.
 struct ForwardBackward : RowsBackward {
   SavedVariable kept;
-  const char* gradient_op;
-  const char* reference_op;
+  const c10::OperatorHandle& gradient_op;
+  const c10::OperatorHandle& reference_op;
 
-  ForwardBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const char* gradient_op_,
-                  const char* reference_op_)
+  ForwardBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const c10::OperatorHandle& gradient_op_,
+                  const c10::OperatorHandle& reference_op_)
       : RowsBackward(arguments_, std::move(places)), gradient_op(gradient_op_), reference_op(reference_op_) {}
 
   // What differs: a gradient that is there already, and the coefficients.
@@ -197,30 +210,28 @@ struct ForwardBackward : RowsBackward {
     if (!at::GradMode::is_enabled() || only_logits) reference.assign(need.size(), false);
     reference[1] = need[1];  // the target
     if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
-      Stack stack{IValue(upstream)};
-      stack.insert(stack.end(), inputs.begin(), inputs.end());
-      found = through_reference(reference_op, std::move(stack), reference);
+      found = through_reference(reference_op, {IValue(upstream)}, inputs, reference);
     }
     if (need[0] && !reference[0]) {
       found[0] = finished_gradient(upstream);
       if (!found[0].defined()) found[0] = gradient(upstream, inputs, false);
     }
     if (need[2] && !reference[2]) {
-      const Tensor logits = inputs[kLogits].toTensor();
+      const int rows = differentiable[0] - kLogits;
+      const Tensor logits = inputs[rows + kLogits].toTensor();
       const bool doubles = logits.scalar_type() == at::kDouble;
       Stack wide = inputs;  // summed before it is rounded
-      wide[kLogits] = logits.to(doubles ? at::kDouble : at::kFloat);
-      found[2] = scale_gradient(gradient(upstream, wide, true), logits, inputs[kLogitScale].toTensor());
+      wide[rows + kLogits] = logits.to(doubles ? at::kDouble : at::kFloat);
+      found[2] = scale_gradient(gradient(upstream, wide, true), logits, inputs[rows + kLogitScale].toTensor());
     }
     if (need.size() > 3 && need[3] && !reference[3]) found[3] = coefficient_gradient(upstream, inputs);
     return found;
   }
 
   Tensor gradient(const Tensor& upstream, const Stack& inputs, bool unscaled) const {
-    Stack stack{IValue(upstream), IValue(kept.unpack())};
+    Stack stack{IValue(upstream), IValue(kept.unpack()), IValue(unscaled)};
     stack.insert(stack.end(), inputs.begin(), inputs.end());
-    stack.emplace_back(unscaled);
-    find(gradient_op).callBoxed(stack);
+    gradient_op.callBoxed(stack);
     return stack.back().toTensor();
   }
 
@@ -236,8 +247,16 @@ struct ObjectiveBackward final : ForwardBackward {
   Tensor finished;  // by the forward pass; handed over once, a second backward pass computes its own
 
   explicit ObjectiveBackward(c10::ArrayRef<IValue> arguments_)
-      : ForwardBackward(arguments_, {kLogits, kTarget, kLogitScale, kCoefficientTensor}, "objkern::gradient",
-                        "objkern::reference_gradient") {}
+      : ForwardBackward(arguments_, objective_places, gradient_handle(), reference_handle()) {}
+
+  static const c10::OperatorHandle& gradient_handle() {
+    static const auto handle = find("objkern::gradient");
+    return handle;
+  }
+  static const c10::OperatorHandle& reference_handle() {
+    static const auto handle = find("objkern::reference_gradient");
+    return handle;
+  }
 
   std::string name() const override { return "ObjectiveBackward"; }
 
@@ -248,11 +267,14 @@ struct ObjectiveBackward final : ForwardBackward {
 
   // d loss / d coefficient is the term itself.
   Tensor coefficient_gradient(const Tensor& upstream, const Stack& inputs) override {
-    const std::vector<double> numbers = inputs[kCoefficients].toDoubleVector();
-    const int64_t terms = static_cast<int64_t>(numbers.size());
-    Tensor own = parts.unpack().narrow(0, 0, terms).to(at::kDouble) * upstream;
-    if (upstream.dim() != 0) own = own.sum(-1);
-    return own * at::tensor(numbers, own.options());
+    const std::vector<double> terms = inputs[kTerms].toDoubleVector();
+    const Tensor values = parts.unpack();
+    std::vector<Tensor> found;
+    for (size_t k = 0; 3 * k < terms.size(); ++k) {
+      const Tensor own = values.select(0, static_cast<int64_t>(k)).to(at::kDouble) * upstream * terms[3 * k + 2];
+      found.push_back(upstream.dim() == 0 ? own : own.sum());
+    }
+    return at::stack(found);
   }
 
   void release_variables() override {
@@ -265,8 +287,16 @@ struct ObjectiveBackward final : ForwardBackward {
 
 struct StatisticsBackward final : ForwardBackward {
   explicit StatisticsBackward(c10::ArrayRef<IValue> arguments_)
-      : ForwardBackward(arguments_, {kLogits, kTarget, kLogitScale}, "objkern::statistics_gradient",
-                        "objkern::reference_statistics_gradient") {}
+      : ForwardBackward(arguments_, statistics_places, gradient_handle(), reference_handle()) {}
+
+  static const c10::OperatorHandle& gradient_handle() {
+    static const auto handle = find("objkern::statistics_gradient");
+    return handle;
+  }
+  static const c10::OperatorHandle& reference_handle() {
+    static const auto handle = find("objkern::reference_statistics_gradient");
+    return handle;
+  }
 
   std::string name() const override { return "StatisticsBackward"; }
 };
@@ -305,39 +335,38 @@ void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
 }
 
 void objective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places{kLogits, kTarget, kLogitScale, kCoefficientTensor};
-  forward_op<ObjectiveBackward>(op, keys, stack, places, [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
-    node.parts = SavedVariable(results[1].toTensor(), false);
-    node.kept = SavedVariable(results[2].toTensor(), false);
-    if (results.size() > 3) node.finished = results[3].toTensor();
-  });
+  forward_op<ObjectiveBackward>(op, keys, stack, objective_places,
+                                [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
+                                  node.parts = SavedVariable(results[1].toTensor(), false);
+                                  node.kept = SavedVariable(results[2].toTensor(), false);
+                                  if (results.size() > 3) node.finished = results[3].toTensor();
+                                });
 }
 
 void statistics(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places{kLogits, kTarget, kLogitScale};
-  forward_op<StatisticsBackward>(op, keys, stack, places, [](StatisticsBackward& node, c10::ArrayRef<IValue> results) {
-    node.kept = SavedVariable(results[1].toTensor(), false);
-  });
+  forward_op<StatisticsBackward>(op, keys, stack, statistics_places,
+                                 [](StatisticsBackward& node, c10::ArrayRef<IValue> results) {
+                                   node.kept = SavedVariable(results[1].toTensor(), false);
+                                 });
 }
 
 void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const char* family,
                  const std::vector<int>& places) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
-  TORCH_CHECK_NOT_IMPLEMENTED(!arguments.back().toBool(), op.schema().name(), ": no second derivative of `unscaled`");
+  TORCH_CHECK_NOT_IMPLEMENTED(!arguments[2].toBool(), op.schema().name(), ": no second derivative of `unscaled`");
   auto node = make_node<GradientBackward>(arguments, places, family);
   call_below(op, keys, stack);
   torch::autograd::set_history(stack->back().toTensor(), node);
 }
 
-// Two arguments stand before the row arguments: the upstream gradient, which is differentiable, and what was kept.
 void gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places{0, 2 + kLogits, 2 + kTarget, 2 + kLogitScale, 2 + kCoefficientTensor};
+  static const std::vector<int> places = in_gradient_op(objective_places);
   gradient_op(op, keys, stack, "Objective", places);
 }
 
 void statistics_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places{0, 2 + kLogits, 2 + kTarget, 2 + kLogitScale};
+  static const std::vector<int> places = in_gradient_op(statistics_places);
   gradient_op(op, keys, stack, "Statistics", places);
 }
 

@@ -70,44 +70,59 @@ struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
       : logits(a[kLogits].toTensor()),
         target(optional_tensor(a[kTarget])),
         logit_scale(optional_tensor(a[kLogitScale])),
-        class_weight(optional_tensor(a[3])),
+        class_weight(optional_tensor(a[kClassWeight])),
         ignore_index(a[4].toInt()),
         softcap(a[5].toDouble()),
         masked(a[6].toBool()) {}
 };
 
 struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE_ARGUMENTS
-  std::optional<Tensor> coefficient_tensor, normalizer;
-  std::vector<int64_t> terms;
-  std::vector<double> parameters, coefficients;
+  std::vector<cpu::Term> terms;             // with `scale` as their coefficient
   Reduction reduction;
+  std::optional<Tensor> coefficient_tensor, normalizer;
   bool empty_zero, with_parts;
 
   explicit ObjectiveArguments(c10::ArrayRef<IValue> a)
-      : RowArguments(a),
+      : RowArguments(a.slice(kRows, kRowArguments)),
+        reduction(static_cast<Reduction>(a[kReduction].toInt())),
         coefficient_tensor(optional_tensor(a[kCoefficientTensor])),
-        normalizer(optional_tensor(a[8])),
-        terms(a[9].toIntVector()),
-        parameters(a[10].toDoubleVector()),
-        coefficients(a[kCoefficients].toDoubleVector()),
-        reduction(static_cast<Reduction>(a[12].toInt())),
-        empty_zero(a[13].toBool()),
-        with_parts(a[14].toBool()) {
-    const auto size = static_cast<int64_t>(terms.size());
+        normalizer(optional_tensor(a[kCoefficientTensor + 1])),
+        empty_zero(a[kCoefficientTensor + 2].toBool()),
+        with_parts(a[kCoefficientTensor + 3].toBool()) {
+    const auto numbers = a[kTerms].toDoubleVector();
+    TORCH_CHECK(numbers.size() % 3 == 0, "objkern: terms: expected a kind, a parameter and a coefficient of each");
+    for (size_t i = 0; i < numbers.size(); i += 3) {
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kTermKinds, "objkern: term kind ", numbers[i], " is not known");
+      terms.push_back({static_cast<int64_t>(numbers[i]), numbers[i + 1], numbers[i + 2]});
+    }
     TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
-                "objkern: reduction: expected 0, 1 or 2 but got ", a[12].toInt());
-    TORCH_CHECK(terms.size() == parameters.size() && terms.size() == coefficients.size(),
-                "objkern: expected a parameter and a coefficient for each of ", size, " terms");
-    TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
+                "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
+    if (!coefficient_tensor.has_value()) return;
+    const auto size = static_cast<int64_t>(terms.size());
+    TORCH_CHECK(coefficient_tensor->sizes() == at::IntArrayRef{size},
                 "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");
-    for (const int64_t term : terms)
-      TORCH_CHECK(0 <= term && term < kTermKinds, "objkern: term kind ", term, " is not known");
+    const Tensor c = coefficient_tensor->to(at::kDouble).contiguous();
+    for (int64_t k = 0; k < size; ++k) terms[k].scale *= c.const_data_ptr<double>()[k];
   }
 
   int64_t reads() const {
     int64_t all = 0;
-    for (size_t k = 0; k < terms.size(); ++k) all |= reads_of(static_cast<TermKind>(terms[k]), parameters[k]);
+    for (const cpu::Term& term : terms) all |= reads_of(static_cast<TermKind>(term.kind), term.parameter);
     return all;
+  }
+
+  // How many fields of RowGradient their gradient has.
+  int64_t row_gradient_fields() const {
+    const bool dense = target.has_value() && target->scalar_type() != at::kLong;
+    return kFieldsOfDepth[static_cast<int>(depth_of(reads(), class_weight.has_value(), dense))];
+  }
+
+  // A dense target has no zeros where label smoothing lifts them.
+  bool smoothed() const {
+    bool any = false;
+    for (const cpu::Term& term : terms)
+      any |= static_cast<TermKind>(term.kind) == TermKind::kCrossEntropy && term.parameter > 0;
+    return any;
   }
 };
 
@@ -187,24 +202,21 @@ cpu::TargetSummary checked_targets(const cpu::Rows& rows) {
   return summary;
 }
 
-// The coefficients over their denominators. Cross-entropy's mean divides by the weight of its labels, every other
-// term by the number of rows that count; `normalizer` replaces both.
-std::vector<cpu::Term> program_of(const ObjectiveArguments& in, const cpu::TargetSummary& summary, bool class_labels,
-                                  const std::vector<double>& coefficients, std::vector<double>& denominators) {
+// The denominators of a mean: cross-entropy divides by the weight of its labels, every other term by the number of
+// rows that count; `normalizer` replaces both.
+std::vector<double> denominators_of(const ObjectiveArguments& in, const cpu::TargetSummary& summary,
+                                    bool class_labels) {
   const bool empty = summary.counted == 0 && in.empty_zero;
-  const size_t size = in.terms.size();
-  std::vector<cpu::Term> program(size);
-  denominators.assign(size, 1.0);
-  for (size_t k = 0; k < size; ++k) {
+  std::vector<double> denominators(in.terms.size(), 1.0);
+  for (size_t k = 0; k < in.terms.size(); ++k) {
     if (in.normalizer.has_value()) {
       denominators[k] = in.normalizer->item<double>();
     } else if (in.reduction == Reduction::kMean && !empty) {
-      const bool weighted = static_cast<TermKind>(in.terms[k]) == TermKind::kCrossEntropy && class_labels;
+      const bool weighted = static_cast<TermKind>(in.terms[k].kind) == TermKind::kCrossEntropy && class_labels;
       denominators[k] = weighted ? summary.weight_sum : static_cast<double>(summary.counted);
     }
-    program[k] = {in.terms[k], in.parameters[k], coefficients[k] / denominators[k]};
   }
-  return program;
+  return denominators;
 }
 
 double sum(const double* values, int64_t n) {
@@ -234,25 +246,19 @@ void run_objective(Stack* stack, bool with_gradient) {
   const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
   torch::jit::drop(*stack, kObjectiveArguments);
   Batch batch(in, in.reads());
-  for (size_t k = 0; k < in.terms.size(); ++k)
-    batch.rows.smoothed |= static_cast<TermKind>(in.terms[k]) == TermKind::kCrossEntropy && in.parameters[k] > 0;
+  batch.rows.smoothed = in.smoothed();
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
   const int64_t n = rows.rows, size = static_cast<int64_t>(in.terms.size());
-
-  std::vector<double> scale = in.coefficients;
-  if (in.coefficient_tensor.has_value()) {
-    const Tensor c = in.coefficient_tensor->to(at::kDouble).contiguous();
-    for (int64_t k = 0; k < size; ++k) scale[k] *= c.const_data_ptr<double>()[k];
-  }
-  std::vector<double> denominators;
-  const auto terms_of_rows = program_of(in, summary, rows.target != nullptr, scale, denominators);
-  const cpu::Program program{terms_of_rows.data(), size};
+  const std::vector<double> denominators = denominators_of(in, summary, rows.target != nullptr);
+  std::vector<cpu::Term> terms = in.terms;
+  for (int64_t k = 0; k < size; ++k) terms[k].scale /= denominators[k];
+  const cpu::Program program{terms.data(), size};
 
   const auto options = in.logits.options().dtype(accumulation_type(in.logits));
   const auto type = accumulation_type(in.logits);
   const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, in.logits.options().dtype(at::kDouble));
-  const Tensor row_gradient = at::empty({kRowGradient, n}, options);
+  const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
   Tensor gradient;
   if (with_gradient) {
     gradient = empty_gradient(rows, in.logits);
@@ -277,7 +283,7 @@ void run_objective(Stack* stack, bool with_gradient) {
     double total = 0;
     for (int64_t k = 0; k < size; ++k) {
       const double term = sum(value + k * n, n) / denominators[k];
-      total += scale[k] * term;
+      total += in.terms[k].scale * term;
       if (in.with_parts) numbers.push_back(term);
     }
     if (in.with_parts) {
@@ -312,15 +318,15 @@ Tensor write_gradient(const Batch& batch, const Tensor& row_gradient, const Tens
 }
 
 void gradient(const c10::OperatorHandle&, Stack* stack) {
-  const auto all = torch::jit::last(*stack, 2 + kObjectiveArguments + 1);
+  const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
   const Tensor upstream = all[0].toTensor(), row_gradient = all[1].toTensor();
-  const ObjectiveArguments in(all.slice(2, kObjectiveArguments));
-  const bool unscaled = all.back().toBool();
+  const bool unscaled = all[2].toBool();
+  const ObjectiveArguments in(all.slice(3));
   torch::jit::drop(*stack, all.size());
   Batch batch(in, in.reads());
   batch.rows.unscaled = unscaled;
-  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.dim() == 2 && row_gradient.size(0) == kRowGradient &&
-                  row_gradient.size(1) == batch.rows.rows &&
+  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.dim() == 2 &&
+                  row_gradient.size(0) == in.row_gradient_fields() && row_gradient.size(1) == batch.rows.rows &&
                   row_gradient.scalar_type() == accumulation_type(batch.logits),
               "objkern: row_gradient does not belong to these logits");
   checked_targets(batch.rows);
@@ -340,10 +346,10 @@ void statistics(const c10::OperatorHandle&, Stack* stack) {
 }
 
 void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
-  const auto all = torch::jit::last(*stack, 2 + kRowArguments + 1);
+  const auto all = torch::jit::last(*stack, 3 + kRowArguments);
   const Tensor partials = all[0].toTensor(), centred = all[1].toTensor();
-  const RowArguments in(all.slice(2, kRowArguments));
-  const bool unscaled = all.back().toBool();
+  const bool unscaled = all[2].toBool();
+  const RowArguments in(all.slice(3));
   torch::jit::drop(*stack, all.size());
   Batch batch(in);
   batch.rows.unscaled = unscaled;
@@ -367,17 +373,17 @@ void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
 TORCH_LIBRARY(objkern, m) {
   m.def("objective(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient)");
   m.def("fused(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient, Tensor gradient)");
-  m.def("gradient(Tensor upstream, Tensor row_gradient, " OBJKERN_OBJECTIVE_ARGUMENTS ", bool unscaled) -> Tensor");
+  m.def("gradient(Tensor upstream, Tensor row_gradient, bool unscaled, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> Tensor");
   m.def("statistics(" OBJKERN_ROW_ARGUMENTS ") -> (Tensor statistics, Tensor centred)");
-  m.def("statistics_gradient(Tensor partials, Tensor centred, " OBJKERN_ROW_ARGUMENTS ", bool unscaled) -> Tensor");
-  // Derivatives through the reference, implemented in objkern/ops.py: for the differentiable arguments (in their
-  // order, the upstream gradient first where it is differentiated) that `needed` marks.
-  m.def("reference_gradient(Tensor upstream, " OBJKERN_OBJECTIVE_ARGUMENTS ", bool[] needed) -> Tensor[]");
-  m.def("reference_second_order(Tensor grad, Tensor upstream, " OBJKERN_OBJECTIVE_ARGUMENTS
-        ", bool[] needed) -> Tensor[]");
-  m.def("reference_statistics_gradient(Tensor partials, " OBJKERN_ROW_ARGUMENTS ", bool[] needed) -> Tensor[]");
-  m.def("reference_statistics_second_order(Tensor grad, Tensor partials, " OBJKERN_ROW_ARGUMENTS
-        ", bool[] needed) -> Tensor[]");
+  m.def("statistics_gradient(Tensor partials, Tensor centred, bool unscaled, " OBJKERN_ROW_ARGUMENTS ") -> Tensor");
+  // Derivatives through the reference, implemented in objkern/ops.py, for the differentiable arguments that `needed`
+  // marks: logits, target, logit scale and coefficients; in the second order the upstream gradient before them.
+  m.def("reference_gradient(Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> Tensor[]");
+  m.def("reference_second_order(Tensor grad, Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS
+        ") -> Tensor[]");
+  m.def("reference_statistics_gradient(Tensor partials, bool[] needed, " OBJKERN_ROW_ARGUMENTS ") -> Tensor[]");
+  m.def("reference_statistics_second_order(Tensor grad, Tensor partials, bool[] needed, " OBJKERN_ROW_ARGUMENTS
+        ") -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(objkern, CPU, m) {
@@ -428,6 +434,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("kept_bytes", &cpu::kept_bytes, "Bytes of gradient buffers kept for the next call.");
   m.def("buffer_limit", &cpu::buffer_limit);
   m.def("set_buffer_limit", &cpu::set_buffer_limit);
+  m.def(
+      "row_gradient_fields",
+      [](const std::vector<double>& terms, bool weighted_classes, bool dense_target) {
+        int64_t reads = 0;
+        for (size_t i = 0; i + 2 < terms.size(); i += 3)
+          reads |= reads_of(static_cast<TermKind>(terms[i]), terms[i + 1]);
+        return kFieldsOfDepth[static_cast<int>(depth_of(reads, weighted_classes, dense_target))];
+      },
+      "How many numbers a row keeps for its gradient under the terms (kind, parameter, coefficient).");
   m.def(
       "derive",
       [](const std::vector<double>& centred, bool dense_target) {

@@ -101,18 +101,17 @@ def cross_entropy(
             f"cross_entropy: weight tensor should be defined either for all {input.shape[class_dim]} classes or no "
             f"classes but got weight tensor of shape: {list(weight.shape)}"
         )
-    kinds, parameters, coefficients = [CrossEntropy.kind], [float(label_smoothing)], [1.0]
-    for term, coefficient in ((ZLoss, z_loss), (Entropy, entropy)):
-        if coefficient:
-            kinds.append(term.kind)
-            parameters.append(0.0)
-            coefficients.append(coefficient)
+    terms = [CrossEntropy.kind, label_smoothing, 1.0]
+    if z_loss:
+        terms += (ZLoss.kind, 0.0, z_loss)
+    if entropy:
+        terms += (Entropy.kind, 0.0, entropy)
     batch = flatten(
         input, target.long() if target.dtype == torch.uint8 else target, reduction=reduction,
         ignore_index=ignore_index, class_dim=class_dim, class_weight=weight, masked=False,
     )  # fmt: skip
     run = ops.backend_for("auto", batch.logits)
-    loss, _ = run.objective(batch, ops.Program.of(kinds, parameters, coefficients), False, False)
+    loss, _ = run.objective(batch, ops.Program(terms), False, False)
     if reduction == "none" and len(batch.shape) != 1:
         loss = loss.view(batch.shape)
     if torch.is_autocast_enabled(input.device.type):

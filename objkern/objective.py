@@ -201,10 +201,7 @@ class Objective(nn.Module):
             where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
             raise type(error)(f"{error} [{where}]") from None
         if built_in:
-            program = ops.Program.of(
-                [term.kind for _, term in terms], [term.parameter for _, term in terms], [c for c, _ in terms]
-            )
-            loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
+            loss, parts = run.objective(batch, ops.Program.of(terms), gradient == "forward", return_parts)
         else:
             loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
         if reduction == "none" and len(batch.shape) != 1:
@@ -216,8 +213,9 @@ class Objective(nn.Module):
 
     def _class_weight(self) -> Tensor | None:
         """The one class weight of the pass, or none."""
-        found = [term.weight for _, _, term in self._summands if term.reads_class_weight]
-        if not any(weight is not None for weight in found):
+        # _buffers, because looking an attribute up through the module takes as long as all the other checks.
+        found = [term._buffers["weight"] for _, _, term in self._summands if term.reads_class_weight]
+        if found.count(None) == len(found):
             return None
         weights = [weight for weight in found if weight is not None]
         # A shared tensor is one object until .to() makes a copy for each term.
@@ -299,13 +297,6 @@ class Term(Objective):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         self.parameter = 0.0  # the one number of the formula; 0 where it has none
-
-    @classmethod
-    def of_kind(cls, kind: int, parameter: float) -> Term:
-        term = cls.by_kind[kind].__new__(cls.by_kind[kind])
-        Term.__init__(term)
-        term.parameter = parameter
-        return term
 
     @property
     def _summands(self) -> list[tuple[float, tuple[str | Tensor, ...], Term]]:

@@ -16,26 +16,31 @@ from . import _C, reference
 from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
-_ROW_GRADIENT = 10  # fields of RowGradient in csrc/objective.h
-_CENTRED = 14  # fields of Centred
+_CENTRED = 14  # fields of Centred in csrc/objective.h
 _FREE = len(reference.FREE_STATISTICS)
 
 
 class Program(NamedTuple):
-    """The terms of an objective as kernels read them; the coefficients are numbers times `tensor`, if there is one."""
+    """The terms of an objective as kernels read them."""
 
-    kinds: list[int]
-    parameters: list[float]
-    coefficients: list[float]
-    tensor: Tensor | None = None  # (terms)
+    terms: list[float]  # kind, parameter and coefficient of each
+    tensor: Tensor | None = None  # (terms) factors of the coefficients
 
     @classmethod
-    def of(cls, kinds: list[int], parameters: list[float], coefficients: Sequence[float | Tensor]) -> Program:
-        if not any(isinstance(c, Tensor) for c in coefficients):
-            return cls(kinds, parameters, list(coefficients))
-        factors = [c.to(torch.float64) if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64)
-                   for c in coefficients]  # fmt: skip
-        return cls(kinds, parameters, [1.0] * len(factors), torch.stack(factors))
+    def of(cls, weighted_terms: list[tuple[float | Tensor, Any]]) -> Program:
+        """From (coefficient, term) pairs; a term here is what has a kind and a parameter."""
+        terms, factors = [], []
+        for coefficient, term in weighted_terms:
+            tensor = isinstance(coefficient, Tensor)
+            terms += (term.kind, term.parameter, 1.0 if tensor else coefficient)
+            if tensor:
+                factors.append(coefficient)
+        if not factors:
+            return cls(terms)
+        return cls(terms, torch.stack([
+            c.to(torch.float64) if isinstance(c, Tensor) else factors[0].new_ones((), dtype=torch.float64)
+            for c, _ in weighted_terms
+        ]))  # fmt: skip
 
 
 class Backend(NamedTuple):
@@ -56,7 +61,7 @@ def backend_for(name: str, logits: Tensor) -> Backend:
     if name == "cpu" and logits.device.type != "cpu":
         raise ValueError(f'backend: "cpu" cannot run on logits on {logits.device}')
     if name in ("auto", "cpu"):
-        if logits.is_cpu:
+        if logits.is_cpu or logits.is_meta:
             return CPU
         raise NotImplementedError(
             f'backend: there is no native backend for {logits.device.type} tensors; backend="reference" runs anywhere'
@@ -67,23 +72,45 @@ def backend_for(name: str, logits: Tensor) -> Backend:
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 
 
+_REDUCTION = {name: number for number, name in enumerate(REDUCTIONS)}
+
+
 def _objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
-    kinds, parameters, coefficients, tensor = program
+    options = _options(batch)
+    terms, tensor = program
+    if tensor is not None:
+        options["coefficient_tensor"] = tensor
+    if batch.normalizer is not None:
+        options["normalizer"] = batch.normalizer
+    if batch.empty_zero:
+        options["empty_zero"] = True
+    if with_parts or tensor is not None:
+        options["with_parts"] = True
     fuse = with_gradient and torch.is_grad_enabled() and batch.logits.requires_grad
-    found = (torch.ops.objkern.fused.default if fuse else torch.ops.objkern.objective.default)(
-        batch.logits, batch.target, batch.logit_scale, batch.class_weight, batch.ignore_index, batch.softcap,
-        batch.masked, tensor, batch.normalizer, kinds, parameters, coefficients, REDUCTIONS.index(batch.reduction),
-        batch.empty_zero, with_parts or tensor is not None,
-    )  # fmt: skip
-    return found[0], found[1]
+    run = torch.ops.objkern.fused.default if fuse else torch.ops.objkern.objective.default
+    loss, parts, *_ = run(terms, _REDUCTION[batch.reduction], batch.logits, batch.target, **options)
+    return loss, parts
 
 
 def _statistics(batch: Batch) -> Statistics:
-    found, _ = torch.ops.objkern.statistics.default(
-        batch.logits, batch.target, batch.logit_scale, batch.class_weight, batch.ignore_index, batch.softcap,
-        batch.masked,
-    )  # fmt: skip
+    found, _ = torch.ops.objkern.statistics.default(batch.logits, batch.target, **_options(batch))
     return Statistics(*found.unbind(0))
+
+
+def _options(batch: Batch) -> dict[str, Any]:
+    """The options of a batch that differ from the defaults of the ops: passing one costs more than looking at it."""
+    options: dict[str, Any] = {}
+    if batch.logit_scale is not None:
+        options["logit_scale"] = batch.logit_scale
+    if batch.class_weight is not None:
+        options["class_weight"] = batch.class_weight
+    if batch.ignore_index != -100:
+        options["ignore_index"] = batch.ignore_index
+    if batch.softcap:
+        options["softcap"] = batch.softcap
+    if not batch.masked:
+        options["masked"] = False
+    return options
 
 
 # ---- the reference, as a backend and for derivatives ----------------------------------------------------------------
@@ -94,68 +121,89 @@ def _reference_objective(batch: Batch, program: Program, _: bool, with_parts: bo
     return loss, torch.stack([part.detach() for part in parts]) if with_parts else loss
 
 
-def _terms(program: Program) -> list[tuple[float | Tensor, Any]]:
+class _BuiltIn(NamedTuple):
+    """A term of a program, to the reference what the term itself is: without a module, which no compiler can make."""
+
+    term: type[Any]
+    parameter: float
+
+    @property
+    def reads_class_weight(self) -> bool:
+        return self.term.reads_class_weight
+
+    def value(self, s: Statistics, batch: Batch) -> Tensor:
+        return self.term.formula(s, self.parameter, batch.row_weight() if self.reads_class_weight else 1.0)
+
+
+def _terms(program: Program) -> list[tuple[float | Tensor, _BuiltIn]]:
     from .objective import Term
 
-    factors = [1.0] * len(program.kinds) if program.tensor is None else program.tensor
+    numbers, tensor = program
     return [
-        (number * factor, Term.of_kind(kind, parameter))
-        for number, factor, kind, parameter in zip(
-            program.coefficients, factors, program.kinds, program.parameters, strict=True
-        )
-    ]
+        (numbers[3 * k + 2] * (1.0 if tensor is None else tensor[k]),
+         _BuiltIn(Term.by_kind[int(numbers[3 * k])], numbers[3 * k + 1]))
+        for k in range(len(numbers) // 3)
+    ]  # fmt: skip
 
 
-def _row_batch(
-    logits: Tensor, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int,
-    softcap: float, masked: bool, normalizer: Tensor | None = None, reduction: str = "none", empty_zero: bool = False,
-) -> Batch:  # fmt: skip
-    return Batch(
-        logits, target, class_weight, normalizer, logit_scale, softcap, ignore_index, reduction, empty_zero, masked,
-        validate=False, shape=logits.shape[:1], rows={},
+# Ops as the reference computes them, from the same arguments, with the same defaults.
+
+
+def _objective_forward(
+    terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
+    with_parts: bool = False,
+) -> Tensor:  # fmt: skip
+    batch = Batch(
+        logits, target, class_weight, normalizer, logit_scale, softcap, ignore_index, REDUCTIONS[reduction], empty_zero,
+        masked, validate=False, shape=logits.shape[:1], rows={},
     )  # fmt: skip
+    return reference.objective(batch, _terms(Program(terms, coefficient_tensor)))[0]
+
+
+def _statistics_forward(
+    logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+) -> Tensor:  # fmt: skip
+    batch = Batch(
+        logits, target, class_weight, None, logit_scale, softcap, ignore_index, "none", False, masked, validate=False,
+        shape=logits.shape[:1], rows={},
+    )  # fmt: skip
+    return torch.stack(reference.statistics(batch)).to(torch.float64)
 
 
 class _Family(NamedTuple):
-    """An op as the reference computes it."""
+    """An op in the reference, and the places of its differentiable arguments; the logits are the first."""
 
     forward: Callable[..., Tensor]
-    differentiable: tuple[int, ...]  # places in its arguments; the logits are the first
+    differentiable: tuple[int, ...]
 
 
-def _objective_forward(*arguments: Any) -> Tensor:
-    *rows, tensor, normalizer, kinds, parameters, coefficients, reduction, empty_zero, _ = arguments
-    batch = _row_batch(*rows, normalizer, REDUCTIONS[reduction], empty_zero)
-    return reference.objective(batch, _terms(Program(kinds, parameters, coefficients, tensor)))[0]
-
-
-def _statistics_forward(*arguments: Any) -> Tensor:
-    return torch.stack(reference.statistics(_row_batch(*arguments))).to(torch.float64)
-
-
-_OBJECTIVE = _Family(_objective_forward, (0, 1, 2, 7))
+_OBJECTIVE = _Family(_objective_forward, (2, 3, 4, 9))
 _STATISTICS = _Family(_statistics_forward, (0, 1, 2))
 
 
-def _reference_gradient(family: _Family, upstream: Tensor, *arguments: Any) -> list[Tensor]:
-    *inputs, needed = arguments
+def _reference_gradient(family: _Family, upstream: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        wanted = [inputs[place] for place, need in zip(family.differentiable, needed, strict=True) if need]
-        found = _grad(family.forward(*inputs), wanted, upstream, create_graph)
-    return found
+        wanted = [arguments[place] for place, need in zip(family.differentiable, needed, strict=True) if need]
+        return _grad(family.forward(*arguments), wanted, upstream, create_graph)
 
 
-def _reference_second_order(family: _Family, grad: Tensor, upstream: Tensor, *arguments: Any) -> list[Tensor]:
+def _reference_second_order(
+    family: _Family, grad: Tensor, upstream: Tensor, needed: list[bool], *arguments: Any
+) -> list[Tensor]:
     """Derivatives of the gradient to the logits: to the upstream gradient, and to the differentiable arguments."""
-    *inputs, needed = arguments
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        if not inputs[0].requires_grad:
-            inputs[0] = inputs[0].detach().requires_grad_()
-        candidates = [upstream, *(inputs[place] for place in family.differentiable)]
-        wanted = [x for x, need in zip(candidates, needed, strict=True) if need]
-        (gradient,) = _grad(family.forward(*inputs), [inputs[0]], upstream, True)
+        inputs, place = list(arguments), family.differentiable[0]
+        if not inputs[place].requires_grad:
+            inputs[place] = inputs[place].detach().requires_grad_()
+        wanted = [upstream] * needed[0] + [
+            inputs[place] for place, need in zip(family.differentiable, needed[1:], strict=True) if need
+        ]
+        (gradient,) = _grad(family.forward(*inputs), [inputs[place]], upstream, True)
         return _grad(gradient, wanted, grad, create_graph)
 
 
@@ -183,31 +231,44 @@ for _name, _function, _family in (
 
 
 @torch.library.register_fake("objkern::objective")
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *_, kinds, _, _, reduction, _, with_parts = arguments
+def _(
+    terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
+    with_parts: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     like = {"dtype": torch.float64 if logits.dtype == torch.float64 else torch.float32}
-    rows, parts = logits.shape[0], len(kinds) + _FREE
+    rows, parts = logits.shape[0], len(terms) // 3 + _FREE
     if REDUCTIONS[reduction] == "none":
         found = logits.new_empty(rows, **like), logits.new_empty((parts if with_parts else 0, rows), **like)
     else:
         found = logits.new_empty((), **like), logits.new_empty(parts + 1 if with_parts else 0, **like)
-    return *found, logits.new_empty((_ROW_GRADIENT, rows), **like)
+    dense = target is not None and target.is_floating_point()
+    return *found, logits.new_empty((_C.row_gradient_fields(terms, class_weight is not None, dense), rows), **like)
 
 
 @torch.library.register_fake("objkern::fused")
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return *torch.ops.objkern.objective(logits, *arguments), logits.new_empty(logits.shape)
+def _(terms: list[float], reduction: int, logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, ...]:
+    results = torch.ops.objkern.objective(terms, reduction, logits, *options, **others)
+    return *results, logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("objkern::statistics")
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, Tensor]:
     rows, double = logits.shape[0], {"dtype": torch.float64}
     return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((_CENTRED, rows), **double)
 
 
 @torch.library.register_fake("objkern::gradient")
+def _(
+    upstream: Tensor, row_gradient: Tensor, unscaled: bool, terms: list[float], reduction: int, logits: Tensor,
+    *options: Any, **others: Any,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
 @torch.library.register_fake("objkern::statistics_gradient")
-def _(upstream: Tensor, kept: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+def _(partials: Tensor, centred: Tensor, unscaled: bool, logits: Tensor, *options: Any, **others: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

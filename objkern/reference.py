@@ -68,7 +68,8 @@ def statistics(batch: Batch) -> Statistics:
         d = z.new_full((rows,), torch.inf)  # log-odds against a target that is not there
         has_target = torch.zeros(rows, dtype=torch.bool, device=z.device)
     else:
-        z_target = z.gather(1, labels[:, None]).squeeze(1)
+        # Not z.gather: torch 2.13's inductor fuses the scatter of its gradient with what must come after it.
+        z_target = z.masked_fill(~own, 0.0).sum(-1)
         d = (maximum - z_target + log_s).masked_fill(alone, -torch.inf)
         has_target = z_target != -torch.inf
 
@@ -133,7 +134,8 @@ def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     target, classes = batch.target, batch.logits.shape[1]
     bad = (target != batch.ignore_index) & ((target < 0) | (target >= classes))
-    if batch.validate and bool(bad.any()):
+    # A compiled graph cannot stop to look: there the row's loss is NaN.
+    if batch.validate and not torch.compiler.is_compiling() and bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(
             f"target: row {row} holds label {int(target[row])}, which is neither in [0, {classes}) nor ignore_index "
@@ -150,7 +152,7 @@ def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term
     """
     counted = batch.counted()
     rows = batch.logits.shape[0]
-    number = s.lse.new_tensor(float(rows)) if counted is None else counted.sum().to(s.lse.dtype)
+    number = s.lse.new_full((), rows) if counted is None else counted.sum().to(s.lse.dtype)
     weight = batch.row_weight()
     if counted is not None and isinstance(weight, Tensor):
         weight = weight * counted
