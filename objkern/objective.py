@@ -295,7 +295,7 @@ class Term(Objective):
             Term.by_kind[cls.kind] = cls
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)
+        super(Objective, self).__init__()  # a term is its own summand
         self.parameter = 0.0  # the one number of the formula; 0 where it has none
 
     @property

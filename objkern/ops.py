@@ -6,7 +6,7 @@ fake versions for torch.compile, their rules under vmap, and the derivatives tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -286,12 +286,16 @@ def _one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
         ]  # fmt: skip
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        return tuple(torch.stack(field) for field in zip(*results, strict=True)), (0,) * len(results[0])
+        several = type(results[0])  # a tuple, or the list of the reference's
+        return several(torch.stack(field) for field in zip(*results, strict=True)), several([0] * len(results[0]))
 
     return rule
 
 
-for _name in ("objective", "fused", "gradient", "statistics", "statistics_gradient"):
+for _name in (
+    "objective", "fused", "gradient", "statistics", "statistics_gradient", "reference_gradient",
+    "reference_second_order", "reference_statistics_gradient", "reference_statistics_second_order",
+):  # fmt: skip
     torch.library.register_vmap(f"objkern::{_name}", _one_by_one(getattr(torch.ops.objkern, _name)))
 
 
