@@ -92,8 +92,6 @@ def cross_entropy(
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     if dense and ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
-    if not dense:
-        _check_labels(input, target)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if weight is not None and weight.shape != (input.shape[class_dim],):
@@ -106,17 +104,24 @@ def cross_entropy(
         terms += (ZLoss.kind, 0.0, z_loss)
     if entropy:
         terms += (Entropy.kind, 0.0, entropy)
-    batch = flatten(
-        input, target.long() if target.dtype == torch.uint8 else target, reduction=reduction,
-        ignore_index=ignore_index, class_dim=class_dim, class_weight=weight, masked=False,
-    )  # fmt: skip
+    try:
+        batch = flatten(
+            input, target.long() if target.dtype is torch.uint8 else target, reduction=reduction,
+            ignore_index=ignore_index, class_dim=class_dim if input.dim() > 2 else -1, class_weight=weight,
+            masked=False,
+        )  # fmt: skip
+    except (ValueError, TypeError):
+        if not dense:
+            _check_labels(input, target)  # the errors that torch raises
+        raise
     run = ops.backend_for("auto", batch.logits)
     loss, _ = run.objective(batch, ops.Program(terms), False, False)
     if reduction == "none" and len(batch.shape) != 1:
         loss = loss.view(batch.shape)
-    if torch.is_autocast_enabled(input.device.type):
+    dtype = torch.promote_types(input.dtype, target.dtype) if dense else input.dtype
+    if loss.dtype is dtype or torch.is_autocast_enabled(input.device.type):
         return loss  # torch's autocast runs cross-entropy in float32
-    return loss.to(torch.promote_types(input.dtype, target.dtype) if dense else input.dtype)
+    return loss.to(dtype)
 
 
 def _check_labels(input: Tensor, target: Tensor) -> None:
