@@ -45,10 +45,10 @@ def build_command(mutant: Path) -> tuple[list[str], list[str]]:
         command = command.replace(name, str(value))
     command = command.replace("-O3", "-O1").replace(f"-I{ROOT}/csrc", f"-I{mutant}/csrc")
     others = [path for path in ninja.parent.glob("*.o") if path.name != "kernels_default.o"]
-    (binding,) = ninja.parent.parent.glob("csrc/bindings.o")
+    bindings = ninja.parent.parent.glob("csrc/*.o")
     (library,) = (ROOT / "objkern").glob("_C*.so")
     torch_lib = Path(torch.__file__).parent / "lib"
-    link = ["c++", "-shared", "-fopenmp", "-o", mutant / "objkern" / library.name, binding, target, *others]
+    link = ["c++", "-shared", "-fopenmp", "-o", mutant / "objkern" / library.name, *bindings, target, *others]
     link += [f"-L{torch_lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     return ["sh", "-c", command], [str(part) for part in link]
 
