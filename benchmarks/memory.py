@@ -7,48 +7,63 @@ Linux keeps it, and forgets it on request (man 5 proc: clear_refs).
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .workloads import Loss
 
 ROOT = Path(__file__).parent.parent
 
 
-def measure(contestant: str, workload: str, rows: int, classes: int, dtype: str) -> tuple[int, int]:
-    """Bytes that the forward pass adds to the resident set, its graph alive, and those that both passes add.
+def measure(contestants: list[str], workload: str, rows: int, classes: int, dtype: str) -> dict[str, tuple[int, int]]:
+    """For each: bytes that its forward pass adds to the resident set, its graph alive, and those that both passes add.
 
     Args:
-        contestant: a name in `contestants.losses`.
+        contestants: names in `contestants.losses`.
     """
-    arguments = [contestant, workload, str(rows), str(classes), dtype]
+    arguments = [workload, str(rows), str(classes), dtype, *contestants]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: the process ended with {done.returncode}\n{done.stderr}")
-    forward, both = json.loads(done.stdout)
-    return forward, both
+    return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
 
 
-def main(contestant: str, workload: str, rows: str, classes: str, dtype: str) -> None:
+def main(workload: str, rows: str, classes: str, dtype: str, *contestants: str) -> None:
     import torch
-
-    import objkern
 
     from .contestants import losses
     from .workloads import WORKLOADS, Shape
 
     shape = Shape(int(rows), int(classes), getattr(torch, dtype), "its memory", 1)
-    loss = losses(WORKLOADS[workload], shape, compile=contestant.startswith("compiled"))[contestant]
+    found = losses(WORKLOADS[workload], shape, compile=any(name.startswith("compiled") for name in contestants))
     logits, target = shape.inputs()
-    loss(logits[:2], target[:2]) if not contestant.startswith("compiled") else loss(logits, target)  # code, threads
+    print(json.dumps({name: growth(found[name], logits, target) for name in contestants}))
+
+
+def growth(loss: Loss, logits: Tensor, target: Tensor) -> tuple[int, int]:
+    import objkern
+
+    loss(logits, target).backward()  # brings in code and threads
+    logits.grad = None
     objkern.release_buffers()
     forget_peak()
     before = status("VmRSS")
     value = loss(logits, target)
     forward = status("VmHWM") - before
     value.backward()
-    print(json.dumps([forward, status("VmHWM") - before]))
+    both = status("VmHWM") - before
+    logits.grad = None
+    return forward, both
 
 
 def forget_peak() -> None:
