@@ -21,6 +21,7 @@ HEADER = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, help="paired rounds of every benchmark (default: by shape)")
+    parser.addoption("--no-compile", action="store_true", help="leave torch.compile out (it needs a C++ compiler)")
     parser.addoption(
         "--record", nargs="?", const="", metavar="FILE",
         help="write the results to FILE; without FILE to benchmarks/results, named by machine and date",

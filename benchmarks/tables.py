@@ -39,20 +39,29 @@ def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
 def times(entries: list[Entry]) -> str:
     """A line for each shape, and one more where half-precision logits go through float32."""
     price = any(figures.figure(entry, "price") for entry in entries)
-    header = ["logits", "eager", "compiled", "objkern", "eager / objkern", "compiled / objkern", "GB/s", "of a copy"]
+    header = [
+        "logits",
+        "from",
+        "eager",
+        "compiled",
+        "objkern",
+        "eager / objkern",
+        "compiled / objkern",
+        "GB/s",
+        "of a copy",
+    ]
     lines = []
     for entry in entries:
-        seconds = entry["seconds"]
         line = [
-            logits(entry), milliseconds(seconds["eager"][1]), milliseconds(seconds["compiled"][1]),
-            milliseconds(seconds["objkern"][1]), ratio(entry, "eager"), ratio(entry, "compiled"),
+            logits(entry), entry["why"], time(entry, "eager"), time(entry, "compiled"), time(entry, "objkern"),
+            ratio(entry, "eager"), ratio(entry, "compiled"),
             f"{figures.gb_per_second(entry, 'objkern'):.1f}", ratio(entry, "copy", percent),
         ]  # fmt: skip
         lines.append(line + ([ratio(entry, "price")] if price else []))
-        if "eager, float32" in seconds:
+        if "eager, float32" in entry["seconds"]:
             line = [
-                f"{logits(entry)}, `.float()`", milliseconds(seconds["eager, float32"][1]),
-                milliseconds(seconds["compiled, float32"][1]), '"', ratio(entry, "eager, float32"),
+                f"{logits(entry)}, `.float()`", "", time(entry, "eager, float32"),
+                time(entry, "compiled, float32"), '"', ratio(entry, "eager, float32"),
                 ratio(entry, "compiled, float32"), "", "",
             ]  # fmt: skip
             lines.append(line + ([""] if price else []))
@@ -63,8 +72,8 @@ def forward(entries: list[Entry]) -> str:
     name = "objkern, forward"
     return table(["logits", "objective", "backward", "forward", "forward / backward", "GB/s", "of a copy"], [
         [
-            logits(entry), entry["workload"], milliseconds(entry["seconds"]["objkern"][1]),
-            milliseconds(entry["seconds"][name][1]), ratio(entry, name),
+            logits(entry), entry["workload"], time(entry, "objkern"),
+            time(entry, name), ratio(entry, name),
             f"{figures.gb_per_second(entry, name):.1f}",
             percent(figures.gb_per_second(entry, name) / figures.copy_gb_per_second(entry)),
         ]
@@ -76,7 +85,7 @@ def reuse(entries: list[Entry]) -> str:
     name = "objkern, fresh pages"
     return table(["logits", "memory reused", "fresh pages", "fresh / reused", "kept between steps"], [
         [
-            logits(entry), milliseconds(entry["seconds"]["objkern"][1]), milliseconds(entry["seconds"][name][1]),
+            logits(entry), time(entry, "objkern"), time(entry, name),
             ratio(entry, name), megabytes(entry["kept_bytes"]),
         ]
         for entry in entries
@@ -88,7 +97,7 @@ def instruction_sets(entries: list[Entry]) -> str:
     header = ["logits", "objective", *names, *(f"{name}: speed" for name in names[1:])]
     return table(header, [
         [
-            logits(entry), entry["workload"], *(milliseconds(entry["seconds"][name][1]) for name in names),
+            logits(entry), entry["workload"], *(time(entry, name) for name in names),
             *(
                 ratio(entry, "avx2", percent) if name == "avx2"
                 else interval(figures.inverse(entry["ratio"][name]), percent)
@@ -112,7 +121,7 @@ def memory(entries: list[Entry]) -> str:
 def linearity(entries: list[Entry]) -> str:
     names = list(entries[0]["seconds"])
     return table(["logits", *names], [
-        [f"{entry['rows']} × {entry['classes']}", *(milliseconds(entry["seconds"][name][1]) for name in names)]
+        [f"{entry['rows']} × {entry['classes']}", *(time(entry, name) for name in names)]
         for entry in entries
     ])  # fmt: skip
 
@@ -145,6 +154,11 @@ def logits(entry: Entry) -> str:
 
 def logits_bytes(entry: Entry) -> int:
     return entry["rows"] * entry["classes"] * (4 if entry["dtype"] == "float32" else 2)
+
+
+def time(entry: Entry, name: str) -> str:
+    """The median; nothing for who did not take part."""
+    return milliseconds(entry["seconds"][name][1]) if name in entry["seconds"] else ""
 
 
 def ratio(entry: Entry, name: str, form: Form | None = None) -> str:

@@ -38,11 +38,14 @@ def test_linearity(
         pytest.skip("nothing is measured")
     logits = request.getfixturevalue("memory")[: rows * classes].view(rows, classes).requires_grad_()
     target = torch.randint(0, classes, (rows,))
-    repeat = max(1, 10**6 // (rows * classes))
+    size = rows * classes
+    repeat = max(1, 10**6 // size)
     losses = {
         "eager": PLAIN.eager, "objkern, plain": PLAIN.objective, "objkern, regularized": REGULARIZED.objective
     }  # fmt: skip
-    rounds = pytestconfig.getoption("--rounds") or (31 if rows * classes < 10**7 else 7)
+    rounds = pytestconfig.getoption("--rounds") or (
+        31 if rows * classes < 10**7 else 7 if rows * classes < 10**8 else 3
+    )
     benchmark.group = "linearity"
     steps = {name: step(loss, logits, target, repeat) for name, loss in losses.items()}
     seconds = race(benchmark, steps, "objkern, regularized", rounds)

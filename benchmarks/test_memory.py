@@ -22,6 +22,9 @@ CONTESTANTS = {
 def test_memory(dtype: str, workload: Workload, record: Callable[[Entry], None], pytestconfig: pytest.Config) -> None:
     if pytestconfig.getoption("--benchmark-disable"):
         pytest.skip("nothing is measured")
+    names = CONTESTANTS[dtype]
+    if pytestconfig.getoption("--no-compile"):
+        names = [name for name in names if not name.startswith("compiled")]
     record(
         {
             "kind": "memory",
@@ -29,7 +32,7 @@ def test_memory(dtype: str, workload: Workload, record: Callable[[Entry], None],
             "classes": CLASSES,
             "dtype": dtype,
             "workload": workload.name,
-            "bytes": measure(CONTESTANTS[dtype], workload.name, ROWS, CLASSES, dtype),
+            "bytes": measure(names, workload.name, ROWS, CLASSES, dtype),
             "targets": {"forward_mb": 8.0},
         }
     )

@@ -32,7 +32,7 @@ def test_forward_backward(
     shape: Shape, workload: Workload, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config
 ) -> None:
     logits, target = shape.inputs()
-    found = losses(workload, shape, compile=benchmark.enabled)
+    found = losses(workload, shape, compile=benchmark.enabled and not pytestconfig.getoption("--no-compile"))
     compared = {name: loss for name, loss in found.items() if not name.startswith("objkern, plain")}
     error = errors(compared, workload.eager, logits, target)
     for name in error:
