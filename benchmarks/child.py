@@ -42,6 +42,7 @@ class Child:
         self._ask(f"prepare {shape} {workload}")
 
     def run(self) -> float:
+        """Seconds of one step, after untimed ones."""
         return self._ask("run")
 
     def __enter__(self) -> Child:

@@ -13,7 +13,7 @@ import pytest
 
 from . import machine, results, tables
 from .child import Child
-from .figures import Entry, missed
+from .figures import Entry, disturbed, missed
 
 ENTRIES = pytest.StashKey[list[Entry]]()
 HEADER = pytest.StashKey[dict[str, Any]]()
@@ -29,8 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Of one's own: the shared one in the temporary folder may be cleared by another process while this one compiles.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "inductor"))
     config.option.benchmark_quiet = True  # times of one contestant; the tables below have them all, paired
     config.option.showcapture = "no"  # a missed target needs no log of what torch.compile did
+    # A benchmark that was skipped, or failed before its timing, says so itself.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -70,6 +74,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     if warning := machine.load_warning(header["machine"]["load_before"]):
         write(f"WARNING: {warning}", yellow=True)
+    for line in disturbed(entries):
+        write(f"WARNING: {line}", yellow=True)
     if not entries:
         return
     for title, table in tables.every(entries):

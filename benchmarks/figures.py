@@ -80,6 +80,15 @@ def missed(entry: Entry) -> list[str]:
     ]
 
 
+def disturbed(entries: list[Entry], cores: float = 0.1) -> list[str]:
+    """What was measured while other processes kept more than so many cores busy."""
+    return [
+        f"{label(entry)}: others kept {entry['others']:.1f} cores busy"
+        for entry in entries
+        if (entry.get("others") or 0.0) > cores
+    ]
+
+
 def label(entry: Entry) -> str:
     return f"{entry['kind']}, {entry['rows']} × {entry['classes']} {entry['dtype']} {entry['workload']}"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -73,6 +75,33 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
+
+
+class Others:
+    """How many cores other processes kept busy since this was made.
+
+    Args:
+        children: process ids of one's own that take part.
+    """
+
+    def __init__(self, children: Sequence[int] = ()) -> None:
+        self.children = children
+        self.start, self.busy = perf_counter(), self._busy()
+
+    def cores(self) -> float | None:
+        now = self._busy()
+        return None if now is None else max(0.0, (now - self.busy) / (perf_counter() - self.start))
+
+    def _busy(self) -> float | None:
+        """Seconds of all processors, from Linux's /proc (man 5 proc), without idle time and one's own."""
+        if not Path("/proc/stat").exists():
+            return None
+        user, nice, system, _, _, *interrupts_and_steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ticks = user + nice + system + sum(interrupts_and_steal)
+        for process in ("self", *self.children):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks -= sum(map(int, fields[11:15]))  # user and system time, its own and that of children that ended
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def load_warning(load: float) -> str | None:

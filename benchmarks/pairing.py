@@ -21,25 +21,32 @@ class Round:
 
     Everyone takes an untimed step first, as in training, where a loss follows itself: what the one before left in
     caches and allocator is its own.
+
+    Args:
+        warm: false if the steps see to that themselves.
     """
 
-    def __init__(self, rivals: dict[str, Step], name: str, step: Step) -> None:
-        self.rivals, self.name, self.step = rivals, name, step
+    def __init__(self, rivals: dict[str, Step], name: str, step: Step, warm: bool = True) -> None:
+        self.rivals, self.name, self.step, self.warm = rivals, name, step, warm
         self.seconds: dict[str, list[float]] = {rival: [] for rival in [*rivals, name]}
 
     def before(self) -> None:
         for name, step in self.rivals.items():
-            step()
+            if self.warm:
+                step()
             self.seconds[name].append(step())
-        self.step()
+        if self.warm:
+            self.step()
 
     def run(self) -> None:
         self.seconds[self.name].append(self.step())
 
 
-def race(benchmark: BenchmarkFixture, steps: dict[str, Step], name: str, rounds: int) -> dict[str, list[float]]:
+def race(
+    benchmark: BenchmarkFixture, steps: dict[str, Step], name: str, rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
     """The seconds of every contestant, round by round; the entry in pytest-benchmark's own table is ``steps[name]``."""
-    this = Round({rival: step for rival, step in steps.items() if rival != name}, name, steps[name])
+    this = Round({rival: step for rival, step in steps.items() if rival != name}, name, steps[name], warm)
     benchmark.pedantic(this.run, setup=this.before, rounds=rounds, warmup_rounds=1)
     return {rival: seconds[-rounds:] for rival, seconds in this.seconds.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plot, results, tables
-from benchmarks.figures import Entry, copy_gb_per_second, missed
+from benchmarks.figures import Entry, copy_gb_per_second, disturbed, missed
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -53,7 +53,8 @@ by `make docs` from the files in `benchmarks/results`; `make bench` measures ane
   intermediate tensors. objkern's gradient reuses its memory (`objkern.set_buffer_limit`): at most two freed gradients
   are kept, and at most an eighth of the machine's memory; a table shows what that buys and how much is kept. With
   `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000` glibc keeps its pages, so everyone's buffers are reused.
-  `make bench` measures both regimes, and each section says which one it is about.
+  `make bench` measures both regimes, and each section says which one it is about. In the second one plain
+  cross-entropy has no target against eager torch but not to be slower.
 - **Bytes** are those that no implementation can avoid: with the gradient in the backward pass, logits read twice and
   gradient written once; with `gradient="forward"`, read once and written once. GB/s is their number over objkern's
   time. **Of a copy** is that as a share of the bandwidth of a copy between two buffers of 268 MB that exist already,
@@ -96,6 +97,8 @@ def section(path: Path, result: dict[str, Any], with_plot: bool) -> str:
     ]
     if machine["load_before"] > 1:
         blocks.append("**Other processes were busy when this run began; its times may be off.**")
+    if lines := disturbed(entries):
+        blocks.append("\n".join(["Measured while other processes were busy:", "", *(f"- {line}" for line in lines)]))
     if misses := [line for entry in entries for line in missed(entry)]:
         blocks.append("\n".join(["Missed targets:", "", *(f"- {line}" for line in misses)]))
     for title, table in tables.every(entries):

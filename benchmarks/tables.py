@@ -39,17 +39,8 @@ def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
 def times(entries: list[Entry]) -> str:
     """A line for each shape, and one more where half-precision logits go through float32."""
     price = any(figures.figure(entry, "price") for entry in entries)
-    header = [
-        "logits",
-        "from",
-        "eager",
-        "compiled",
-        "objkern",
-        "eager / objkern",
-        "compiled / objkern",
-        "GB/s",
-        "of a copy",
-    ]
+    header = ["logits", "from", "eager", "compiled", "objkern", "eager / objkern", "compiled / objkern", "GB/s"]
+    header += ["of a copy", "price"] if price else ["of a copy"]
     lines = []
     for entry in entries:
         line = [
@@ -65,7 +56,7 @@ def times(entries: list[Entry]) -> str:
                 ratio(entry, "compiled, float32"), "", "",
             ]  # fmt: skip
             lines.append(line + ([""] if price else []))
-    return table(header + (["price"] if price else []), lines)
+    return table(header, lines)
 
 
 def forward(entries: list[Entry]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .contestants import step
 from .figures import Entry
+from .machine import Others
 from .pairing import race, summary
 from .workloads import PLAIN, REGULARIZED
 
@@ -48,6 +49,7 @@ def test_linearity(
     )
     benchmark.group = "linearity"
     steps = {name: step(loss, logits, target, repeat) for name, loss in losses.items()}
+    others = Others()
     seconds = race(benchmark, steps, "objkern, regularized", rounds)
     record(
         {
@@ -58,6 +60,7 @@ def test_linearity(
             "workload": "both",
             "sweep": "rows" if classes == CLASSES else "classes",
             "rounds": rounds,
+            "others": others.cores(),
             "seconds": {name: summary(times) for name, times in seconds.items()},
         }
     )

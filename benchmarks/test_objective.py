@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from . import machine
 from .accuracy import assert_as_accurate, errors
 from .child import Child
 from .contestants import COPY_BYTES, OURS, kept_bytes, losses, steps
@@ -41,6 +42,7 @@ def test_forward_backward(
     timed = steps(found, workload, shape, logits, target)
     rounds = pytestconfig.getoption("--rounds") or shape.rounds
     benchmark.group = str(shape)
+    others = machine.Others()
     seconds = race(benchmark, timed, OURS, rounds)
     if benchmark.disabled:  # --benchmark-disable: the accuracy was checked, nothing was timed
         return
@@ -48,7 +50,8 @@ def test_forward_backward(
         describe("step", shape, workload)
         | compare(seconds, OURS)
         | {
-            "targets": shape.targets.get(workload.name, {"eager": 1.0}),
+            "others": others.cores(),
+            "targets": shape.expected(workload, machine.keeps_pages()),
             "bytes": shape.bytes,
             "copy_bytes": COPY_BYTES,
             "kept_bytes": kept_bytes(timed[OURS], logits),
@@ -73,11 +76,14 @@ def test_instruction_sets(
     for child in children.values():
         child.prepare(str(shape), workload.name)
     benchmark.group = f"{shape}, instruction sets"
-    rounds = pytestconfig.getoption("--rounds") or min(shape.rounds, 31)
-    seconds = race(benchmark, {name: child.run for name, child in children.items()}, "avx512", rounds)
+    rounds = pytestconfig.getoption("--rounds") or min(shape.rounds, 15)
+    others = machine.Others([child.process.pid for child in children.values()])
+    contestants = {name: child.run for name, child in children.items()}
+    seconds = race(benchmark, contestants, "avx512", rounds, warm=False)
     if benchmark.disabled:
         return
-    record(describe("instruction set", shape, workload) | compare(seconds, "avx512") | {"targets": {"avx2": 0.6}})
+    more = {"others": others.cores(), "targets": {"avx2": 0.6}}
+    record(describe("instruction set", shape, workload) | compare(seconds, "avx512") | more)
 
 
 def describe(kind: str, shape: Shape, workload: Workload) -> Entry:
@@ -87,7 +93,6 @@ def describe(kind: str, shape: Shape, workload: Workload) -> Entry:
         "classes": shape.classes,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "workload": workload.name,
-        "objective": repr(workload.objective),
         "why": shape.why,
     }
 

@@ -5,12 +5,12 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import pytest
 import torch
 
-from benchmarks import figures, memory, pairing, plot, report, results, tables
+from benchmarks import figures, machine, memory, pairing, plot, report, results, tables
 from benchmarks.child import Child
 from benchmarks.workloads import SHAPES, WORKLOADS
 from objkern.__main__ import main
@@ -97,11 +97,28 @@ def test_contestants_take_turns() -> None:
     assert turn.seconds == {"a": [2.0, 8.0], "b": [4.0, 10.0], "ours": [6.0, 12.0]}
 
 
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="what others do is read from Linux's /proc")
+def test_others_are_noticed() -> None:
+    """A busy process counts, and does not if it is one's own child that takes part."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        others, ours = machine.Others(), machine.Others([busy.pid])
+        sleep(0.5)
+        assert others.cores() - ours.cores() > 0.3
+    finally:
+        busy.kill()
+        busy.wait()
+
+
 def test_every_shape_states_known_targets() -> None:
     for shape in SHAPES:
         assert set(shape.targets) <= set(WORKLOADS)
-        for targets in shape.targets.values():
-            assert set(targets) <= set(figures.TARGETS)
+        for workload in WORKLOADS.values():
+            assert set(shape.expected(workload, keeps_pages=False)) <= set(figures.TARGETS)
+    large = SHAPES[0]
+    assert large.expected(WORKLOADS["plain"], keeps_pages=False)["eager"] == 6.0
+    assert large.expected(WORKLOADS["plain"], keeps_pages=True) == {"eager": 1.0, "compiled": 1.5, "copy": 0.55}
+    assert large.expected(WORKLOADS["regularized"], keeps_pages=True)["eager"] == 12.0
 
 
 def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +193,7 @@ def test_benchmarks_run(tmp_path: Path) -> None:
         [sys.executable, "-m", "objkern", "bench", *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert path.exists(), done.stdout + done.stderr
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
     assert entries[0]["kind"] == "step"
     assert {"eager", "objkern", "objkern.cross_entropy"} == set(entries[0]["seconds"])
