@@ -22,6 +22,8 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
         yield "Gradient in the forward pass", forward(chosen)
     if chosen := [entry for entry in steps if "objkern, fresh pages" in entry["ratio"]]:
         yield "What reuse of the gradient's memory buys", reuse(chosen)
+    if chosen := [entry for entry in steps if "objkern.cross_entropy" in entry["ratio"]]:
+        yield "The drop-in, objkern.cross_entropy", drop_in(chosen)
     if chosen := of_kind(entries, "instruction set"):
         yield "Instruction sets", instruction_sets(chosen)
     if chosen := of_kind(entries, "memory"):
@@ -79,6 +81,15 @@ def reuse(entries: list[Entry]) -> str:
             logits(entry), time(entry, "objkern"), time(entry, name),
             ratio(entry, name), megabytes(entry["kept_bytes"]),
         ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def drop_in(entries: list[Entry]) -> str:
+    """On small shapes, where a call costs more than its arithmetic."""
+    names = ["eager", "objkern.cross_entropy", "objkern"]
+    return table(["logits", "torch.nn.functional.cross_entropy", *names[1:], "drop-in / objkern"], [
+        [logits(entry), *(time(entry, name) for name in names), ratio(entry, "objkern.cross_entropy")]
         for entry in entries
     ])  # fmt: skip
 
