@@ -100,7 +100,7 @@ STREAMING = VOCABULARY | {"plain": {"eager": 6.0, "compiled": 1.5, "copy": 0.55}
 
 SHAPES = [
     Shape(1024, 32000, torch.float32, "vocabulary of T5 and LLaMA-2", 15, STREAMING),
-    Shape(1024, 32000, torch.bfloat16, "the same in bfloat16", 11, VOCABULARY),
+    Shape(1024, 32000, torch.bfloat16, "the same in bfloat16", 9, VOCABULARY),
     Shape(1024, 32000, torch.float16, "the same in float16", 7),
     Shape(4096, 32000, torch.float32, "a gradient of 524 MB", 7, VOCABULARY),
     Shape(512, 128256, torch.float32, "vocabulary of Llama-3", 9, STREAMING),

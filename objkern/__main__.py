@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def _cpu(capability: str | None) -> str:
 
 
 def bench(arguments: list[str]) -> int:
-    """``pytest benchmarks`` with these arguments; from any folder."""
+    """``pytest benchmarks`` with these arguments, in the checkout, wherever it is called from."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "conftest.py").exists():
         print(
@@ -54,9 +55,9 @@ def bench(arguments: list[str]) -> int:
         return 2
     import pytest
 
-    chosen = any(word.partition("::")[0].endswith(".py") for word in arguments)
-    places = [] if chosen else [str(checkout / "benchmarks")]
-    return int(pytest.main(["--rootdir", str(checkout), "-c", str(checkout / "pyproject.toml"), *places, *arguments]))
+    os.chdir(checkout)
+    chosen = any(word.startswith("benchmarks/") for word in arguments)
+    return int(pytest.main([*([] if chosen else ["benchmarks"]), *arguments]))
 
 
 def main(argv: list[str] | None = None) -> int:
