@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +26,8 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "allocator": allocator(),
+        "keeps_pages": keeps_pages(),
+        "huge_pages": huge_pages(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "objkern": objkern.__version__,
@@ -51,13 +54,58 @@ def cpu_model() -> str:
     return fields.get("model name", platform.machine()) + (f" ({numbers})" if numbers else "")
 
 
-def copy_bandwidth(size: int = 1 << 28, rounds: int = 11) -> float:
-    """GB/s of a copy between two buffers that exist already, with torch's threads; reads and writes are counted."""
-    source = torch.ones(size, dtype=torch.uint8)
-    destination = torch.zeros_like(source)
-    seconds = []
-    for _ in range(rounds):
-        start = perf_counter()
-        destination.copy_(source)
-        seconds.append(perf_counter() - start)
-    return 2 * size / statistics.median(seconds) / 1e9
+def keeps_pages() -> bool:
+    """glibc was told to take everything from its heap and to give nothing back."""
+    return os.environ.get("MALLOC_MMAP_MAX_") == "0" and "MALLOC_TRIM_THRESHOLD_" in os.environ
+
+
+def huge_pages() -> str | None:
+    """The kernel's setting for transparent huge pages: always, madvise or never."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else None
+
+
+def commit() -> str | None:
+    """Of the checkout; "+" marks that it has changes."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+class Others:
+    """How many cores other processes kept busy since this was made.
+
+    Args:
+        children: process ids of one's own that take part.
+    """
+
+    def __init__(self, children: Sequence[int] = ()) -> None:
+        self.children = children
+        self.start, self.busy = perf_counter(), self._busy()
+
+    def cores(self) -> float | None:
+        now = self._busy()
+        return None if now is None else max(0.0, (now - self.busy) / (perf_counter() - self.start))
+
+    def _busy(self) -> float | None:
+        """Seconds of all processors, from Linux's /proc (man 5 proc), without idle time and one's own."""
+        if not Path("/proc/stat").exists():
+            return None
+        user, nice, system, _, _, *interrupts_and_steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ticks = user + nice + system + sum(interrupts_and_steal)
+        for process in ("self", *self.children):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks -= sum(map(int, fields[11:15]))  # user and system time, its own and that of children that ended
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def load_warning(load: float) -> str | None:
+    """Others at work spoil times, and most of all those of small shapes."""
+    if load <= 1.0:
+        return None
+    return f"the load average was {load:.2f} before the run: other processes were busy, so its times may be off"

@@ -9,41 +9,59 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from time import perf_counter
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+Step = Callable[[], float]  # runs once and returns the seconds that it took
+Interval = list[float]  # [low, median, high]
 
 
-class Rivals:
-    """Runs and times the rivals, one after the other; called before each timed round of pytest-benchmark.
+class Round:
+    """One round: the rivals one after the other, then the contestant that the benchmark is about.
 
-    With ``benchmark.pedantic(ours, setup=rivals)`` the order of execution is A B ours A B ours ... Everyone takes an
-    untimed step first, as in training, where a loss follows itself: what the one before left in caches and allocator
-    is its own.
+    Everyone takes an untimed step first, as in training, where a loss follows itself: what the one before left in
+    caches and allocator is its own.
+
+    Args:
+        warm: false if the steps see to that themselves.
     """
 
-    def __init__(self, steps: dict[str, Callable[[], None]], ours: Callable[[], None]) -> None:
-        self.steps, self.ours = steps, ours
-        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+    def __init__(self, rivals: dict[str, Step], name: str, step: Step, warm: bool = True) -> None:
+        self.rivals, self.name, self.step, self.warm = rivals, name, step, warm
+        self.seconds: dict[str, list[float]] = {rival: [] for rival in [*rivals, name]}
 
-    def __call__(self) -> None:
-        for name, step in self.steps.items():
-            step()
-            start = perf_counter()
-            step()
-            self.seconds[name].append(perf_counter() - start)
-        self.ours()
+    def before(self) -> None:
+        for name, step in self.rivals.items():
+            if self.warm:
+                step()
+            self.seconds[name].append(step())
+        if self.warm:
+            self.step()
+
+    def run(self) -> None:
+        self.seconds[self.name].append(self.step())
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
+def race(
+    benchmark: BenchmarkFixture, steps: dict[str, Step], name: str, rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
+    """The seconds of every contestant, round by round; the entry in pytest-benchmark's own table is ``steps[name]``."""
+    this = Round({rival: step for rival, step in steps.items() if rival != name}, name, steps[name], warm)
+    benchmark.pedantic(this.run, setup=this.before, rounds=rounds, warmup_rounds=1)
+    return {rival: seconds[-rounds:] for rival, seconds in this.seconds.items()}
+
+
+def summary(seconds: Sequence[float]) -> Interval:
+    """20th percentile, median, 80th percentile."""
     quintiles = statistics.quantiles(seconds, n=5, method="inclusive")
-    return {"median": statistics.median(seconds), "p20": quintiles[0], "p80": quintiles[-1]}
+    return [quintiles[0], statistics.median(seconds), quintiles[-1]]
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Median of the ratios of each round, with a 95 % confidence interval."""
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
+    """Median of the ratios of each round, within its 95 % confidence interval."""
     ratios = sorted(a / b for a, b in zip(numerator, denominator, strict=True))
     rank = median_rank(len(ratios))
-    return {"median": statistics.median(ratios), "low": ratios[rank], "high": ratios[-1 - rank]}
+    return [ratios[rank], statistics.median(ratios), ratios[-1 - rank]]
 
 
 def median_rank(n: int, confidence: float = 0.95) -> int:

@@ -1,10 +1,17 @@
-"""``python -m objkern info`` says what this installation can run; ``python -m objkern finetune`` trains a model."""
+"""The command line of the package.
+
+``python -m objkern info`` says what this installation can run, ``python -m objkern finetune`` trains a model, and
+``python -m objkern bench`` runs the benchmarks of the checkout.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,16 +39,40 @@ def _cpu(capability: str | None) -> str:
     return f"runs, with {'default' if capability == 'baseline' else capability} kernels"
 
 
+def bench(arguments: list[str]) -> int:
+    """``pytest benchmarks`` with these arguments, in the checkout, wherever it is called from."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "conftest.py").exists():
+        print(
+            f"objkern bench: there are no benchmarks beside {Path(__file__).parent}. They come with a checkout of the "
+            "repository, not with an installed package: clone it, build it (make build), and run make bench there",
+            file=sys.stderr,
+        )
+        return 2
+    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"objkern bench: needs {' and '.join(missing)} (pip install pytest pytest-benchmark)", file=sys.stderr)
+        return 2
+    import pytest
+
+    os.chdir(checkout)
+    chosen = any(word.startswith("benchmarks/") for word in arguments)
+    return int(pytest.main([*([] if chosen else ["benchmarks"]), *arguments]))
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["finetune"]:  # it has options of its own, and needs packages that the rest does not
         from .finetune.cli import main as finetune
 
         return finetune(argv[1:])
+    if argv[:1] == ["bench"]:  # its options are pytest's
+        return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, backends that can run here, CPU capability")
     commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")
+    commands.add_parser("bench", help="run the benchmarks that come with the checkout; options are pytest's")
     parser.parse_args(argv)
     print(info())
     return 0

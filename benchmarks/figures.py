@@ -1,0 +1,100 @@
+"""What the measurements say: ratios that tables show and targets ask for. No torch: the report needs none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Entry = dict[str, Any]  # one benchmark in a results file
+Interval = list[float]  # [low, median, high], in the file
+
+# Passes over the logits that no implementation can avoid: read twice and write once, or read once and write once.
+PASSES = {"objkern": 3, "objkern, forward": 2}
+
+
+class Target(NamedTuple):
+    at_least: bool
+    meaning: str
+
+
+TARGETS = {
+    "eager": Target(True, "eager torch's time / objkern's"),
+    "compiled": Target(True, "torch.compile's time / objkern's"),
+    "price": Target(False, "objkern's time regularized / plain"),
+    "copy": Target(True, "objkern's bytes per second / a copy's"),
+    "avx2": Target(True, "speed with AVX2 / with AVX-512"),
+    "forward_mb": Target(False, "MB that the forward pass adds"),
+}
+
+
+def figure(entry: Entry, name: str) -> Interval | None:
+    """By a target's name; None where it was not measured."""
+    ratio = entry.get("ratio", {})
+    if name == "price":
+        return inverse(ratio["objkern, plain"]) if "objkern, plain" in ratio else None
+    if name == "copy":
+        return of_copy(entry) if "copy" in ratio else None
+    if name == "avx2":
+        return inverse(ratio["avx2"]) if "avx2" in ratio else None
+    if name == "forward_mb":
+        return [entry["bytes"]["objkern"][0] / 1e6] * 3
+    return ratio.get(name)
+
+
+def inverse(interval: Interval) -> Interval:
+    return [1 / x for x in reversed(interval)]
+
+
+def of_copy(entry: Entry) -> Interval:
+    """Bytes per second as a share of those of a copy; paired, for both took their turns in the same rounds."""
+    moved = PASSES["objkern"] * entry["bytes"] / (2 * entry["copy_bytes"])
+    return [moved * x for x in entry["ratio"]["copy"]]
+
+
+def gb_per_second(entry: Entry, name: str) -> float:
+    return PASSES[name] * entry["bytes"] / entry["seconds"][name][1] / 1e9
+
+
+def copy_gb_per_second(entry: Entry) -> float:
+    return 2 * entry["copy_bytes"] / entry["seconds"]["copy"][1] / 1e9
+
+
+def misses(entry: Entry, name: str) -> bool:
+    found, wanted = figure(entry, name), entry.get("targets", {}).get(name)
+    if found is None or wanted is None:
+        return False
+    return found[1] < wanted if TARGETS[name].at_least else found[1] > wanted
+
+
+def bound(entry: Entry, name: str) -> str:
+    return f"{'≥' if TARGETS[name].at_least else '≤'} {entry['targets'][name]:.3g}"
+
+
+def missed(entry: Entry) -> list[str]:
+    """The targets that this entry misses, in words."""
+    return [
+        f"{label(entry)}: {TARGETS[name].meaning} is {figure(entry, name)[1]:.3g}, expected {bound(entry, name)}"
+        for name in entry.get("targets", {})
+        if misses(entry, name)
+    ]
+
+
+def disturbed(entries: list[Entry], cores: float = 0.1) -> list[str]:
+    """What was measured while other processes kept more than so many cores busy."""
+    return [
+        f"{label(entry)}: others kept {entry['others']:.1f} cores busy"
+        for entry in entries
+        if (entry.get("others") or 0.0) > cores
+    ]
+
+
+def label(entry: Entry) -> str:
+    return f"{entry['kind']}, {entry['rows']} × {entry['classes']} {entry['dtype']} {entry['workload']}"
+
+
+def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Least squares in log-log: the exponent of time ~ size^slope."""
+    x, y = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)

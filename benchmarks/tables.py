@@ -1,0 +1,196 @@
+"""Tables of results, in Markdown that is also readable in a terminal. No torch: the report needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import figures
+from .figures import Entry, Interval
+
+Form = Callable[[float], str]
+
+MARK = "✗"  # a missed target
+
+
+def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
+    """Title and table, for each kind of benchmark that was run."""
+    steps = of_kind(entries, "step")
+    for workload in ("plain", "regularized"):
+        if chosen := [entry for entry in steps if entry["workload"] == workload]:
+            yield workload.capitalize(), times(chosen)
+    if chosen := [entry for entry in steps if "objkern, forward" in entry["ratio"]]:
+        yield "Gradient in the forward pass", forward(chosen)
+    if chosen := [entry for entry in steps if "objkern, fresh pages" in entry["ratio"]]:
+        yield "What reuse of the gradient's memory buys", reuse(chosen)
+    if chosen := [entry for entry in steps if "objkern.cross_entropy" in entry["ratio"]]:
+        yield "The drop-in, objkern.cross_entropy", drop_in(chosen)
+    if chosen := of_kind(entries, "instruction set"):
+        yield "Instruction sets", instruction_sets(chosen)
+    if chosen := of_kind(entries, "memory"):
+        yield "Memory", memory(chosen)
+    if chosen := of_kind(entries, "linearity"):
+        yield "Time over size", linearity(chosen)
+    if steps:
+        yield "Errors against float64", errors(steps)
+
+
+def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def times(entries: list[Entry]) -> str:
+    """A line for each shape, and one more where half-precision logits go through float32."""
+    price = any(figures.figure(entry, "price") for entry in entries)
+    header = ["logits", "from", "eager", "compiled", "objkern", "eager / objkern", "compiled / objkern", "GB/s"]
+    header += ["of a copy", "price"] if price else ["of a copy"]
+    lines = []
+    for entry in entries:
+        line = [
+            logits(entry), entry["why"], time(entry, "eager"), time(entry, "compiled"), time(entry, "objkern"),
+            ratio(entry, "eager"), ratio(entry, "compiled"),
+            f"{figures.gb_per_second(entry, 'objkern'):.1f}", ratio(entry, "copy", percent),
+        ]  # fmt: skip
+        lines.append(line + ([ratio(entry, "price")] if price else []))
+        if "eager, float32" in entry["seconds"]:
+            line = [
+                f"{logits(entry)}, `.float()`", "", time(entry, "eager, float32"),
+                time(entry, "compiled, float32"), '"', ratio(entry, "eager, float32"),
+                ratio(entry, "compiled, float32"), "", "",
+            ]  # fmt: skip
+            lines.append(line + ([""] if price else []))
+    return table(header, lines)
+
+
+def forward(entries: list[Entry]) -> str:
+    name = "objkern, forward"
+    return table(["logits", "objective", "backward", "forward", "forward / backward", "GB/s", "of a copy"], [
+        [
+            logits(entry), entry["workload"], time(entry, "objkern"),
+            time(entry, name), ratio(entry, name),
+            f"{figures.gb_per_second(entry, name):.1f}",
+            percent(figures.gb_per_second(entry, name) / figures.copy_gb_per_second(entry)),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def reuse(entries: list[Entry]) -> str:
+    name = "objkern, fresh pages"
+    return table(["logits", "memory reused", "fresh pages", "fresh / reused", "kept between steps"], [
+        [
+            logits(entry), time(entry, "objkern"), time(entry, name),
+            ratio(entry, name), megabytes(entry["kept_bytes"]),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def drop_in(entries: list[Entry]) -> str:
+    """On small shapes, where a call costs more than its arithmetic."""
+    names = ["eager", "objkern.cross_entropy", "objkern"]
+    return table(["logits", "torch.nn.functional.cross_entropy", *names[1:], "drop-in / objkern"], [
+        [logits(entry), *(time(entry, name) for name in names), ratio(entry, "objkern.cross_entropy")]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def instruction_sets(entries: list[Entry]) -> str:
+    names = [name for name in ("avx512", "avx2", "default") if name in entries[0]["seconds"]]
+    header = ["logits", "objective", *names, *(f"{name}: speed" for name in names[1:])]
+    return table(header, [
+        [
+            logits(entry), entry["workload"], *(time(entry, name) for name in names),
+            *(
+                ratio(entry, "avx2", percent) if name == "avx2"
+                else interval(figures.inverse(entry["ratio"][name]), percent)
+                for name in names[1:]
+            ),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def memory(entries: list[Entry]) -> str:
+    return table(["logits", "objective", "contestant", "forward", "forward and backward"], [
+        [
+            f"{logits(entry)}, {megabytes(logits_bytes(entry))}", entry["workload"], name,
+            megabytes(forward) + (marked(entry, "forward_mb") if name == "objkern" else ""), megabytes(both),
+        ]
+        for entry in entries for name, (forward, both) in entry["bytes"].items()
+    ])  # fmt: skip
+
+
+def linearity(entries: list[Entry]) -> str:
+    names = list(entries[0]["seconds"])
+    return table(["logits", *names], [
+        [f"{entry['rows']} × {entry['classes']}", *(time(entry, name) for name in names)]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def errors(entries: list[Entry]) -> str:
+    """Of loss and gradient, a column for each contestant that reads the logits as they are."""
+    names = [name for name in ("eager", "compiled", "objkern", "objkern, forward")]
+    return table(["logits", "objective", *names], [
+        [
+            logits(entry), entry["workload"],
+            *("{:.0e}, {:.0e}".format(*entry["errors"][name]) if name in entry["errors"] else "" for name in names),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns are padded, for those who read the source."""
+    widths = [max(3, *(len(line[i]) for line in [header, *rows])) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def logits(entry: Entry) -> str:
+    return f"{entry['rows']} × {entry['classes']} {entry['dtype']}"
+
+
+def logits_bytes(entry: Entry) -> int:
+    return entry["rows"] * entry["classes"] * (4 if entry["dtype"] == "float32" else 2)
+
+
+def time(entry: Entry, name: str) -> str:
+    """The median; nothing for who did not take part."""
+    return milliseconds(entry["seconds"][name][1]) if name in entry["seconds"] else ""
+
+
+def ratio(entry: Entry, name: str, form: Form | None = None) -> str:
+    found = figures.figure(entry, name)
+    return interval(found, form or digits) + marked(entry, name) if found else ""
+
+
+def marked(entry: Entry, name: str) -> str:
+    return f" {MARK} {figures.bound(entry, name)}" if figures.misses(entry, name) else ""
+
+
+def interval(found: Interval, form: Form) -> str:
+    low, median, high = map(form, found)
+    return f"**{median}** [{low}, {high}]"
+
+
+def digits(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}"
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    value = seconds * 1e3
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f} ms"
+
+
+def megabytes(count: float) -> str:
+    value = count / 1e6
+    return f"{value:.1f} MB" if value < 10 else f"{value:.0f} MB"
