@@ -23,22 +23,18 @@ extern const Doors table;
 
 namespace {
 
+#if defined(OBJKERN_HAS_AVX2) || defined(OBJKERN_HAS_AVX512)
 bool runs_avx2() {
-#ifdef OBJKERN_HAS_AVX2
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
+#endif
 
-bool runs_avx512() {
 #ifdef OBJKERN_HAS_AVX512
+bool runs_avx512() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
 }
+#endif
 
 const Doors* choose(const char* name) {
   const bool any = name == nullptr || *name == 0;

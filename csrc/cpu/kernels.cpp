@@ -137,7 +137,7 @@ void write_wide(const Rows& in, const typename K::A* row_gradient, const typenam
     const K kernel(in);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / segments, first = i % segments * size;
-      write_row(kernel, row_gradient, upstream[row * stride], row, first, std::min(first + size, in.classes), gradient);
+      write_row(kernel, row_gradient, canonical(upstream[row * stride]), row, first, std::min(first + size, in.classes), gradient);
     }
   });
 }
