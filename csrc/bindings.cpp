@@ -152,17 +152,6 @@ std::vector<cpu::Term> program_of(const cpu::Rows& rows, const cpu::TargetSummar
   return program;
 }
 
-double sum(const double* values, int64_t n) {
-  std::array<double, 8> lanes{};  // eight sums in step, in a fixed order: one alone would wait for itself
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += values[i + k];
-  for (; i < n; ++i) lanes[0] += values[i];
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, OptionalTensor target,
                                                          OptionalTensor class_weight, OptionalTensor coefficient_tensor,
                                                          OptionalTensor normalizer, OptionalTensor logit_scale,
@@ -182,6 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
     batch.rows.reads |= reads_of(static_cast<TermKind>(terms[k]), parameters[k]);
     batch.rows.smoothed |= static_cast<TermKind>(terms[k]) == TermKind::kCrossEntropy && parameters[k] > 0;
   }
+  const bool with_free_statistics = true;  // lse, accuracy and target probability, which only `parts` reports
+  batch.rows.free_statistics = with_free_statistics;
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
   const int64_t n = rows.rows, size = static_cast<int64_t>(terms.size());
@@ -196,10 +187,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
       normalizer.has_value() ? std::optional<double>(normalizer->item<double>()) : std::nullopt;
   const auto terms_of_rows =
       program_of(rows, summary, terms, parameters, scale, divisor, reduction, empty_zero, denominators);
-  const cpu::Program program{terms_of_rows.data(), size};
+  const cpu::Program program{terms_of_rows.data(), size, reduction == Reduction::kNone};
 
   const auto options = logits.options().dtype(accumulation_type(logits));
-  const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, logits.options().dtype(at::kDouble));
+  const Tensor values =
+      at::empty({size + cpu::kFreeStatistics, program.per_row ? n : 1}, logits.options().dtype(at::kDouble));
   const Tensor row_gradient = at::empty({kRowGradient, n}, options);
   Tensor gradient = at::empty({0}, logits.options());
   if (with_gradient) {
@@ -222,11 +214,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_objective(const Tensor& logits, O
   std::vector<double> parts(size + cpu::kFreeStatistics + 1);
   double total = 0;
   for (int64_t k = 0; k < size; ++k) {
-    parts[k] = sum(value + k * n, n) / denominators[k];
+    parts[k] = value[k] / denominators[k];
     total += scale[k] * parts[k];
   }
   for (int64_t k = size; k < size + cpu::kFreeStatistics; ++k)
-    parts[k] = sum(value + k * n, n) / static_cast<double>(summary.counted);
+    parts[k] = value[k] / static_cast<double>(summary.counted);
   parts.back() = static_cast<double>(summary.counted);
   return {at::scalar_tensor(total, options), at::tensor(parts, options), row_gradient, gradient};
 }

@@ -16,6 +16,29 @@ inline bool narrow(const Rows& in) {
   return in.classes <= kNarrow && in.class_weight == nullptr && in.dense_target == nullptr;
 }
 
+// to[j][i] = from[i][j] for rows × columns elements. In registers where ATen has that: 16 × 16 with any smaller size, or
+// 8 × 8; with the latter, the last columns (or rows) that fill no square are done together with some that were.
+template <class A>
+void transpose(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to, int64_t to_stride) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    at::vec::transpose_mxn<float>(from, from_stride, to, to_stride, static_cast<int>(rows), static_cast<int>(columns));
+    return;
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, float>) {
+    if (rows >= 8 && columns >= 8) {
+      for (int64_t i = 0; i < rows; i = i + 8 < rows ? std::min(i + 8, rows - 8) : rows)
+        for (int64_t j = 0; j < columns; j = j + 8 < columns ? std::min(j + 8, columns - 8) : columns)
+          at::vec::transpose_mxn<float, 8, 8>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+      return;
+    }
+  }
+#endif
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
 template <class T>
 struct Narrow {
   using A = typename Walk<T>::A;
@@ -28,6 +51,7 @@ struct Narrow {
   const Depth depth;
   alignas(64) A z[kNarrow][kLanes];  // of the group in hand
   alignas(64) A labels[kLanes];      // −1: no target, or an ignored row
+  alignas(64) A wide[kNarrow * kLanes + Walk<T>::kPack];  // rows of a narrower type, converted
   bool any_ignored = false;
 
   explicit Narrow(const Rows& rows)
@@ -36,16 +60,27 @@ struct Narrow {
   // Rows [row, row + count), count ≤ kLanes; the lanes past them hold zeros.
   void load(int64_t row, int64_t count) {
     any_ignored = false;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const bool there = lane < count, skip = there && ignored(in, row + lane);
-      any_ignored |= skip;
-      labels[lane] = there && !skip ? static_cast<A>(label(in, row + lane)) : A(-1);
-      if (there && !skip) {
-        const T* x = static_cast<const T*>(in.logits) + (row + lane) * in.row_stride;
-        for (int64_t j = 0; j < n; ++j) z[j][lane] = static_cast<A>(x[j]);
-      } else {
-        for (int64_t j = 0; j < n; ++j) z[j][lane] = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) labels[lane] = A(-1);
+    for (int64_t lane = 0; in.target != nullptr && lane < count; ++lane) {
+      const int64_t y = in.target[row + lane];
+      any_ignored |= y == in.ignore_index;
+      labels[lane] = y == in.ignore_index ? A(-1) : static_cast<A>(y);
+    }
+    if (count < kLanes) std::fill(z[0], z[0] + n * kLanes, A(0));
+    const T* x = static_cast<const T*>(in.logits) + row * in.row_stride;
+    if constexpr (std::is_same_v<T, A>) {
+      transpose(x, in.row_stride, count, n, z[0], kLanes);
+    } else {  // converted first, in one piece if the rows follow each other
+      const bool dense = in.row_stride == n;
+      for (int64_t lane = 0; lane < (dense ? 1 : count); ++lane) {
+        const int64_t size = dense ? count * n : n;
+        typename Walk<T>::Pack v;
+        for (int64_t j = 0; j < size; j += Walk<T>::kPack) {
+          Walk<T>::load(x + lane * in.row_stride + j, std::min(Walk<T>::kPack, size - j), 0.0f, v);
+          for (int k = 0; k < Walk<T>::kVectors; ++k) v[k].store(wide + lane * n + j + k * kLanes);
+        }
       }
+      transpose(wide, n, count, n, z[0], kLanes);
     }
     if (transform.identity) return;
     for (int64_t j = 0; j < n; ++j) transform(V::loadu(z[j])).store(z[j]);
@@ -70,13 +105,14 @@ struct Narrow {
     constexpr bool kCounts = kDepth >= Depth::kEntropy;
     const V zero(A(0)), one(A(1)), low = minus_inf<A>(), y = V::loadu(labels);
     // The maximum of the others, and of those before the target: ties go to the first.
+    const bool first_maximum = in.free_statistics || (in.reads & kMaxLogit) != 0;
     V target = low, before = low, high = low;
     for (int64_t j = 0; j < n; ++j) {
       const V v = V::loadu(z[j]), class_j(static_cast<A>(j)), own = y == class_j;
       const V others = V::blendv(v, low, own);
       target = V::blendv(target, v, own);
       high = at::vec::clamp_min(others, high);
-      before = V::blendv(before, at::vec::clamp_min(v, before), class_j < y);
+      if (first_maximum) before = V::blendv(before, at::vec::clamp_min(v, before), class_j < y);
     }
     const V alone = is_minus_inf(high), max = V::blendv(high, zero, alone);
 
@@ -172,14 +208,19 @@ struct Narrow {
       if (!capped && transform.gain != A(1)) d = d * V(transform.gain);
       d.store(z[j]);
     }
-    for (int64_t lane = 0; lane < count; ++lane) {
-      T* to = gradient + (row + lane) * n;
-      if (any_ignored && ignored(in, row + lane)) {
-        std::fill(to, to + n, T(0));
-      } else {
-        for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(z[j][lane]);
+    T* to = gradient + row * n;
+    if constexpr (std::is_same_v<T, A>) {
+      transpose(z[0], kLanes, n, count, to, n);
+    } else {
+      transpose(z[0], kLanes, n, count, wide, n);
+      typename Walk<T>::Pack v;
+      for (int64_t j = 0; j < count * n; j += Walk<T>::kPack) {
+        for (int k = 0; k < Walk<T>::kVectors; ++k) v[k] = V::loadu(wide + j + k * kLanes);
+        Walk<T>::store(to + j, std::min(Walk<T>::kPack, count * n - j), v);
       }
     }
+    for (int64_t lane = 0; any_ignored && lane < count; ++lane)
+      if (ignored(in, row + lane)) std::fill(to + lane * n, to + (lane + 1) * n, T(0));
   }
 };
 

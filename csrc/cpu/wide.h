@@ -17,6 +17,12 @@ namespace {
 
 constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
 
+// Whether logits and gradient outgrow the last-level cache, so that little of the gradient would still be in it when
+// somebody reads it. Below three quarters of it, the reader gains more from the cache than the writer from going past it.
+inline bool gradient_passes_caches(const Rows& in, int64_t element_size) {
+  return 4 * (2 * in.rows * in.classes * element_size) >= 3 * caches().last;
+}
+
 // T: the logits; D: the dense target, T or the accumulation type.
 template <class T, class D>
 struct Wide {
@@ -48,7 +54,7 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
-        past_caches(getenv("NT") && rows.rows * rows.classes * int64_t{sizeof(T)} >= (int64_t)atoi(getenv("NT")) << 20),
+        past_caches(gradient_passes_caches(rows, sizeof(T))),
         scratch(transform.identity ? 0 : kSegment) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
