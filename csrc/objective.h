@@ -39,7 +39,7 @@ struct Lane {
   OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
   OBJKERN_INLINE static R expm1(R x) { return std::expm1(x); }
   OBJKERN_INLINE static R log(R x) { return std::log(x); }
-  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }
+  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }  // asked for 0 ≤ x ≤ 1 alone
   OBJKERN_INLINE static R abs(R x) { return std::fabs(x); }
   OBJKERN_INLINE static Mask equal(R a, R b) { return a == b; }
   OBJKERN_INLINE static Mask less(R a, R b) { return a < b; }

@@ -51,12 +51,12 @@ bool split_rows(const Rows& in) {
 }
 
 // f(narrow kernel, row, count) for every group of rows.
-template <class T, class F>
+template <class T, class D, class F>
 void over_groups(const Rows& in, const F& f) {
-  constexpr int64_t kLanes = Narrow<T>::kLanes;
+  constexpr int64_t kLanes = Narrow<T, T>::kLanes;
   at::parallel_for(0, (in.rows + kLanes - 1) / kLanes, std::max<int64_t>(1, kGrain / (kLanes * in.classes)),
                    [&](int64_t begin, int64_t end) {
-                     Narrow<T> kernel(in);
+                     Narrow<T, D> kernel(in);
                      for (int64_t i = begin; i < end; ++i)
                        f(kernel, i * kLanes, std::min(kLanes, in.rows - i * kLanes));
                    });
@@ -111,7 +111,7 @@ void collect_wide(const Rows& in, const F& consume) {
 template <class T, class D, class F>
 void collect(const Rows& in, const F& consume) {
   if (narrow(in)) {
-    over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+    over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
       Tile tile;
       kernel.collect(row, count, tile);
       consume(kernel, tile, row, count);
@@ -123,7 +123,7 @@ void collect(const Rows& in, const F& consume) {
 
 template <class T>
 int64_t tile_of(const Rows& in) {
-  return narrow(in) ? Narrow<T>::kLanes : rows_per_tile(in);
+  return narrow(in) ? Narrow<T, T>::kLanes : rows_per_tile(in);
 }
 
 template <class K>
@@ -146,7 +146,8 @@ void write_wide(const Rows& in, const typename K::A* row_gradient, const typenam
     const K kernel(in);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / segments, first = i % segments * size;
-      write_row(kernel, row_gradient, canonical(upstream[row * stride]), row, first, std::min(first + size, in.classes), gradient);
+      write_row(kernel, row_gradient, canonical(upstream[row * stride]), row, first, std::min(first + size, in.classes),
+                gradient);
     }
     finish_stores();
   });
@@ -200,7 +201,7 @@ void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t 
   for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient);
 }
 template <class T, class D, class A>
-void write_tile(Narrow<T>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
+void write_tile(Narrow<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
   const A one(1);
   kernel.write(row, count, row_gradient, &one, 0, gradient);
 }
@@ -249,7 +250,7 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
     const A *row_gradient = static_cast<const A*>(row_gradient_), *upstream = static_cast<const A*>(upstream_);
     T* gradient = static_cast<T*>(gradient_);
     if (narrow(in)) {
-      over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+      over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
         kernel.load(row, count);
         kernel.write(row, count, row_gradient, upstream + row * upstream_stride, upstream_stride, gradient);
       });

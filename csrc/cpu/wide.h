@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
 
 // Whether logits and gradient outgrow the last-level cache, so that little of the gradient would still be in it when
-// somebody reads it. Below three quarters of it, the reader gains more from the cache than the writer from going past it.
+// somebody reads it. Below three quarters of it, the reader gains more from the cache than the writer from going past
+// it.
 inline bool gradient_passes_caches(const Rows& in, int64_t element_size) {
   return 4 * (2 * in.rows * in.classes * element_size) >= 3 * caches().last;
 }
@@ -125,7 +126,10 @@ struct Wide {
     A top = std::numeric_limits<A>::lowest();  // not −inf: −inf − (−inf) would be NaN
     V max{top}, e{A(0)}, et{A(0)}, t{A(0)}, zz{A(0)};
     double t_shift = 0;  // what Σ t lacks, because its terms were taken relative to smaller maxima
-    int64_t counted = 0;
+    int64_t whole = 0;   // classes of blocks without −inf; with those in `found`, all that count
+    V found{A(0)};
+
+    double counted() const { return static_cast<double>(whole) + horizontal_sum(found); }
 
     // To the maximum of a larger block; t = t_old + shift. It happens about log(blocks) times in a row.
     [[gnu::noinline]] void raise(A to) {
@@ -133,7 +137,7 @@ struct Wide {
       if constexpr (kCounts) {
         const V gone = factor == V(A(0));  // 0·(−inf) would be NaN
         et = V::blendv(factor * at::vec::fmadd(shift, e, et), V(A(0)), gone);
-        if (counted > 0) t_shift += (static_cast<double>(top) - static_cast<double>(to)) * static_cast<double>(counted);
+        if (counted() > 0) t_shift += (static_cast<double>(top) - static_cast<double>(to)) * counted();
       }
       e = e * factor;
       top = to;
@@ -158,20 +162,21 @@ struct Wide {
       et = at::vec::fmadd(e_, t_, et);
       t = t + t_;
       zz = at::vec::fmadd(finite, finite, zz);
-      counted += W::kLanes - __builtin_popcount(lanes_at_minus_inf(v));
+      found = found + V::blendv(V(A(1)), zero, out);
     }
 
     // A NaN may get lost in the maximum; it comes back in the sum. `careful`: there may be −inf in the block.
     void add(const Block& block, bool careful) {
       V high = block[0];
       for (int i = 1; i < kVectors; ++i) high = at::vec::clamp_min(block[i], high);
-      if (any_above(high, max)) [[unlikely]] raise(horizontal_max(high));
+      if (any_above(high, max)) [[unlikely]]
+        raise(horizontal_max(high));
       if constexpr (kCounts) {
         if (careful) [[unlikely]] {
           for (int i = 0; i < kVectors; ++i) add_without_minus_inf(block[i]);
           return;
         }
-        counted += kBlock;
+        whole += kBlock;
       }
       for (int i = 0; i < kVectors; ++i) add(block[i]);
     }
@@ -188,16 +193,17 @@ struct Wide {
       sum.add(block, careful || holds(j, hole) || count - j < kBlock);
     }
     if constexpr (kDepth >= Depth::kEntropy)
-      if (!careful && !std::isfinite(horizontal_sum(sum.t))) [[unlikely]] return sums<kDepth>(z, count, hole, true);
+      if (!careful && !std::isfinite(horizontal_sum(sum.t))) [[unlikely]]
+        return sums<kDepth>(z, count, hole, true);
     Piece piece;
     piece.max = sum.top;
     piece.sum_e = horizontal_sum(sum.e);
     if (piece.max == std::numeric_limits<A>::lowest() && piece.sum_e == 0) return {};  // nothing but −inf
-    piece.classes = 1;  // not empty
+    piece.classes = 1;                                                                 // not empty
     if constexpr (kDepth >= Depth::kEntropy) {
       piece.sum_et = horizontal_sum(sum.et);
       piece.sum_t = horizontal_sum(sum.t) + sum.t_shift;
-      piece.classes = static_cast<double>(sum.counted);
+      piece.classes = sum.counted();
     }
     if constexpr (kDepth >= Depth::kSquare) piece.sum_zz = horizontal_sum(sum.zz);
     if constexpr (kDepth == Depth::kFull) {  // a second pass: the spread about the mean, which is known only now
