@@ -219,17 +219,6 @@ std::vector<double> denominators_of(const ObjectiveArguments& in, const cpu::Tar
   return denominators;
 }
 
-double sum(const double* values, int64_t n) {
-  std::array<double, 8> lanes{};  // eight sums in step, in a fixed order: one alone would wait for itself
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int k = 0; k < 8; ++k) lanes[k] += values[i + k];
-  for (; i < n; ++i) lanes[0] += values[i];
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
 template <class T>
 Tensor filled(at::IntArrayRef sizes, c10::ScalarType type, const T& numbers) {  // at::tensor costs four times as much
   const Tensor t = at::empty(sizes, at::TensorOptions(type));
@@ -247,17 +236,18 @@ void run_objective(Stack* stack, bool with_gradient) {
   torch::jit::drop(*stack, kObjectiveArguments);
   Batch batch(in, in.reads());
   batch.rows.smoothed = in.smoothed();
+  batch.rows.free_statistics = in.with_parts;
   const cpu::Rows& rows = batch.rows;
   const cpu::TargetSummary summary = checked_targets(rows);
   const int64_t n = rows.rows, size = static_cast<int64_t>(in.terms.size());
   const std::vector<double> denominators = denominators_of(in, summary, rows.target != nullptr);
   std::vector<cpu::Term> terms = in.terms;
   for (int64_t k = 0; k < size; ++k) terms[k].scale /= denominators[k];
-  const cpu::Program program{terms.data(), size};
+  const cpu::Program program{terms.data(), size, in.reduction == Reduction::kNone};
 
   const auto options = in.logits.options().dtype(accumulation_type(in.logits));
   const auto type = accumulation_type(in.logits);
-  const Tensor values = at::empty({size + cpu::kFreeStatistics, n}, in.logits.options().dtype(at::kDouble));
+  const Tensor values = at::empty({size + cpu::kFreeStatistics, program.per_row ? n : 1}, options.dtype(at::kDouble));
   const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
   Tensor gradient;
   if (with_gradient) {
@@ -282,13 +272,13 @@ void run_objective(Stack* stack, bool with_gradient) {
     std::vector<double> numbers;
     double total = 0;
     for (int64_t k = 0; k < size; ++k) {
-      const double term = sum(value + k * n, n) / denominators[k];
+      const double term = value[k] / denominators[k];
       total += in.terms[k].scale * term;
       if (in.with_parts) numbers.push_back(term);
     }
     if (in.with_parts) {
       for (int64_t k = size; k < size + cpu::kFreeStatistics; ++k)
-        numbers.push_back(sum(value + k * n, n) / static_cast<double>(summary.counted));
+        numbers.push_back(value[k] / static_cast<double>(summary.counted));
       numbers.push_back(static_cast<double>(summary.counted));
     }
     loss = filled({}, type, std::array<double, 1>{total});

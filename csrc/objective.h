@@ -39,7 +39,7 @@ struct Lane {
   OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
   OBJKERN_INLINE static R expm1(R x) { return std::expm1(x); }
   OBJKERN_INLINE static R log(R x) { return std::log(x); }
-  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }
+  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }  // asked for 0 ≤ x ≤ 1 alone
   OBJKERN_INLINE static R abs(R x) { return std::fabs(x); }
   OBJKERN_INLINE static Mask equal(R a, R b) { return a == b; }
   OBJKERN_INLINE static Mask less(R a, R b) { return a < b; }
@@ -64,7 +64,7 @@ struct LogOdds {
 
   OBJKERN_INLINE explicit LogOdds(R d) {
     using L = Lane<R>;
-    const R e = L::exp(R(0) - L::abs(d)), tail = L::log1p(e), near = R(1) / (R(1) + e), far = e / (R(1) + e);
+    const R e = L::exp(R(0) - L::abs(d)), tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
     const auto negative = L::less(d, R(0));
     softplus_plus = L::select(negative, tail, d + tail);
     softplus_minus = L::select(negative, tail - d, tail);
@@ -113,6 +113,21 @@ struct Statistics {
 };
 constexpr int kStatistics = 10;
 
+// Which statistics a term reads, as bits; what nobody reads is neither collected nor differentiated.
+enum Reads : int64_t {
+  kLogprob = 1 << 0,
+  kOtherLogprob = 1 << 1,
+  kLse = 1 << 2,
+  kEntropy = 1 << 3,
+  kMaxLogit = 1 << 4,
+  kMeanLogit = 1 << 5,
+  kMeanSquareLogit = 1 << 6,
+  kLogitVariance = 1 << 7,
+  kTargetLogit = 1 << 8,
+  kMeanLogprob = 1 << 9,
+  kEverything = (1 << kStatistics) - 1,
+};
+
 // The numbers that several formulas share; d = (M − z_y) + log S is log((1 − p_y) / p_y).
 template <class R>
 struct Odds {
@@ -150,32 +165,49 @@ OBJKERN_INLINE R weighted_nlp(const Centred<R>& c, const Odds<R>& o) {
   return weighted(c.target_weight, o.nlp_target) + others - c.sum_wt;
 }
 
+// 1/n; the division is left out where nothing in `reads` is a mean.
 template <class R>
-OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool dense_target) {
+OBJKERN_INLINE R inverse_classes(const Centred<R>& c, int64_t reads) {
+  const int64_t means = kMeanLogit | kMeanSquareLogit | kLogitVariance | kMeanLogprob;
+  return (reads & means) != 0 ? R(1) / c.classes : R(0);
+}
+
+// The statistics in `reads`; those made of log-probabilities are there anyway.
+template <class R>
+OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool dense_target,
+                                    int64_t reads = kEverything) {
   using L = Lane<R>;
-  const R inverse_n = R(1) / c.classes;
-  const R t_target = target_t(c), z_target = finite_target(c);
-  const R mean_t = (c.sum_t + t_target) * inverse_n;
-  const R mu = c.sum_et * o.inverse_s;
+  const R inverse_n = inverse_classes(c, reads);
+  const auto no_target = L::equal(c.target, minus_infinity<R>());
   Statistics<R> s;
   s.logprob = dense_target ? c.sum_qt - c.sum_q * o.log_s : R(0) - o.nlp_target;
   s.other_logprob = R(0) - o.nlp_others;
-  s.lse = L::select(L::less(o.d, R(0)), c.target + o.nlp_target, c.max + o.log_s + o.nlp_others);
-  s.entropy = weighted(o.p_target, o.nlp_target) + weighted(o.p_others, o.nlp_others + o.log_s - mu);
-  const auto alone = L::equal(c.sum_e, R(0));
-  const R larger = L::select(L::less(c.target, c.max), c.max, c.target);  // NaN if the target's logit is
-  const R only =
-      L::select(L::equal(c.target, minus_infinity<R>()), R(std::numeric_limits<float>::quiet_NaN()), c.target);
-  s.max_logit = L::select(alone, only, L::select(L::equal(c.max, c.max), larger, c.max));
-  s.mean_logit = c.max + mean_t;
-  s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
-  // The target joins the others as a second sample of size 1.
-  const R others = c.classes - L::select(L::equal(c.target, minus_infinity<R>()), R(0), R(1));
-  const R apart = t_target - L::select(L::equal(others, R(0)), R(0), c.sum_t / others);
-  const R joined = L::select(L::equal(c.target, minus_infinity<R>()), R(0), apart * apart * others * inverse_n);
-  s.logit_variance = (c.sum_dd + joined) * inverse_n;
   s.target_logit = c.target;
-  s.mean_logprob = R(0) - weighted_nlp(c, o) * inverse_n;
+  if ((reads & kLse) != 0) {
+    s.lse = L::select(L::less(o.d, R(0)), c.target + o.nlp_target, c.max + o.log_s + o.nlp_others);
+  }
+  if ((reads & kEntropy) != 0) {
+    const R mu = c.sum_et * o.inverse_s;
+    s.entropy = weighted(o.p_target, o.nlp_target) + weighted(o.p_others, o.nlp_others + o.log_s - mu);
+  }
+  if ((reads & kMaxLogit) != 0) {
+    const auto alone = L::equal(c.sum_e, R(0));
+    const R larger = L::select(L::less(c.target, c.max), c.max, c.target);  // NaN if the target's logit is
+    const R only = L::select(no_target, R(std::numeric_limits<float>::quiet_NaN()), c.target);
+    s.max_logit = L::select(alone, only, L::select(L::equal(c.max, c.max), larger, c.max));
+  }
+  if ((reads & kMeanLogit) != 0) s.mean_logit = c.max + (c.sum_t + target_t(c)) * inverse_n;
+  if ((reads & kMeanSquareLogit) != 0) {
+    const R z_target = finite_target(c);
+    s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
+  }
+  if ((reads & kLogitVariance) != 0) {  // the target joins the others as a second sample of size 1
+    const R others = c.classes - L::select(no_target, R(0), R(1));
+    const R apart = target_t(c) - L::select(L::equal(others, R(0)), R(0), c.sum_t / others);
+    const R joined = L::select(no_target, R(0), apart * apart * others * inverse_n);
+    s.logit_variance = (c.sum_dd + joined) * inverse_n;
+  }
+  if ((reads & kMeanLogprob) != 0) s.mean_logprob = R(0) - weighted_nlp(c, o) * inverse_n;
   return s;
 }
 
@@ -195,21 +227,6 @@ enum class TermKind : int64_t {
   kLogitL2,
 };
 constexpr int64_t kTermKinds = 10;
-
-// Which statistics a term reads, as bits; what nobody reads is neither collected nor differentiated.
-enum Reads : int64_t {
-  kLogprob = 1 << 0,
-  kOtherLogprob = 1 << 1,
-  kLse = 1 << 2,
-  kEntropy = 1 << 3,
-  kMaxLogit = 1 << 4,
-  kMeanLogit = 1 << 5,
-  kMeanSquareLogit = 1 << 6,
-  kLogitVariance = 1 << 7,
-  kTargetLogit = 1 << 8,
-  kMeanLogprob = 1 << 9,
-  kEverything = (1 << kStatistics) - 1,
-};
 
 OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
   switch (kind) {
@@ -336,7 +353,7 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
                                     const Statistics<R>& f, int64_t reads, bool dense_target, bool weighted_classes) {
   using L = Lane<R>;
   const R r = o.p_others * o.inverse_s;  // p_j = r e_j
-  const R inverse_n = R(1) / c.classes;
+  const R inverse_n = inverse_classes(c, reads);
   RowGradient<R> g;
   g.max = c.max;
 

@@ -51,12 +51,12 @@ bool split_rows(const Rows& in) {
 }
 
 // f(narrow kernel, row, count) for every group of rows.
-template <class T, class F>
+template <class T, class D, class F>
 void over_groups(const Rows& in, const F& f) {
-  constexpr int64_t kLanes = Narrow<T>::kLanes;
+  constexpr int64_t kLanes = Narrow<T, T>::kLanes;
   at::parallel_for(0, (in.rows + kLanes - 1) / kLanes, std::max<int64_t>(1, kGrain / (kLanes * in.classes)),
                    [&](int64_t begin, int64_t end) {
-                     Narrow<T> kernel(in);
+                     Narrow<T, D> kernel(in);
                      for (int64_t i = begin; i < end; ++i)
                        f(kernel, i * kLanes, std::min(kLanes, in.rows - i * kLanes));
                    });
@@ -81,6 +81,7 @@ void collect_wide(const Rows& in, const F& consume) {
         }
         consume(kernel, tile, row, count);
       }
+      finish_stores();
     });
     return;
   }
@@ -92,14 +93,17 @@ void collect_wide(const Rows& in, const F& consume) {
       if (!ignored(in, i / segments)) pieces[i] = kernel.collect_segment(i / segments, i % segments);
   });
   K kernel(in);
-  for (int64_t row = 0; row < in.rows; ++row) {
+  const int64_t rows = rows_per_tile(in);
+  for (int64_t row = 0; row < in.rows; row += rows) {
     Tile tile;
-    if (!ignored(in, row)) {
+    const int64_t count = std::min(rows, in.rows - row);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      if (ignored(in, row + lane)) continue;
       Piece others;
-      for (int64_t s = 0; s < segments; ++s) others = merge(others, pieces[row * segments + s]);
-      tile.set(0, kernel.centre(row, others));
+      for (int64_t s = 0; s < segments; ++s) others = merge(others, pieces[(row + lane) * segments + s]);
+      tile.set(lane, kernel.centre(row + lane, others));
     }
-    consume(kernel, tile, row, 1);
+    consume(kernel, tile, row, count);
   }
 }
 
@@ -107,7 +111,7 @@ void collect_wide(const Rows& in, const F& consume) {
 template <class T, class D, class F>
 void collect(const Rows& in, const F& consume) {
   if (narrow(in)) {
-    over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+    over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
       Tile tile;
       kernel.collect(row, count, tile);
       consume(kernel, tile, row, count);
@@ -115,6 +119,11 @@ void collect(const Rows& in, const F& consume) {
   } else {
     collect_wide<Wide<T, D>>(in, consume);
   }
+}
+
+template <class T>
+int64_t tile_of(const Rows& in) {
+  return narrow(in) ? Narrow<T, T>::kLanes : rows_per_tile(in);
 }
 
 template <class K>
@@ -137,9 +146,24 @@ void write_wide(const Rows& in, const typename K::A* row_gradient, const typenam
     const K kernel(in);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / segments, first = i % segments * size;
-      write_row(kernel, row_gradient, upstream[row * stride], row, first, std::min(first + size, in.classes), gradient);
+      write_row(kernel, row_gradient, canonical(upstream[row * stride]), row, first, std::min(first + size, in.classes),
+                gradient);
     }
+    finish_stores();
   });
+}
+
+void scan(const Rows& in, int64_t begin, int64_t end, int64_t& counted_, bool& bad_) {
+  int64_t counted = 0, bad = 0;  // without branches, for there may be many rows of few classes
+  const int64_t ignore = in.ignore_index;
+  const uint64_t classes = static_cast<uint64_t>(in.classes);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = in.target[row], counts = y != ignore;
+    counted += counts;
+    bad |= counts & (static_cast<uint64_t>(y) >= classes);
+  }
+  counted_ = counted;
+  bad_ = bad != 0;
 }
 
 void statistics_door(const Rows& in, double* centred, double* statistics) {
@@ -159,12 +183,14 @@ void statistics_door(const Rows& in, double* centred, double* statistics) {
   });
 }
 
-void objective_door(const Rows& in, const Program& program, double* values, void* row_gradient) {
+void objective_door(const Rows& in, const Program& program, double* values_, void* row_gradient) {
   with_types(in, [&]<class T, class D>() {
     using A = typename Walk<T>::A;
+    Values values(in, program, tile_of<T>(in), values_);
     collect<T, D>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, static_cast<A*>(row_gradient));
     });
+    values.finish();
   });
 }
 
@@ -175,22 +201,24 @@ void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t 
   for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient);
 }
 template <class T, class D, class A>
-void write_tile(Narrow<T>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
+void write_tile(Narrow<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
   const A one(1);
   kernel.write(row, count, row_gradient, &one, 0, gradient);
 }
 
-void fused_door(const Rows& in, const Program& program, double* values, void* row_gradient_, void* gradient_) {
+void fused_door(const Rows& in, const Program& program, double* values_, void* row_gradient_, void* gradient_) {
   with_types(in, [&]<class T, class D>() {
     using A = typename Walk<T>::A;
     A* row_gradient = static_cast<A*>(row_gradient_);
     T* gradient = static_cast<T*>(gradient_);
     const A one(1);
+    Values values(in, program, tile_of<T>(in), values_);
     const bool later = !narrow(in) && split_rows(in);  // a split row is not in one thread's cache
     collect<T, D>(in, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, row_gradient);
       if (!later) write_tile<T, D>(kernel, row_gradient, row, count, gradient);
     });
+    values.finish();
     if (later) write_wide<Wide<T, D>>(in, row_gradient, &one, 0, gradient);
   });
 }
@@ -222,7 +250,7 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
     const A *row_gradient = static_cast<const A*>(row_gradient_), *upstream = static_cast<const A*>(upstream_);
     T* gradient = static_cast<T*>(gradient_);
     if (narrow(in)) {
-      over_groups<T>(in, [&](auto& kernel, int64_t row, int64_t count) {
+      over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
         kernel.load(row, count);
         kernel.write(row, count, row_gradient, upstream + row * upstream_stride, upstream_stride, gradient);
       });
@@ -238,7 +266,7 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
 #define OBJKERN_STRING(x) OBJKERN_STRING_OF(x)
 extern const Doors table;
 const Doors table = {
-    OBJKERN_STRING(OBJKERN_VARIANT), statistics_door, objective_door, fused_door, chain_door, gradient_door};
+    OBJKERN_STRING(OBJKERN_VARIANT), scan, statistics_door, objective_door, fused_door, chain_door, gradient_door};
 
 }  // namespace OBJKERN_VARIANT
 }  // namespace objkern::cpu

@@ -41,7 +41,8 @@ struct Rows {
   bool smoothed = false;  // a dense target has no zeros, because label smoothing lifts them
   bool masked = true;     // −inf logits are excluded classes; false: they are numbers, as torch has it
 
-  int64_t reads = 0;  // which statistics the objective reads, `Reads` of objective.h
+  int64_t reads = 0;            // which statistics the objective reads, `Reads` of objective.h
+  bool free_statistics = true;  // whether lse, accuracy and target probability are asked for beside the terms
 };
 
 struct Term {
@@ -53,6 +54,7 @@ struct Term {
 struct Program {
   const Term* terms = nullptr;
   int64_t size = 0;
+  bool per_row = true;  // the values of every row; false: their sums over the rows that count
 };
 
 // What can be known of the targets before any logit is read.
@@ -63,11 +65,21 @@ struct TargetSummary {
 };
 TargetSummary summarize_targets(const Rows& rows);
 
+// Bytes of this machine's caches as the system reports them, or what is common where it reports nothing.
+struct Caches {
+  int64_t second;  // of one core
+  int64_t last;    // shared
+};
+const Caches& caches();
+
 struct Doors {
   const char* name;
+  // Of labels [begin, end): how many are not ignored, and whether one of those is out of range.
+  void (*scan)(const Rows&, int64_t begin, int64_t end, int64_t& counted, bool& bad);
   // centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
   void (*statistics)(const Rows&, double* centred, double* statistics);
-  // values: (size + kFreeStatistics, rows) float64; row_gradient: (kRowGradient, rows) of the accumulation type
+  // values: (size + kFreeStatistics, rows) float64, or (size + kFreeStatistics) sums;
+  // row_gradient: (kRowGradient, rows) of the accumulation type
   void (*objective)(const Rows&, const Program&, double* values, void* row_gradient);
   // gradient: (rows, classes) of dtype, contiguous
   void (*fused)(const Rows&, const Program&, double* values, void* row_gradient, void* gradient);

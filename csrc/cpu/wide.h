@@ -17,6 +17,13 @@ namespace {
 
 constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
 
+// Whether logits and gradient outgrow the last-level cache, so that little of the gradient would still be in it when
+// somebody reads it. Below three quarters of it, the reader gains more from the cache than the writer from going past
+// it.
+inline bool gradient_passes_caches(const Rows& in, int64_t element_size) {
+  return 4 * (2 * in.rows * in.classes * element_size) >= 3 * caches().last;
+}
+
 // T: the logits; D: the dense target, T or the accumulation type.
 template <class T, class D>
 struct Wide {
@@ -25,11 +32,21 @@ struct Wide {
   using V = Vec<A>;
   using Element = T;
 
+  // Classes whose maximum is compared with the running one at once, and whose exponentials overlap.
+  static constexpr int kVectors = Vec<float>::size() == 16 ? 8 : 4, kPacks = kVectors / W::kVectors;
+  static constexpr int64_t kBlock = kVectors * W::kLanes;
+  static constexpr A kFarBelow = A(1e30);  // e = 0 there, and e·t is still no NaN
+  struct Block {
+    typename W::Pack pack[kPacks];
+    const V& operator[](int i) const { return pack[i / W::kVectors][i % W::kVectors]; }
+  };
+
   const Rows& in;
   const Transform<A> transform;
   const int64_t n;
   const A* const weight;
   const Depth depth;
+  const bool past_caches;  // how the gradient is stored
   std::vector<A> scratch;  // z of a segment, where it is not the logit itself
 
   explicit Wide(const Rows& rows)
@@ -38,6 +55,7 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
+        past_caches(gradient_passes_caches(rows, sizeof(T))),
         scratch(transform.identity ? 0 : kSegment) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
@@ -77,129 +95,127 @@ struct Wide {
     return {};
   }
 
-  // f_fast(j) for the full packs without the hole, in order; f_masked(j, count) for the pack with the hole, and the
-  // tail. For 70 elements, packs of 16 and the hole at 20: fast 0, 32, 48; masked 16 and (64, 6).
-  template <class Fast, class Masked>
-  static void over(int64_t count, int64_t hole, const Fast& fast, const Masked& masked) {
-    const int64_t full = count / W::kPack * W::kPack;
-    const bool inside = hole >= 0 && hole < full;
-    const int64_t hole_pack = inside ? hole / W::kPack * W::kPack : full;
-    int64_t j = 0;
-    for (; j < hole_pack; j += W::kPack) fast(j);
-    if (inside) {
-      masked(j, W::kPack);
-      for (j += W::kPack; j < full; j += W::kPack) fast(j);
-    }
-    if (full < count) masked(full, count - full);
-  }
-
-  // A pack with −inf at the hole and past the end.
+  // −inf in the place of class `hole` of a pack, counted from the pack's first class.
   template <class E>
-  static void load_masked(const E* z, int64_t j, int64_t count, int64_t hole, typename W::Pack& v) {
-    alignas(64) E buffer[W::kPack];
-    std::copy(z + j, z + j + count, buffer);
-    std::fill(buffer + count, buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));
-    if (hole >= j && hole < j + count) buffer[hole - j] = static_cast<E>(-std::numeric_limits<float>::infinity());
-    W::load(buffer, v);
+  static void punch(typename W::Pack& v, int64_t hole) {
+    const V at(static_cast<A>(hole));
+    for (int k = 0; k < W::kVectors; ++k) v[k] = V::blendv(v[k], minus_inf<A>(), W::template place<E>(k) == at);
   }
 
-  template <Depth kDepth, class E>
-  Piece sums(const E* z, int64_t count, int64_t hole) const {
-    constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
-    // Pass 1. A NaN may get lost here; it comes back in the sum.
-    V high = minus_inf<A>(), low(std::numeric_limits<A>::infinity());
-    over(
-        count, hole,
-        [&](int64_t j) {
-          typename W::Pack v;
-          W::load(z + j, v);
-          for (int k = 0; k < W::kVectors; ++k) {
-            high = at::vec::clamp_min(v[k], high);
-            if constexpr (kCounts) low = at::vec::clamp_max(v[k], low);
-          }
-        },
-        [&](int64_t j, int64_t size) {
-          typename W::Pack v;
-          load_masked(z, j, size, hole, v);
-          for (int k = 0; k < W::kVectors; ++k) high = at::vec::clamp_min(v[k], high);
-        });
-    A max = horizontal_max(high);
-    const bool excluded = kCounts && !(horizontal_min(low) > -std::numeric_limits<A>::infinity());
-    if (max == -std::numeric_limits<A>::infinity()) {
-      for (int64_t j = 0; j < count; ++j)
-        if (z[j] != z[j] && j != hole) max = 0;  // not empty after all
-      if (max != 0) return {};
+  static bool holds(int64_t block, int64_t hole) {
+    return static_cast<uint64_t>(hole - block) < static_cast<uint64_t>(kBlock);
+  }
+
+  // A block of z with −inf at the hole and past the end.
+  template <class E>
+  static void take_block(const E* z, int64_t j, int64_t count, int64_t hole, Block& block) {
+    if (count - j >= kBlock) [[likely]] {
+      for (int i = 0; i < kPacks; ++i) W::take(z + j + i * W::kPack, block.pack[i]);
+    } else {
+      for (int i = 0; i < kPacks; ++i)
+        W::take(z + j + i * W::kPack, count - j - i * W::kPack, -std::numeric_limits<float>::infinity(), block.pack[i]);
+    }
+    if (holds(j, hole)) [[unlikely]]
+      for (int i = 0; i < kPacks; ++i) punch<E>(block.pack[i], hole - j - i * W::kPack);
+  }
+
+  // The sums so far, relative to the largest z so far.
+  template <Depth kDepth>
+  struct Running {
+    static constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
+    A top = std::numeric_limits<A>::lowest();  // not −inf: −inf − (−inf) would be NaN
+    V max{top}, e{A(0)}, et{A(0)}, t{A(0)}, zz{A(0)};
+    double t_shift = 0;  // what Σ t lacks, because its terms were taken relative to smaller maxima
+    int64_t whole = 0;   // classes of blocks without −inf; with those in `found`, all that count
+    V found{A(0)};
+
+    double counted() const { return static_cast<double>(whole) + horizontal_sum(found); }
+
+    // To the maximum of a larger block; t = t_old + shift. It happens about log(blocks) times in a row.
+    [[gnu::noinline]] void raise(A to) {
+      const V shift(top - to), factor = exp_nonpositive(shift);
+      if constexpr (kCounts) {
+        const V gone = factor == V(A(0));  // 0·(−inf) would be NaN
+        et = V::blendv(factor * at::vec::fmadd(shift, e, et), V(A(0)), gone);
+        if (counted() > 0) t_shift += (static_cast<double>(top) - static_cast<double>(to)) * counted();
+      }
+      e = e * factor;
+      top = to;
+      max = V(to);
     }
 
-    // Pass 2. Without exclusions every lane counts; e alone needs no mask, for exp(−inf) is 0.
-    const V m(max), zero(A(0)), one(A(1));
-    V e_sum(A(0)), et_sum(A(0)), t_sum(A(0)), zz_sum(A(0)), counted(A(0));
-    const auto add = [&](const V& v) {
-      const V t = v - m, e = exp_nonpositive(t);
-      e_sum = e_sum + e;
+    void add(const V& v) {
+      const V t_ = v - max, e_ = exp_nonpositive(t_);
+      e = e + e_;
       if constexpr (kCounts) {
-        et_sum = at::vec::fmadd(e, t, et_sum);
-        t_sum = t_sum + t;
+        et = at::vec::fmadd(e_, t_, et);
+        t = t + t_;
       }
-      if constexpr (kSquares) zz_sum = at::vec::fmadd(v, v, zz_sum);
-    };
-    const auto add_masked = [&](int64_t j, int64_t size) {
-      typename W::Pack v;
-      load_masked(z, j, size, hole, v);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V out = is_minus_inf(v[k]);
-        const V t = V::blendv(difference(v[k], m), zero, out), e = V::blendv(exp_nonpositive(t), zero, out);
-        const V finite = V::blendv(v[k], zero, out);
-        e_sum = e_sum + e;
-        et_sum = at::vec::fmadd(e, t, et_sum);
-        t_sum = t_sum + t;
-        zz_sum = at::vec::fmadd(finite, finite, zz_sum);
-        counted = counted + V::blendv(one, zero, out);
+      if constexpr (kSquares) zz = at::vec::fmadd(v, v, zz);
+    }
+
+    void add_without_minus_inf(const V& v) {
+      const V out = is_minus_inf(v), zero(A(0));
+      const V t_ = V::blendv(difference(v, max), zero, out), e_ = V::blendv(exp_nonpositive(t_), zero, out);
+      const V finite = V::blendv(v, zero, out);
+      e = e + e_;
+      et = at::vec::fmadd(e_, t_, et);
+      t = t + t_;
+      zz = at::vec::fmadd(finite, finite, zz);
+      found = found + V::blendv(V(A(1)), zero, out);
+    }
+
+    // A NaN may get lost in the maximum; it comes back in the sum. `careful`: there may be −inf in the block.
+    void add(const Block& block, bool careful) {
+      V high = block[0];
+      for (int i = 1; i < kVectors; ++i) high = at::vec::clamp_min(block[i], high);
+      if (any_above(high, max)) [[unlikely]]
+        raise(horizontal_max(high));
+      if constexpr (kCounts) {
+        if (careful) [[unlikely]] {
+          for (int i = 0; i < kVectors; ++i) add_without_minus_inf(block[i]);
+          return;
+        }
+        whole += kBlock;
       }
-    };
-    const auto whole = [&](const auto& one_pack, const auto& one_masked) {
-      if (excluded) {
-        for (int64_t j = 0; j < count; j += W::kPack) one_masked(j, std::min(W::kPack, count - j));
-      } else {
-        over(count, hole, one_pack, one_masked);
-      }
-    };
-    int64_t fast = 0;
-    whole(
-        [&](int64_t j) {
-          typename W::Pack v;
-          W::load(z + j, v);
-          for (int k = 0; k < W::kVectors; ++k) add(v[k]);
-          if constexpr (kCounts) fast += W::kPack;
-        },
-        add_masked);
+      for (int i = 0; i < kVectors; ++i) add(block[i]);
+    }
+  };
+
+  // The sums over a segment. Where −inf must not count, only the blocks of the hole and of the end look for it; should
+  // it turn up elsewhere, it shows in Σ t and the segment is done again, with care.
+  template <Depth kDepth, class E>
+  Piece sums(const E* z, int64_t count, int64_t hole, bool careful = false) const {
+    Running<kDepth> sum;
+    Block block;
+    for (int64_t j = 0; j < count; j += kBlock) {
+      take_block(z, j, count, hole, block);
+      sum.add(block, careful || holds(j, hole) || count - j < kBlock);
+    }
+    if constexpr (kDepth >= Depth::kEntropy)
+      if (!careful && !std::isfinite(horizontal_sum(sum.t))) [[unlikely]]
+        return sums<kDepth>(z, count, hole, true);
     Piece piece;
-    piece.max = max;
-    piece.sum_e = horizontal_sum(e_sum);
-    piece.sum_et = horizontal_sum(et_sum);
-    piece.sum_t = horizontal_sum(t_sum);
-    piece.sum_zz = horizontal_sum(zz_sum);
-    piece.classes = kCounts ? static_cast<double>(fast) + horizontal_sum(counted) : 1;  // 1: not empty
-    if constexpr (kDepth == Depth::kFull) {  // pass 3: the spread about the mean, which pass 2 did not know
-      const V mean(static_cast<A>(piece.sum_t / piece.classes));
+    piece.max = sum.top;
+    piece.sum_e = horizontal_sum(sum.e);
+    if (piece.max == std::numeric_limits<A>::lowest() && piece.sum_e == 0) return {};  // nothing but −inf
+    piece.classes = 1;                                                                 // not empty
+    if constexpr (kDepth >= Depth::kEntropy) {
+      piece.sum_et = horizontal_sum(sum.et);
+      piece.sum_t = horizontal_sum(sum.t) + sum.t_shift;
+      piece.classes = sum.counted();
+    }
+    if constexpr (kDepth >= Depth::kSquare) piece.sum_zz = horizontal_sum(sum.zz);
+    if constexpr (kDepth == Depth::kFull) {  // a second pass: the spread about the mean, which is known only now
+      const V mean(static_cast<A>(piece.sum_t / piece.classes)), zero(A(0));
       V spread(A(0));
-      whole(
-          [&](int64_t j) {
-            typename W::Pack v;
-            W::load(z + j, v);
-            for (int k = 0; k < W::kVectors; ++k) {
-              const V d = v[k] - m - mean;
-              spread = at::vec::fmadd(d, d, spread);
-            }
-          },
-          [&](int64_t j, int64_t size) {
-            typename W::Pack v;
-            load_masked(z, j, size, hole, v);
-            for (int k = 0; k < W::kVectors; ++k) {
-              const V d = V::blendv(difference(v[k], m) - mean, zero, is_minus_inf(v[k]));
-              spread = at::vec::fmadd(d, d, spread);
-            }
-          });
+      for (int64_t j = 0; j < count; j += kBlock) {
+        take_block(z, j, count, hole, block);
+        for (int i = 0; i < kVectors; ++i) {
+          const V d = V::blendv(difference(block[i], sum.max) - mean, zero, is_minus_inf(block[i]));
+          spread = at::vec::fmadd(d, d, spread);
+        }
+      }
       piece.sum_dd = horizontal_sum(spread);
     }
     return piece;
@@ -248,7 +264,8 @@ struct Wide {
       for (int64_t j = begin; j < end; j += W::kPack) {
         const int64_t count = std::min(W::kPack, end - j);
         typename W::Pack v, w, q;
-        load_masked(x, j, count, y, v);
+        W::load(x + j, count, -std::numeric_limits<float>::infinity(), v);
+        if (y >= j && y < j + count) punch<A>(v, y - j);
         for (int k = 0; k < W::kVectors; ++k) w[k] = one;
         if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
         if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
@@ -288,7 +305,8 @@ struct Wide {
 
   RowGradient<A> coefficients(const A* row_gradient, int64_t row) const {
     RowGradient<A> g;
-    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k) (&g.max)[k] = row_gradient[k * in.rows + row];
+    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k)
+      (&g.max)[k] = canonical(row_gradient[k * in.rows + row]);
     return g;
   }
 
@@ -341,35 +359,62 @@ struct Wide {
         const_z(g.const_z * gain);
     const T* x = logits(row);
     const bool plain = transform.identity;
-    const auto step = [&](typename W::Pack& v) {
+    // `careful`: there may be −inf, or logits so far below the maximum that 0·t overflows.
+    const auto step = [&](typename W::Pack& v, bool careful) {
       for (int k = 0; k < W::kVectors; ++k) {
         const V z = plain ? v[k] : transform(v[k]);
-        const V t = clamp_exponent(z - m), e = exp_nonpositive(t);
         V d;
         if constexpr (kDepth == Depth::kPlain) {
-          d = e * exp_1;
+          d = exp_nonpositive(z - m) * exp_1;
         } else {
+          const V t = careful ? clamp_exponent(z - m) : z - m, e = exp_nonpositive(t);
           d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
           if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
         }
         if (transform.cap != A(0)) d = d * V::blendv(transform.slope(z), V(transform.gain), is_minus_inf(z));
         // As a number, −inf has no probability and no square: what is left is the constant.
-        if constexpr (kDepth != Depth::kPlain) d = in.masked ? zero_at_minus_inf(d, z) : d;
+        if constexpr (kDepth != Depth::kPlain)
+          if (careful && in.masked) d = zero_at_minus_inf(d, z);
         v[k] = d;
       }
     };
-    int64_t j = begin;
-    typename W::Pack v;
-    for (; j + W::kPack <= end; j += W::kPack) {
-      W::load(x + j, v);
-      step(v);
-      W::store(out + j, v);
+    const auto some = [&](int64_t j, int64_t count) {
+      typename W::Pack v;
+      W::take(x + j, count, 0.0f, v);
+      step(v, true);
+      store_first(out + j, count, W::packed(v));
+    };
+    // The first few elements by themselves, so that the stores after them do not straddle two cache lines. For packs of
+    // 16 and an output 3 elements short of a boundary: 3, then 16 at a time, then what is left.
+    const int64_t head = std::min(W::to_boundary(out + begin), end - begin);
+    if (head > 0) some(begin, head);
+    int64_t j = begin + head;
+    const V floor(plain ? std::max(g.max, A(0)) - kFarBelow : std::numeric_limits<A>::infinity());
+    for (; j + kBlock <= end; j += kBlock) {
+      Block block;
+      take_block(x, j, end, -1, block);
+      bool careful = false;
+      if constexpr (kDepth != Depth::kPlain) {
+        V low = block[0];
+        for (int i = 1; i < kVectors; ++i) low = at::vec::clamp_max(block[i], low);
+        careful = any_above(floor, low);
+      }
+      if (careful) [[unlikely]] {
+        for (auto& pack : block.pack) step(pack, true);
+      } else {
+        for (auto& pack : block.pack) step(pack, false);
+      }
+      for (int i = 0; i < kPacks; ++i) {
+        T* const to = out + j + i * W::kPack;
+        if (past_caches) {
+          store_past_caches(to, W::packed(block.pack[i]));
+        } else {
+          W::packed(block.pack[i]).store(to);
+        }
+      }
     }
-    if (j < end) {
-      W::load(x + j, end - j, 0.0f, v);
-      step(v);
-      W::store(out + j, end - j, v);
-    }
+    for (; j + W::kPack <= end; j += W::kPack) some(j, W::kPack);
+    if (j < end) some(j, end - j);
   }
 
   void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
