@@ -82,7 +82,8 @@ def flatten(
 ) -> Batch:
     """Check the arguments of a call and flatten them; see `Objective.forward` for their meaning."""
     logits = _check_logits(logits, class_dim)
-    shape, classes = logits.shape[:-1], logits.shape[-1]
+    size = logits.shape
+    shape, classes = size[:-1], size[-1]
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
     if empty not in ("nan", "zero"):
@@ -102,7 +103,7 @@ def flatten(
             f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
         )
     if target is not None:
-        target = _check_target(target, logits, class_dim)
+        target = _check_target(target, logits, shape, class_dim)
     if shift:
         target = _shifted(target, shape, ignore_index)
     if class_weight is not None:
@@ -154,17 +155,15 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     return logits
 
 
-def _check_target(target: Tensor, logits: Tensor, class_dim: int) -> Tensor:
-    """`logits` has its classes last; a dense target comes with them at `class_dim`."""
+def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: int) -> Tensor:
+    """`logits` has its classes last and rows of `shape`; a dense target comes with its classes at `class_dim`."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor but got {describe(target)}")
     if not (target.is_cpu and logits.is_cpu):
         _check_same_device("target", target, logits)
     if target.dtype is torch.int64:
-        if target.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"target: expected labels of shape {tuple(logits.shape[:-1])} but got {tuple(target.shape)}"
-            )
+        if target.shape != shape:
+            raise ValueError(f"target: expected labels of shape {tuple(shape)} but got {tuple(target.shape)}")
         return target
     if target.dtype not in DTYPES:
         raise TypeError(f"target: expected int64 labels or floating-point probabilities but got {describe(target)}")
@@ -172,7 +171,7 @@ def _check_target(target: Tensor, logits: Tensor, class_dim: int) -> Tensor:
         target = target.movedim(class_dim, -1)
     if target.shape != logits.shape:
         raise ValueError(
-            f"target: expected int64 labels of shape {tuple(logits.shape[:-1])} or probabilities of shape "
+            f"target: expected int64 labels of shape {tuple(shape)} or probabilities of shape "
             f"{tuple(logits.shape)} but got {describe(target)}"
         )
     return target

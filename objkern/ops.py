@@ -29,18 +29,16 @@ class Program(NamedTuple):
     @classmethod
     def of(cls, weighted_terms: list[tuple[float | Tensor, Any]]) -> Program:
         """From (coefficient, term) pairs; a term here is what has a kind and a parameter."""
-        terms, factors = [], []
+        terms: list[Any] = []
         for coefficient, term in weighted_terms:
-            tensor = isinstance(coefficient, Tensor)
-            terms += (term.kind, term.parameter, 1.0 if tensor else coefficient)
-            if tensor:
-                factors.append(coefficient)
-        if not factors:
+            terms += (term.kind, term.parameter, coefficient)
+        coefficients = terms[2::3]
+        like = next((c for c in coefficients if isinstance(c, Tensor)), None)
+        if like is None:
             return cls(terms)
-        return cls(terms, torch.stack([
-            c.to(torch.float64) if isinstance(c, Tensor) else factors[0].new_ones((), dtype=torch.float64)
-            for c, _ in weighted_terms
-        ]))  # fmt: skip
+        terms[2::3] = [1.0 if isinstance(c, Tensor) else c for c in coefficients]
+        one = like.new_ones((), dtype=torch.float64)
+        return cls(terms, torch.stack([c.to(torch.float64) if isinstance(c, Tensor) else one for c in coefficients]))
 
 
 class Backend(NamedTuple):
@@ -72,6 +70,7 @@ def backend_for(name: str, logits: Tensor) -> Backend:
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 
 
+_objective_op, _fused_op = torch.ops.objkern.objective.default, torch.ops.objkern.fused.default
 _REDUCTION = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
@@ -87,9 +86,9 @@ def _objective(batch: Batch, program: Program, with_gradient: bool, with_parts: 
     if with_parts or tensor is not None:
         options["with_parts"] = True
     fuse = with_gradient and torch.is_grad_enabled() and batch.logits.requires_grad
-    run = torch.ops.objkern.fused.default if fuse else torch.ops.objkern.objective.default
-    loss, parts, *_ = run(terms, _REDUCTION[batch.reduction], batch.logits, batch.target, **options)
-    return loss, parts
+    run = _fused_op if fuse else _objective_op
+    found = run(terms, _REDUCTION[batch.reduction], batch.logits, batch.target, **options)
+    return found[0], found[1]
 
 
 def _statistics(batch: Batch) -> Statistics:
