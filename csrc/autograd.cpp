@@ -14,6 +14,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -85,20 +87,21 @@ class SavedArguments {
 };
 
 bool is_tracing(const Tensor& t) {  // its numbers are not there to look at, or stand for others
-  return t.key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+  return t.is_meta() || t.key_set().has_any(c10::DispatchKeySet({
+                            c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
+                            c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
 }
 
 // A gradient made in the forward pass, times the upstream gradient, in place; undefined where that would lose digits.
 // Half precision has been rounded already, and float16 may have underflowed; 0·∞ in an ignored row would be NaN.
+// Whoever called the op by hand may hold its gradient too: then not in place.
 Tensor scaled(const Tensor& gradient, const Tensor& upstream) {
   const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
   if (is_tracing(gradient) || is_tracing(upstream)) return half ? Tensor() : gradient * upstream;
   const double factor = upstream.item<double>();
   if (factor == 1.0) return gradient;
   if (half || !std::isfinite(factor)) return {};
-  return gradient.mul_(upstream);
+  return gradient.use_count() == 1 ? gradient.mul_(upstream) : gradient * upstream;
 }
 
 // dL/ds = Σ dL/d(s·x) x; what has no gradient (an excluded class, an ignored row) may be infinite.
@@ -212,24 +215,25 @@ struct ForwardBackward : RowsBackward {
     if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
       found = through_reference(reference_op, {IValue(upstream)}, inputs, reference);
     }
-    if (need[0] && !reference[0]) {
-      found[0] = finished_gradient(upstream);
-      if (!found[0].defined()) found[0] = gradient(upstream, inputs, false);
-    }
-    if (need[2] && !reference[2]) {
+    if (need[0] && !reference[0]) found[0] = finished_gradient(upstream);
+    // Unpacked once: a checkpoint computes what it unpacks anew, and refuses to do so twice.
+    const bool to_logits = need[0] && !reference[0] && !found[0].defined(), to_scale = need[2] && !reference[2];
+    const Tensor kept_ = to_logits || to_scale ? kept.unpack() : Tensor();
+    if (to_logits) found[0] = gradient(upstream, kept_, inputs, false);
+    if (to_scale) {
       const int rows = differentiable[0] - kLogits;
       const Tensor logits = inputs[rows + kLogits].toTensor();
       const bool doubles = logits.scalar_type() == at::kDouble;
       Stack wide = inputs;  // summed before it is rounded
       wide[rows + kLogits] = logits.to(doubles ? at::kDouble : at::kFloat);
-      found[2] = scale_gradient(gradient(upstream, wide, true), logits, inputs[rows + kLogitScale].toTensor());
+      found[2] = scale_gradient(gradient(upstream, kept_, wide, true), logits, inputs[rows + kLogitScale].toTensor());
     }
     if (need.size() > 3 && need[3] && !reference[3]) found[3] = coefficient_gradient(upstream, inputs);
     return found;
   }
 
-  Tensor gradient(const Tensor& upstream, const Stack& inputs, bool unscaled) const {
-    Stack stack{IValue(upstream), IValue(kept.unpack()), IValue(unscaled)};
+  Tensor gradient(const Tensor& upstream, const Tensor& kept_, const Stack& inputs, bool unscaled) const {
+    Stack stack{IValue(upstream), IValue(kept_), IValue(unscaled)};
     stack.insert(stack.end(), inputs.begin(), inputs.end());
     gradient_op.callBoxed(stack);
     return stack.back().toTensor();
@@ -264,6 +268,8 @@ struct ObjectiveBackward final : ForwardBackward {
     if (!finished.defined() || at::GradMode::is_enabled()) return {};
     return scaled(std::exchange(finished, Tensor()), upstream);
   }
+
+  bool coefficients_need_gradient() const { return next_edge(3).is_valid(); }
 
   // d loss / d coefficient is the term itself.
   Tensor coefficient_gradient(const Tensor& upstream, const Stack& inputs) override {
@@ -337,7 +343,9 @@ void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
 void objective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   forward_op<ObjectiveBackward>(op, keys, stack, objective_places,
                                 [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
-                                  node.parts = SavedVariable(results[1].toTensor(), false);
+                                  TORCH_CHECK_VALUE(!node.coefficients_need_gradient() || results[1].toTensor().size(0) != 0,
+                      "objkern: coefficient_tensor requires a gradient, which is made of the parts: pass with_parts");
+    node.parts = SavedVariable(results[1].toTensor(), false);
                                   node.kept = SavedVariable(results[2].toTensor(), false);
                                   if (results.size() > 3) node.finished = results[3].toTensor();
                                 });

@@ -10,6 +10,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -92,11 +93,14 @@ struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE
     const auto numbers = a[kTerms].toDoubleVector();
     TORCH_CHECK(numbers.size() % 3 == 0, "objkern: terms: expected a kind, a parameter and a coefficient of each");
     for (size_t i = 0; i < numbers.size(); i += 3) {
-      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kTermKinds, "objkern: term kind ", numbers[i], " is not known");
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kTermKinds && numbers[i] == std::floor(numbers[i]),
+                  "objkern: term kind ", numbers[i], " is not known");
       terms.push_back({static_cast<int64_t>(numbers[i]), numbers[i + 1], numbers[i + 2]});
     }
     TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
                 "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
+    TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
+                      "objkern: target: a term needs one but got None");
     if (!coefficient_tensor.has_value()) return;
     const auto size = static_cast<int64_t>(terms.size());
     TORCH_CHECK(coefficient_tensor->sizes() == at::IntArrayRef{size},
@@ -144,6 +148,12 @@ struct Batch {
     rows.ignore_index = in.ignore_index;
     rows.softcap = in.softcap;
     rows.masked = in.masked;
+    TORCH_CHECK_VALUE(in.softcap >= 0, "objkern: softcap: expected a number >= 0 but got ", in.softcap);
+    for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"logit_scale", &in.logit_scale},
+                                  std::pair{"class_weight", &in.class_weight}})
+      TORCH_CHECK_TYPE(!t->has_value() || !(*t)->is_complex(), "objkern: ", name, ": expected real numbers");
+    TORCH_CHECK_VALUE(!in.logit_scale.has_value() || in.logit_scale->dim() == 0,
+                      "objkern: logit_scale: expected a 0-dim tensor but got ", in.logit_scale->sizes());
     rows.logit_scale = in.logit_scale.has_value() ? in.logit_scale->item<double>() : 1.0;
     if (in.target.has_value() && in.target->scalar_type() == at::kLong) {
       TORCH_CHECK(in.target->dim() == 1 && in.target->size(0) == rows.rows, "objkern: target: expected (", rows.rows,
@@ -234,6 +244,8 @@ Tensor filled(at::IntArrayRef sizes, c10::ScalarType type, const T& numbers) {  
 void run_objective(Stack* stack, bool with_gradient) {
   const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
   torch::jit::drop(*stack, kObjectiveArguments);
+  TORCH_CHECK_VALUE(!with_gradient || in.reduction != Reduction::kNone,
+                    "objkern: fused: the gradient of unreduced losses is only known in the backward pass");
   Batch batch(in, in.reads());
   batch.rows.smoothed = in.smoothed();
   batch.rows.free_statistics = in.with_parts;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .batch import flatten
+from .batch import describe, flatten
 from .statistics import Statistics
 from .terms import CrossEntropy, Entropy, ZLoss
 
@@ -86,6 +86,9 @@ def cross_entropy(
         reduction = _legacy_reduction(size_average, reduce)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        name, got = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"cross_entropy: {name}: expected a tensor but got {describe(got)}")
     dense = input.shape == target.shape
     class_dim = 0 if input.dim() == 1 else 1
     if dense and not target.is_floating_point():

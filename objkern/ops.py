@@ -6,7 +6,7 @@ fake versions for torch.compile, their rules under vmap, and the derivatives tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -186,8 +186,8 @@ _STATISTICS = _Family(_statistics_forward, (0, 1, 2))
 def _reference_gradient(family: _Family, upstream: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        wanted = [arguments[place] for place, need in zip(family.differentiable, needed, strict=True) if need]
-        return _grad(family.forward(*arguments), wanted, upstream, create_graph)
+        inputs, wanted = _apart(arguments, family.differentiable, needed)
+        return _grad(family.forward(*inputs), wanted, upstream, create_graph)
 
 
 def _reference_second_order(
@@ -196,14 +196,24 @@ def _reference_second_order(
     """Derivatives of the gradient to the logits: to the upstream gradient, and to the differentiable arguments."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs, place = list(arguments), family.differentiable[0]
-        if not inputs[place].requires_grad:
-            inputs[place] = inputs[place].detach().requires_grad_()
-        wanted = [upstream] * needed[0] + [
-            inputs[place] for place, need in zip(family.differentiable, needed[1:], strict=True) if need
-        ]
-        (gradient,) = _grad(family.forward(*inputs), [inputs[place]], upstream, True)
-        return _grad(gradient, wanted, grad, create_graph)
+        (upstream,), wanted = _apart((upstream,), (0,), needed[:1])
+        inputs, others = _apart(arguments, family.differentiable, [True, *needed[2:]])
+        (gradient,) = _grad(family.forward(*inputs), others[:1], upstream, True)
+        return _grad(gradient, wanted + others[0 if needed[1] else 1 :], grad, create_graph)
+
+
+def _apart(arguments: Sequence[Any], places: Sequence[int], needed: Sequence[bool]) -> tuple[list[Any], list[Tensor]]:
+    """The arguments, and those among them to differentiate by, which stand apart from their history.
+
+    One may have been computed from another; what the caller's graph makes of that is the caller's.
+    """
+    inputs, wanted = list(arguments), []
+    for place, need in zip(places, needed, strict=True):
+        if need:
+            x = inputs[place]
+            inputs[place] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            wanted.append(inputs[place])
+    return inputs, wanted
 
 
 def _grad(output: Tensor, inputs: list[Tensor], upstream: Tensor, create_graph: bool) -> list[Tensor]:
@@ -221,12 +231,19 @@ for _name, _function, _family in (
     ("reference_statistics_gradient", _reference_gradient, _STATISTICS),
     ("reference_statistics_second_order", _reference_second_order, _STATISTICS),
 ):
-    _library.impl(
-        _name, lambda *args, function=_function, family=_family: function(family, *args), "CompositeImplicitAutograd"
-    )
+    for _key in ("CompositeImplicitAutograd", "Batched"):  # Batched: torch.autograd.grad(..., is_grads_batched=True)
+        _library.impl(_name, lambda *args, function=_function, family=_family: function(family, *args), _key)
 
 
-# ---- fake versions: shapes and dtypes for torch.compile and fake tensors -------------------------------------------
+# ---- fake versions: shapes and dtypes for torch.compile, fake and meta tensors --------------------------------------
+
+
+def _no_meta_beside(logits: Tensor, **others: Any) -> None:
+    """One tensor on "meta" sends an op here, and real logits would get numbers that nobody computed."""
+    if not logits.is_meta:
+        for name, other in others.items():
+            if isinstance(other, Tensor) and other.is_meta:
+                raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on meta")
 
 
 @torch.library.register_fake("objkern::objective")
@@ -236,6 +253,10 @@ def _(
     coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
     with_parts: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    _no_meta_beside(
+        logits, target=target, logit_scale=logit_scale, class_weight=class_weight, coefficient=coefficient_tensor,
+        normalizer=normalizer,
+    )  # fmt: skip
     like = {"dtype": torch.float64 if logits.dtype == torch.float64 else torch.float32}
     rows, parts = logits.shape[0], len(terms) // 3 + _FREE
     if REDUCTIONS[reduction] == "none":
@@ -253,7 +274,11 @@ def _(terms: list[float], reduction: int, logits: Tensor, *options: Any, **other
 
 
 @torch.library.register_fake("objkern::statistics")
-def _(logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    class_weight: Tensor | None = None, *options: Any, **others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _no_meta_beside(logits, target=target, logit_scale=logit_scale, class_weight=class_weight)
     rows, double = logits.shape[0], {"dtype": torch.float64}
     return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((_CENTRED, rows), **double)
 
@@ -263,11 +288,13 @@ def _(
     upstream: Tensor, row_gradient: Tensor, unscaled: bool, terms: list[float], reduction: int, logits: Tensor,
     *options: Any, **others: Any,
 ) -> Tensor:  # fmt: skip
+    _no_meta_beside(logits, upstream=upstream, row_gradient=row_gradient, target=next(iter(options), None))
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("objkern::statistics_gradient")
 def _(partials: Tensor, centred: Tensor, unscaled: bool, logits: Tensor, *options: Any, **others: Any) -> Tensor:
+    _no_meta_beside(logits, partials=partials, centred=centred, target=next(iter(options), None))
     return logits.new_empty(logits.shape)
 
 
@@ -278,15 +305,22 @@ def _one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """vmap as a loop: each sample has a mean, and rows to ignore, of its own."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        count = info.batch_size
+        if count == 0:  # one sample of zeros tells the shapes
+            arguments = tuple(
+                a.new_zeros([*a.shape[:d], 1, *a.shape[d + 1 :]]) if isinstance(a, Tensor) and d is not None else a
+                for a, d in zip(arguments, in_dims, strict=True)
+            )
         results = [
             op(*(a.select(d, i) if isinstance(a, Tensor) and d is not None else a
                  for a, d in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
+            for i in range(max(count, 1))
         ]  # fmt: skip
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
+            return torch.stack(results)[:count], 0
         several = type(results[0])  # a tuple, or the list of the reference's
-        return several(torch.stack(field) for field in zip(*results, strict=True)), several([0] * len(results[0]))
+        stacked = several(torch.stack(field)[:count] for field in zip(*results, strict=True))
+        return stacked, several([0] * len(results[0]))
 
     return rule
 

@@ -411,3 +411,130 @@ def test_threads() -> None:
     for results, expected in zip(found, alone, strict=True):
         assert len(results) == 20
         assert all(torch.equal(a, b) for result in results for a, b in zip(result, expected, strict=True))
+
+
+# ---- corners found by attacking the derivatives ---------------------------------------------------------------------
+
+# Arguments that were computed from one another, as functions of one leaf: name -> (shape of the leaf, loss).
+ENTANGLED: dict[str, Callable[..., Tensor]] = {
+    "target from logits": lambda t, **kw: CrossEntropy()(t + torch.eye(4, 5), t, **kw),
+    "target is logits": lambda t, **kw: CrossEntropy(label_smoothing=0.1)(t, t, **kw),
+    "target through a softmax": lambda t, **kw: CrossEntropy()(t.softmax(-1).log(), t.softmax(-1), **kw),
+    "scale in the logits": lambda t, **kw: OBJECTIVE(t * t.mean(), LABELS[:4], logit_scale=t.mean(), **kw),
+    "coefficient from logits": lambda t, **kw: (CrossEntropy() + t.mean() * ZLoss())(t, LABELS[:4], **kw),
+    "statistics": lambda t, **kw: objkern.row_statistics(
+        t * t.mean(), LABELS[:4], logit_scale=t.mean(), **kw
+    ).entropy.mean(),
+    "square of the loss": lambda t, **kw: OBJECTIVE(t, LABELS[:4], **kw).square(),
+    "rows, not linear": lambda t, **kw: OBJECTIVE(t, LABELS[:4], reduction="none", **kw).exp().sum(),
+    "product of losses": lambda t, **kw: OBJECTIVE(t, LABELS[:4], **kw) * CrossEntropy()(t, LABELS[:4], **kw),
+}
+
+
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_arguments_computed_from_one_another(name: str) -> None:
+    """Derivatives through the reference once went through the caller's graph too, and counted it twice."""
+    run = ENTANGLED[name]
+    leaf = torch.randn(4, 5, dtype=torch.float64).softmax(-1).requires_grad_()
+    results = []
+    for backend in ("auto", "reference"):
+        (plain,) = gradients(run(leaf, backend=backend), leaf)
+        (first,) = torch.autograd.grad(run(leaf, backend=backend) * 1.7, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum() + first.sum(), leaf)
+        results.append((plain, first.detach(), second))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+    _, pullback = torch.func.vjp(run, leaf.detach())
+    torch.testing.assert_close(
+        pullback(torch.tensor(1.7, dtype=torch.float64))[0], results[1][0], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_vjp_to_every_argument() -> None:
+    """Once zeros: outside its level a tensor of torch.func no longer says that it requires a gradient."""
+    x, q = logits(4, 5, dtype=torch.float64).detach(), torch.rand(4, 5, dtype=torch.float64)
+    s, c = torch.tensor(1.3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    y = torch.tensor([0, 2, 1, 1])
+    for run, inputs in (
+        (lambda x, q: CrossEntropy()(x, q), (x, q)),
+        (lambda x, s: OBJECTIVE(x, y, logit_scale=s), (x, s)),
+        (lambda x, c: (CrossEntropy() + c * ZLoss())(x, y), (x, c)),
+        (lambda x, s: objkern.row_statistics(x, y, logit_scale=s).lse.sum(), (x, s)),
+    ):
+        leaves = tuple(t.clone().requires_grad_() for t in inputs)
+        expected = torch.autograd.grad(run(*leaves), leaves)
+        for found, truth in zip(torch.func.vjp(run, *inputs)[1](one), expected, strict=True):
+            assert truth.any()
+            torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_batched_gradients() -> None:
+    x, q = logits(4, 5, dtype=torch.float64), torch.rand(4, 5, dtype=torch.float64)
+    y = torch.tensor([0, 2, 1, 1])
+    upstream = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+    for gradient in ("backward", "forward"):
+        loss = CrossEntropy()(x, y, gradient=gradient)
+        (found,) = torch.autograd.grad(loss, x, upstream, is_grads_batched=True)
+        (one,) = torch.autograd.grad(CrossEntropy()(x, y), x)
+        torch.testing.assert_close(found, upstream[:, None, None] * one)
+    functional = torch.autograd.functional
+    run = lambda q: CrossEntropy()(x.detach(), q, reduction="none")  # noqa: E731
+    torch.testing.assert_close(functional.jacobian(run, q, vectorize=True), functional.jacobian(run, q))
+    run = lambda x: CrossEntropy()(x, y)  # noqa: E731
+    torch.testing.assert_close(functional.hessian(run, x, vectorize=True), functional.hessian(run, x))
+
+
+def test_a_checkpoint_with_a_learned_scale() -> None:
+    x, y = plain_batch(5)
+    s = torch.tensor(1.5, requires_grad=True)
+    run = lambda x: OBJECTIVE(x, y, logit_scale=s)  # noqa: E731
+    again = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    for found, expected in zip(gradients(again, x, s), gradients(run(x), x, s), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_meta_tensor_beside_real_logits_is_refused() -> None:
+    """Once a loss of uninitialised memory: a module that was made on meta and never materialised."""
+    x, y = plain_batch(5)
+    objective = CrossEntropy() + torch.nn.Parameter(torch.tensor(0.1)) * ZLoss()
+    with pytest.raises(ValueError, match="coefficient: expected a tensor on cpu, as the logits, but got one on meta"):
+        objective.to("meta")(x, y)
+    with pytest.raises(ValueError, match="logit_scale: expected a tensor on cpu, as the logits, but got one on meta"):
+        CrossEntropy()(x, y, logit_scale=torch.ones((), device="meta"))
+    with pytest.raises(ValueError, match=r"logit_scale: .* but got one on meta"):
+        objkern.row_statistics(x, y, logit_scale=torch.ones((), device="meta"))
+    z = torch.empty(4, 5, device="meta", requires_grad=True)
+    CrossEntropy()(z, torch.empty(4, dtype=torch.long, device="meta"), gradient="forward").backward()
+    assert z.grad.shape == z.shape
+
+
+def test_vmap_over_nothing() -> None:
+    assert torch.vmap(CrossEntropy())(torch.zeros(0, 3, 4), torch.zeros(0, 3, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y: OPS.objective([0.5, 0.0, 1.0], 1, x, y), "term kind 0.5 is not known"),
+        (lambda x, y: OPS.objective([99.0, 0.0, 1.0], 1, x, y), "term kind 99 is not known"),
+        (lambda x, y: OPS.objective([0.0, 0.0], 1, x, y), "a kind, a parameter and a coefficient"),
+        (lambda x, y: OPS.objective(TERMS, 7, x, y), "reduction: expected 0, 1 or 2"),
+        (lambda x, y: OPS.objective(TERMS, 1, x), "target: a term needs one"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, softcap=-1.0), "softcap: expected a number >= 0"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, logit_scale=torch.ones(1)), "logit_scale: expected a 0-dim"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, class_weight=torch.ones(9) * 1j), "class_weight: expected real"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, coefficient_tensor=torch.ones(2)), "one coefficient for each of 3"),
+        (
+            lambda x, y: OPS.objective(TERMS, 1, x, y, coefficient_tensor=torch.ones(3, requires_grad=True)),
+            "pass with_parts",
+        ),
+        (lambda x, y: OPS.fused(TERMS, 0, x, y), "the gradient of unreduced losses"),
+        (lambda x, y: OPS.gradient(torch.ones(()), torch.ones(2, 5), False, TERMS, 1, x, y), "does not belong"),
+        (lambda x, y: OPS.gradient(torch.ones(4), OPS.objective(TERMS, 1, x, y)[2], False, TERMS, 1, x, y), "upstream"),
+    ],
+)
+def test_ops_refuse_nonsense(call: Callable[..., Any], message: str) -> None:
+    x, y = plain_batch(5)
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        call(x, y)
