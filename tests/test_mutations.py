@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-CAUGHT_BY = ["tests/test_terms.py", "tests/test_pitfalls.py", "tests/test_precision.py"]
+CAUGHT_BY = ["tests/test_terms.py", "tests/test_kernels.py", "tests/test_pitfalls.py", "tests/test_precision.py"]
 
 # name: (file, the line's text, what stands there instead)
 FAULTS = {
@@ -20,14 +20,18 @@ FAULTS = {
     ),
     "no entropy gradient": ("objective.h", "g.exp_t = g.exp_t - f.entropy * r;", ""),
     "pieces merged without rescaling": ("objective.h", "sum.sum_e += factor * low.sum_e;", "sum.sum_e += low.sum_e;"),
-    "maximum not subtracted": ("cpu/wide.h", "const V t = v - m, e = exp_nonpositive(t);", "const V t = v, e = exp_nonpositive(t);"),
-    "tail off by one": ("cpu/wide.h", "if (full < count) masked(full, count - full);", "if (full + 1 < count) masked(full, count - full - 1);"),
-    "padding counted as logits": (
-        "cpu/wide.h", "buffer + W::kPack, static_cast<E>(-std::numeric_limits<float>::infinity()));", "buffer + W::kPack, static_cast<E>(0));",
-    ),
-    "target counted among the others": ("cpu/wide.h", "const bool inside = hole >= 0 && hole < full;", "const bool inside = false;"),
+    "maximum not subtracted": ("cpu/wide.h", "const V t_ = v - max, e_ = exp_nonpositive(t_);", "const V t_ = v, e_ = exp_nonpositive(t_);"),
+    "tail off by one": ("cpu/wide.h", "count - j - i * W::kPack, -std", "count - 1 - j - i * W::kPack, -std"),
+    "padding counted as logits": ("cpu/wide.h", "-std::numeric_limits<float>::infinity(), block.pack[i]);", "0.0f, block.pack[i]);"),
+    "target counted among the others": ("cpu/wide.h", "if (holds(j, hole)) [[unlikely]]", "if (false)"),
+    "sums not rescaled to a larger maximum": ("cpu/wide.h", "e = e * factor;", ""),
+    "Σ t not moved to a larger maximum": ("cpu/wide.h", "if (counted() > 0) t_shift", "if (false) t_shift"),
+    "−inf between the first and the last block not noticed": ("cpu/wide.h", "if (!careful && !std::isfinite", "if (false && !std::isfinite"),
+    "no aligned head": ("cpu/wide.h", "if (head > 0) some(begin, head);", ""),
+    "sums without the first tile": ("cpu/tile.h", "for (size_t i = 0; i < of_tiles.size();", "for (size_t i = fields; i < of_tiles.size();"),
+    "narrow weights of the gradient left out": ("cpu/narrow.h", "d = at::vec::fmadd(g.const_w, w, d);", ""),
     "rows assumed to be dense": ("cpu/wide.h", "row * in.row_stride", "row * in.classes"),
-    "narrow rows assumed to be dense": ("cpu/narrow.h", "(row + lane) * in.row_stride", "(row + lane) * in.classes"),
+    "narrow rows assumed to be dense": ("cpu/narrow.h", "row * in.row_stride, in.row_stride, count, z", "row * in.classes, in.classes, count, z"),
     "narrow target counted among the others": ("cpu/narrow.h", "found = found + V::blendv(one, zero, out);", "found = found + one;"),
     "upstream gradient of the first row for all": ("cpu/kernels.cpp", "upstream[row * stride]", "upstream[0]"),
     "ignored rows not skipped": ("cpu/tile.h", "in.target[row] == in.ignore_index;", "in.target[row] < 0 && in.target[row] == in.ignore_index;"),

@@ -1,0 +1,247 @@
+"""Inside the CPU kernels: the running maximum, rows on their side, stores at odd places, roundings, sums by tile."""
+
+import math
+
+import pytest
+import torch
+
+import objkern
+from objkern import CrossEntropy, Entropy, LogitL2, ZLoss
+
+from .conftest import EVERY_TERM, random_rows
+
+REGULARIZED = objkern.parse("CrossEntropy(label_smoothing=0.1) + 0.01*ZLoss() - 0.1*Entropy() + 0.1*LogitL2()")
+
+
+def loss_and_gradient(
+    objective: objkern.Objective, z: torch.Tensor, y: torch.Tensor, upstream: torch.Tensor | None = None, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = z.clone().requires_grad_()
+    loss = objective(x, y, reduction="none", **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), x.grad
+
+
+def assert_like_float64(
+    objective: objkern.Objective, z: torch.Tensor, y: torch.Tensor, rtol: float = 3e-6, **options
+) -> None:
+    ours = loss_and_gradient(objective, z, y, **options)
+    exact = loss_and_gradient(objective, z.double(), y if y.dtype == torch.long else y.double(), backend="reference", **options)  # fmt: skip
+    for a, b in zip(ours, exact, strict=True):
+        tolerance = 8e-3 if a.dtype == torch.bfloat16 else rtol
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item(), equal_nan=True)
+
+
+# ---- the maximum so far ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [65, 128, 200, 1001, 9000])
+def test_the_maximum_may_rise_in_every_block(classes: int, dtype: torch.dtype) -> None:
+    """Sums so far are rescaled when a larger logit turns up; an ascending row makes that happen all the time."""
+    steps = torch.linspace(-30, 10, classes, dtype=torch.float64)
+    z = torch.stack([steps, steps.flip(0), steps * 10, steps + 1e4]).to(dtype)
+    y = torch.tensor([classes - 1, 3, classes // 2, 0])
+    assert_like_float64(REGULARIZED, z, y)
+    s = objkern.row_statistics(z, y)
+    exact = objkern.row_statistics(z.double(), y, backend="reference")
+    for name in ("mean_logit", "mean_square_logit", "logit_variance", "entropy", "lse", "mean_logprob"):
+        torch.testing.assert_close(getattr(s, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [100, 1000, 20000])
+def test_masks_of_the_lowest_number_and_of_minus_infinity(classes: int) -> None:
+    """finfo.min in the first blocks is a maximum that is left far behind; a factor of 0 must not meet −inf or NaN."""
+    z, y = random_rows(6, classes, torch.float32)
+    lowest = torch.finfo(torch.float32).min
+    z[0, : classes // 2] = lowest
+    z[1, classes // 2 :] = lowest
+    z[2, : classes // 2] = -torch.inf
+    z[3, 1::2] = -torch.inf
+    z[4, :] = -torch.inf
+    z[4, -1] = 1.5
+    z[5, :] = lowest
+    y[:] = torch.tensor([classes - 1, 0, classes - 1, 0, classes - 1, 3])
+    for objective in (CrossEntropy(), Entropy()):
+        assert_like_float64(objective, z, y)
+    assert_like_float64(REGULARIZED, z[2:5], y[2:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_target_may_stand_anywhere(dtype: torch.dtype) -> None:
+    """Every place in a block, in the last block, and in the order that bfloat16 pairs are taken in."""
+    for classes in (67, 150, 300):
+        row, _ = random_rows(1, classes, dtype)
+        assert_like_float64(REGULARIZED, row.expand(classes, -1), torch.arange(classes))
+
+
+# ---- exponentials ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 70])
+def test_the_exponential_keeps_its_digits_and_ends_in_zero(classes: int) -> None:
+    """∂/∂z_2 of log(exp(0) + exp(t)) is exp(t)/(1 + exp(t)): 4 ulp, and neither subnormals nor NaN at the end."""
+    t = torch.cat([-torch.linspace(0, 87, 5003), torch.tensor([-88.5, -100.0, -1e4, -1e30, -torch.inf])])
+    z = torch.full((len(t), classes), -torch.inf)
+    z[:, 1], z[:, 2] = 0.0, t
+    x = z.clone().requires_grad_()
+    objkern.row_statistics(x).lse.sum().backward()
+    exact = torch.exp(t.double()) / (1 + torch.exp(t.double()))
+    found = x.grad[:, 2]
+    assert ((found[:-5].double() - exact[:-5]).abs() <= 4 * 2.0**-24 * exact[:-5]).all()
+    assert (found[-5:] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [9, 64, 65, 1000])
+def test_a_softcap_keeps_its_digits(classes: int) -> None:
+    for scale in (0.01, 1.0, 30.0):  # both ways of taking the hyperbolic tangent
+        z, y = random_rows(5, classes, torch.float32, scale)
+        assert_like_float64(CrossEntropy(), z, y, softcap=20.0)
+
+
+# ---- rounding to bfloat16 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [8, 128])
+def test_bfloat16_gradients_are_rounded_to_nearest_even(classes: int) -> None:
+    """Rows of zeros: the gradient is upstream / V, exactly, before it is rounded. Ties, subnormals and overflow."""
+    bits = torch.arange(0, 1 << 16, 7, dtype=torch.int32)
+    patterns = torch.cat([(bits << 16) | low for low in (0, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    upstream = patterns.view(torch.float32)
+    upstream = upstream[torch.isfinite(upstream) & ((upstream.abs() > 1e-35) | (upstream == 0))]
+    z = torch.zeros(len(upstream), classes, dtype=torch.bfloat16)
+    _, gradient = loss_and_gradient(ZLoss() + CrossEntropy(), z, torch.zeros(len(upstream), dtype=torch.long), upstream)
+    _, unrounded = loss_and_gradient(
+        ZLoss() + CrossEntropy(), z.float(), torch.zeros(len(upstream), dtype=torch.long), upstream
+    )
+    assert torch.equal(gradient[:, 1:].view(torch.int16), unrounded[:, 1:].to(torch.bfloat16).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("payload", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000])
+def test_a_nan_stays_one_whatever_its_bits(payload: int, dtype: torch.dtype) -> None:
+    """Rounding adds to the bits: a NaN of ones would carry over into −0."""
+    nan = torch.tensor([payload], dtype=torch.int32).view(torch.float32)
+    for classes in (9, 200):
+        z, y = random_rows(1, classes, dtype)
+        assert loss_and_gradient(CrossEntropy(), z, y, nan)[1].isnan().all()
+        z[0, 5] = torch.nan
+        loss, gradient = loss_and_gradient(CrossEntropy(), z, y)
+        assert loss.isnan().all()
+        assert gradient.isnan().any()
+
+
+# ---- stores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [65, 127, 129, 255, 1003])
+def test_rows_that_begin_between_boundaries(classes: int, dtype: torch.dtype) -> None:
+    """An odd V puts every row's gradient at another place of a cache line; each equals that of the row alone."""
+    z, y = random_rows(40, classes, dtype)
+    for objective in (CrossEntropy(), REGULARIZED):
+        _, together = loss_and_gradient(objective, z, y)
+        for i in range(40):
+            _, alone = loss_and_gradient(objective, z[i : i + 1], y[i : i + 1])
+            assert torch.equal(together[i], alone[0])
+
+
+def test_a_gradient_larger_than_the_caches() -> None:
+    """Written past them, on machines whose last level holds no more than 300 MB."""
+    z, y = torch.randn(900, 32001), torch.randint(0, 32001, (900,))
+    for gradient in ("backward", "forward"):
+        x = z.requires_grad_()
+        (whole,) = torch.autograd.grad(CrossEntropy()(x, y, reduction="sum", gradient=gradient), x)
+        for i in (0, 1, 449, 899):
+            x = z[i : i + 1].detach().requires_grad_()
+            (alone,) = torch.autograd.grad(CrossEntropy()(x, y[i : i + 1], reduction="sum", gradient=gradient), x)
+            assert torch.equal(whole[i], alone[0])
+
+
+# ---- rows on their side -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 15, 16, 17, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_narrow_rows_of_every_width(rows: int, dtype: torch.dtype) -> None:
+    """Squares of 8 or 16 with what is left over; each row as in a batch of its own, within rounding."""
+    for classes in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 50, 63, 64):
+        z, y = random_rows(rows, classes, dtype)
+        loss, gradient = loss_and_gradient(REGULARIZED, z, y)
+        for i in (0, rows - 1):
+            alone = loss_and_gradient(REGULARIZED, z[i : i + 1], y[i : i + 1])
+            assert torch.equal(loss[i], alone[0][0])
+            assert torch.equal(gradient[i], alone[1][0])
+        exact = loss_and_gradient(REGULARIZED, z.double(), y, backend="reference")
+        torch.testing.assert_close(loss.double(), exact[0], rtol=3e-6, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), exact[1], rtol=8e-3, atol=8e-3 if z.element_size() == 2 else 1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 9, 33, 64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_narrow_rows_with_weights_and_dense_targets(classes: int, smoothing: float, excluded: bool) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    z, y = random_rows(19, classes, torch.float32)
+    if excluded:
+        z[3, classes - 1] = -torch.inf
+        y[3] = 0
+    weight = torch.rand(classes, generator=generator) + 0.1
+    q = torch.rand(19, classes, generator=generator).softmax(-1)
+    every = f"CrossEntropy(label_smoothing={smoothing})"
+    for objective in (CrossEntropy(weight, smoothing), CrossEntropy(weight, smoothing) - 0.2 * Entropy() + LogitL2()):
+        assert_like_float64(objective, z, y)
+        assert_like_float64(objective, z, q)
+    assert_like_float64(objkern.parse(every), z, q)
+
+
+# ---- sums by tile -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 9), (333, 100), (3, 40001), (20, 20000)])
+@pytest.mark.parametrize("gradient", ["backward", "forward"])
+def test_sums_do_not_depend_on_the_number_of_threads(rows: int, classes: int, gradient: str) -> None:
+    z, y = random_rows(rows, classes, torch.float32)
+    y[1] = -100
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            x = z.clone().requires_grad_()
+            loss, parts = objkern.parse(EVERY_TERM)(x, y, gradient=gradient, return_parts=True)
+            loss.backward()
+            found.append((loss.detach(), x.grad, parts["lse"], parts["accuracy"], parts["z_loss"]))
+    finally:
+        torch.set_num_threads(before)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 5), (37, 9), (50, 70)])
+def test_sums_are_those_of_the_rows(rows: int, classes: int) -> None:
+    """Ignored rows, and lanes past the last row, add to nothing."""
+    z, y = random_rows(rows, classes, torch.float32)
+    y[rows // 2] = -100
+    counted = int((y != -100).sum())
+    each, of_rows = REGULARIZED(z, y, reduction="none", return_parts=True)
+    total, parts = REGULARIZED(z, y, reduction="sum", return_parts=True)
+    assert total.item() == pytest.approx(each.double().sum().item(), rel=1e-6, abs=1e-6)
+    for name in ("cross_entropy", "z_loss", "entropy"):
+        assert parts[name].item() == pytest.approx(of_rows[name].double().sum().item(), rel=1e-6, abs=1e-6)
+    if counted:
+        assert parts["lse"].item() == pytest.approx(of_rows["lse"].double().sum().item() / counted, rel=1e-6)
+    assert math.isfinite(total.item())
+
+
+def test_many_labels_are_counted_and_checked() -> None:
+    """Labels are looked at in pieces of 8192."""
+    z, y = torch.randn(20001, 3), torch.randint(0, 3, (20001,))
+    y[::3] = -100
+    weight = torch.tensor([0.5, 2.0, 1.0])
+    for objective, native in ((CrossEntropy(), None), (CrossEntropy(weight), weight)):
+        expected = torch.nn.functional.cross_entropy(z.double(), y, None if native is None else native.double())
+        assert objective(z, y).item() == pytest.approx(expected.item(), rel=1e-6)
+    y[20000] = 3
+    with pytest.raises(IndexError, match="row 20000 holds label 3"):
+        CrossEntropy()(z, y)
