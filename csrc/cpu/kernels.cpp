@@ -194,8 +194,8 @@ void objective_door(const Rows& in, const Program& program, double* values_, voi
   });
 }
 
-// What was just collected, written while it is in the cache: the rows of a tile, and the group that a kernel has in
-// hand.
+// What was just collected, written while it is in the cache: the rows of a tile or group, or the group that a kernel
+// has in hand.
 template <class T, class D, class A>
 void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
   for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient);
@@ -203,7 +203,12 @@ void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t 
 template <class T, class D, class A>
 void write_tile(Narrow<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
   const A one(1);
-  kernel.write(row, count, row_gradient, &one, 0, gradient);
+  if (narrow_gradient(kernel.in, sizeof(T))) {
+    kernel.write(row, count, row_gradient, &one, 0, gradient);
+  } else {
+    Wide<T, D> writer(kernel.in);
+    write_tile<T, D>(writer, row_gradient, row, count, gradient);
+  }
 }
 
 void fused_door(const Rows& in, const Program& program, double* values_, void* row_gradient_, void* gradient_) {
@@ -249,7 +254,7 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
     using A = typename Walk<T>::A;
     const A *row_gradient = static_cast<const A*>(row_gradient_), *upstream = static_cast<const A*>(upstream_);
     T* gradient = static_cast<T*>(gradient_);
-    if (narrow(in)) {
+    if (narrow_gradient(in, sizeof(T))) {
       over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
         kernel.load(row, count);
         kernel.write(row, count, row_gradient, upstream + row * upstream_stride, upstream_stride, gradient);

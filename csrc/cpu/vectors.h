@@ -73,7 +73,12 @@ inline Vec<double> clamp_exponent(const Vec<double>& t) {
 //
 // Adding `magic` rounds to such multiples. With vector instructions that look up a table of K entries (K lanes), the
 // fractions 2^(k/K) come from there and r is so small that a cubic is enough; else K = 1 and the polynomial is longer.
+//
+// With `in_range`, t ≥ kLeastExponent is known.
+constexpr float kLeastExponent = -87.33f;
+
 #if defined(CPU_CAPABILITY_AVX512)
+template <bool in_range = false>
 inline Vec<float> exp_nonpositive(const Vec<float>& t) {
   using F = Vec<float>;
   const __m512 fractions = _mm512_setr_ps(  // 2^(k/16)
@@ -87,14 +92,16 @@ inline Vec<float> exp_nonpositive(const Vec<float>& t) {
   const F q = at::vec::fmadd(at::vec::fmadd(F(1.0f / 6), r, F(0.5f)), r, F(1.0f));    // exp(r) = 1 + r q
   const F fraction = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), fractions);  // by its low four bits
   const F p = at::vec::fmadd(fraction * r, q, fraction);
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, F(-87.33f), _CMP_NLT_UQ), p, n);  // p·2^⌊n⌋
+  if constexpr (in_range) return _mm512_scalef_ps(p, n);  // p·2^⌊n⌋
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, F(kLeastExponent), _CMP_NLT_UQ), p, n);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
+template <bool in_range = false>
 inline Vec<float> exp_nonpositive(const Vec<float>& t_) {
   using F = Vec<float>;
   const __m256 fractions = _mm256_setr_ps(  // 2^(k/8)
       1.0f, 1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f);
-  const F t = clamp_exponent(t_), magic(1572864.0f);  // 1.5·2^20
+  const F t = in_range ? t_ : clamp_exponent(t_), magic(1572864.0f);  // 1.5·2^20
   const F shifted = at::vec::fmadd(t, F(1.44269504f), magic);
   const F n = shifted - magic;
   F r = at::vec::fmadd(n, F(-0.693145752f), t);
@@ -109,10 +116,11 @@ inline Vec<float> exp_nonpositive(const Vec<float>& t_) {
   return p * F(_mm256_castsi256_ps(_mm256_add_epi32(whole, _mm256_set1_epi32(0x3f800000))));
 }
 #else
+template <bool in_range = false>
 inline Vec<float> exp_nonpositive(const Vec<float>& t_) {
   using F = Vec<float>;
   using I = Vec<int32_t>;
-  const F t = clamp_exponent(t_), magic(12582912.0f);  // 1.5·2^23
+  const F t = in_range ? t_ : clamp_exponent(t_), magic(12582912.0f);  // 1.5·2^23
   const F shifted = at::vec::fmadd(t, F(1.44269504f), magic);
   const F n = shifted - magic;
   F r = at::vec::fmadd(n, F(-0.693145752f), t);
@@ -130,6 +138,7 @@ inline Vec<float> exp_nonpositive(const Vec<float>& t_) {
 }
 #endif
 
+template <bool in_range = false>
 inline Vec<double> exp_nonpositive(const Vec<double>& t) {
   return t.exp();
 }
@@ -163,6 +172,9 @@ inline double horizontal_sum(const Vec<A>& v) {
 // A NaN may get lost.
 template <class A>
 inline A horizontal_max(const Vec<A>& v) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_max_ps(v);
+#endif
   alignas(64) A lanes[Vec<A>::size()];
   v.store(lanes);
   for (int width = Vec<A>::size() / 2; width > 0; width /= 2)

@@ -1,8 +1,7 @@
-// Rows that fill vectors by themselves. A row is collected in segments that stay in the first-level cache:
+// Rows that fill vectors by themselves. A row is collected in segments, whose sums merge in order; a segment in one
+// pass over blocks of vectors, relative to the largest logit so far.
 //
-//   1. the maximum of the segment;  2. its sums relative to that;  3. the segments merge, in order.
-//
-// The target's own logit is left out of 1 and 2 by taking −inf for it; its gradient is a scalar of the epilogue.
+// The target's own logit is left out by taking −inf for it; its gradient is a scalar of the epilogue.
 #pragma once
 
 #include <vector>
@@ -35,7 +34,6 @@ struct Wide {
   // Classes whose maximum is compared with the running one at once, and whose exponentials overlap.
   static constexpr int kVectors = Vec<float>::size() == 16 ? 8 : 4, kPacks = kVectors / W::kVectors;
   static constexpr int64_t kBlock = kVectors * W::kLanes;
-  static constexpr A kFarBelow = A(1e30);  // e = 0 there, and e·t is still no NaN
   struct Block {
     typename W::Pack pack[kPacks];
     const V& operator[](int i) const { return pack[i / W::kVectors][i % W::kVectors]; }
@@ -55,8 +53,7 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
-        past_caches(gradient_passes_caches(rows, sizeof(T))),
-        scratch(transform.identity ? 0 : kSegment) {}
+        past_caches(gradient_passes_caches(rows, sizeof(T))) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
   const D* dense(int64_t row) const { return static_cast<const D*>(in.dense_target) + row * in.dense_stride; }
@@ -72,6 +69,7 @@ struct Wide {
     const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
     const T* x = logits(row) + begin;
     if (transform.identity) return at_depth(x, count, hole);
+    scratch.resize(kSegment);
     typename W::Pack v;
     for (int64_t j = 0; j < count; j += W::kPack) {
       W::load(x + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), v);
@@ -116,7 +114,7 @@ struct Wide {
         W::take(z + j + i * W::kPack, count - j - i * W::kPack, -std::numeric_limits<float>::infinity(), block.pack[i]);
     }
     if (holds(j, hole)) [[unlikely]]
-      for (int i = 0; i < kPacks; ++i) punch<E>(block.pack[i], hole - j - i * W::kPack);
+      punch<E>(block.pack[(hole - j) / W::kPack], (hole - j) % W::kPack);
   }
 
   // The sums so far, relative to the largest z so far.
@@ -133,6 +131,11 @@ struct Wide {
 
     // To the maximum of a larger block; t = t_old + shift. It happens about log(blocks) times in a row.
     [[gnu::noinline]] void raise(A to) {
+      if (top == std::numeric_limits<A>::lowest() && !(horizontal_max(e) > 0)) {  // nothing to rescale yet
+        top = to;
+        max = V(to);
+        return;
+      }
       const V shift(top - to), factor = exp_nonpositive(shift);
       if constexpr (kCounts) {
         const V gone = factor == V(A(0));  // 0·(−inf) would be NaN
@@ -359,29 +362,30 @@ struct Wide {
         const_z(g.const_z * gain);
     const T* x = logits(row);
     const bool plain = transform.identity;
-    // `careful`: there may be −inf, or logits so far below the maximum that 0·t overflows.
-    const auto step = [&](typename W::Pack& v, bool careful) {
+    // `careful`: there may be −inf, or logits so far below the maximum that e is 0.
+    const auto step = [&]<bool careful>(typename W::Pack& v) {
       for (int k = 0; k < W::kVectors; ++k) {
         const V z = plain ? v[k] : transform(v[k]);
         V d;
         if constexpr (kDepth == Depth::kPlain) {
           d = exp_nonpositive(z - m) * exp_1;
         } else {
-          const V t = careful ? clamp_exponent(z - m) : z - m, e = exp_nonpositive(t);
+          const V t = careful ? clamp_exponent(z - m) : z - m, e = exp_nonpositive<!careful>(t);
           d = at::vec::fmadd(e, at::vec::fmadd(exp_t, t, exp_1), const_1);
           if constexpr (kDepth == Depth::kSquare) d = at::vec::fmadd(const_z, z, d);
         }
         if (transform.cap != A(0)) d = d * V::blendv(transform.slope(z), V(transform.gain), is_minus_inf(z));
         // As a number, −inf has no probability and no square: what is left is the constant.
         if constexpr (kDepth != Depth::kPlain)
-          if (careful && in.masked) d = zero_at_minus_inf(d, z);
+          if constexpr (careful)
+            if (in.masked) d = zero_at_minus_inf(d, z);
         v[k] = d;
       }
     };
     const auto some = [&](int64_t j, int64_t count) {
       typename W::Pack v;
       W::take(x + j, count, 0.0f, v);
-      step(v, true);
+      step.template operator()<true>(v);
       store_first(out + j, count, W::packed(v));
     };
     // The first few elements by themselves, so that the stores after them do not straddle two cache lines. For packs of
@@ -389,7 +393,7 @@ struct Wide {
     const int64_t head = std::min(W::to_boundary(out + begin), end - begin);
     if (head > 0) some(begin, head);
     int64_t j = begin + head;
-    const V floor(plain ? std::max(g.max, A(0)) - kFarBelow : std::numeric_limits<A>::infinity());
+    const V floor(plain ? g.max + A(kLeastExponent) : std::numeric_limits<A>::infinity());
     for (; j + kBlock <= end; j += kBlock) {
       Block block;
       take_block(x, j, end, -1, block);
@@ -400,9 +404,9 @@ struct Wide {
         careful = any_above(floor, low);
       }
       if (careful) [[unlikely]] {
-        for (auto& pack : block.pack) step(pack, true);
+        for (auto& pack : block.pack) step.template operator()<true>(pack);
       } else {
-        for (auto& pack : block.pack) step(pack, false);
+        for (auto& pack : block.pack) step.template operator()<false>(pack);
       }
       for (int i = 0; i < kPacks; ++i) {
         T* const to = out + j + i * W::kPack;
