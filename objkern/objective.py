@@ -302,6 +302,10 @@ class Term(Objective):
     def _summands(self) -> list[tuple[float, tuple[str | Tensor, ...], Term]]:
         return [(1.0, (), self)]
 
+    @property
+    def weighted_terms(self) -> list[tuple[float | Tensor, Term]]:
+        return [(1.0, self)]
+
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
         """The value of each row; `weight` is the class weight of its label."""
