@@ -46,8 +46,9 @@ int64_t rows_per_tile(const Rows& in) {  // as many rows as the second-level cac
 }
 
 // Few long rows: fewer than keep every thread busy, each of several segments.
+constexpr int64_t kMostSplit = 512;
 bool split_rows(const Rows& in) {
-  return in.rows < 4 * at::get_num_threads() && in.classes >= 2 * kSegment;
+  return in.rows < std::min<int64_t>(4 * at::get_num_threads(), kMostSplit) && in.classes >= 2 * kSegment;
 }
 
 // f(narrow kernel, row, count) for every group of rows.
@@ -62,21 +63,25 @@ void over_groups(const Rows& in, const F& f) {
                    });
 }
 
-// Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
+// Collects every row and calls consume(kernel, tile, row, count) for each tile of them. `keep`: the kernel may keep for
+// the gradient what it computes for the sums.
 template <class K, class F>
-void collect_wide(const Rows& in, const F& consume) {
+void collect_wide(const Rows& in, bool keep, const F& consume) {
   if (!split_rows(in)) {
     const int64_t rows = rows_per_tile(in);
     const int64_t tiles = (in.rows + rows - 1) / rows;
     at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (rows * in.classes)), [&](int64_t begin, int64_t end) {
       K kernel(in);
+      // What is kept changes the last digit, so it must not hang on the number of threads: only rows that none splits.
+      if (keep && in.rows >= kMostSplit && kernel.can_keep(rows)) kernel.keep(rows);
       Tile tile;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i * rows, count = std::min(rows, in.rows - row);
         for (int64_t lane = 0; lane < count; ++lane) {
           if (ignored(in, row + lane)) continue;
           Piece others;
-          for (int64_t s = 0; s < kernel.segments(); ++s) others = merge(others, kernel.collect_segment(row + lane, s));
+          for (int64_t s = 0; s < kernel.segments(); ++s)
+            others = merge(others, kernel.collect_segment(row + lane, s, lane));
           tile.set(lane, kernel.centre(row + lane, others));
         }
         consume(kernel, tile, row, count);
@@ -109,7 +114,7 @@ void collect_wide(const Rows& in, const F& consume) {
 
 // Collects every row and calls consume(kernel, tile, row, count) for each tile of them.
 template <class T, class D, class F>
-void collect(const Rows& in, const F& consume) {
+void collect(const Rows& in, bool keep, const F& consume) {
   if (narrow(in)) {
     over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
       Tile tile;
@@ -117,7 +122,7 @@ void collect(const Rows& in, const F& consume) {
       consume(kernel, tile, row, count);
     });
   } else {
-    collect_wide<Wide<T, D>>(in, consume);
+    collect_wide<Wide<T, D>>(in, keep, consume);
   }
 }
 
@@ -128,12 +133,12 @@ int64_t tile_of(const Rows& in) {
 
 template <class K>
 void write_row(const K& kernel, const typename K::A* row_gradient, typename K::A upstream, int64_t row, int64_t begin,
-               int64_t end, typename K::Element* gradient) {
+               int64_t end, typename K::Element* gradient, int64_t lane = 0) {
   typename K::Element* out = gradient + row * kernel.n;
   if (ignored(kernel.in, row)) {
     std::memset(static_cast<void*>(out + begin), 0, (end - begin) * sizeof *out);
   } else {
-    kernel.write(row, kernel.coefficients(row_gradient, row), upstream, begin, end, out);
+    kernel.write(row, kernel.coefficients(row_gradient, row), upstream, begin, end, out, lane);
   }
 }
 
@@ -168,7 +173,7 @@ void scan(const Rows& in, int64_t begin, int64_t end, int64_t& counted_, bool& b
 
 void statistics_door(const Rows& in, double* centred, double* statistics) {
   with_types(in, [&]<class T, class D>() {
-    collect<T, D>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+    collect<T, D>(in, false, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
       using V = Vec<double>;
       for (int64_t lane = 0; lane < count; lane += V::size()) {
         const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
@@ -187,7 +192,7 @@ void objective_door(const Rows& in, const Program& program, double* values_, voi
   with_types(in, [&]<class T, class D>() {
     using A = typename Walk<T>::A;
     Values values(in, program, tile_of<T>(in), values_);
-    collect<T, D>(in, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
+    collect<T, D>(in, false, [&](auto&, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, static_cast<A*>(row_gradient));
     });
     values.finish();
@@ -198,7 +203,7 @@ void objective_door(const Rows& in, const Program& program, double* values_, voi
 // has in hand.
 template <class T, class D, class A>
 void write_tile(Wide<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
-  for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient);
+  for (int64_t i = 0; i < count; ++i) write_row(kernel, row_gradient, A(1), row + i, 0, kernel.n, gradient, i);
 }
 template <class T, class D, class A>
 void write_tile(Narrow<T, D>& kernel, const A* row_gradient, int64_t row, int64_t count, T* gradient) {
@@ -219,7 +224,7 @@ void fused_door(const Rows& in, const Program& program, double* values_, void* r
     const A one(1);
     Values values(in, program, tile_of<T>(in), values_);
     const bool later = !narrow(in) && split_rows(in);  // a split row is not in one thread's cache
-    collect<T, D>(in, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
+    collect<T, D>(in, true, [&](auto& kernel, const Tile& tile, int64_t row, int64_t count) {
       epilogue(in, program, tile, row, count, values, row_gradient);
       if (!later) write_tile<T, D>(kernel, row_gradient, row, count, gradient);
     });

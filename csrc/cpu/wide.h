@@ -47,6 +47,10 @@ struct Wide {
   const bool past_caches;  // how the gradient is stored
   std::vector<A> scratch;  // z of a segment, where it is not the logit itself
 
+  // e of the rows in hand, for a gradient that is written while they are in the cache: exp is the dearest step of both.
+  // Block by block as they were summed, relative to the largest logit by then.
+  std::vector<A> kept_e, kept_top;
+
   explicit Wide(const Rows& rows)
       : in(rows),
         transform(rows.logit_scale, rows.softcap, rows.unscaled),
@@ -63,32 +67,44 @@ struct Wide {
   }
 
   int64_t segments() const { return (n + kSegment - 1) / kSegment; }
+  int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
 
-  // Sums over a segment of z, whose element `hole` (if it is one of them) is left out.
-  Piece collect_segment(int64_t row, int64_t segment) {
+  // Whether e can be kept, and with the logits stays in the second-level cache, for so many rows.
+  bool can_keep(int64_t rows) const {
+    const int64_t bytes = rows * n * static_cast<int64_t>(sizeof(T) + sizeof(A));
+    return transform.identity && depth != Depth::kFull && 4 * bytes <= 3 * caches().second;
+  }
+  void keep(int64_t rows) {
+    kept_e.resize(rows * blocks() * kBlock);
+    kept_top.resize(rows * blocks());
+  }
+
+  // Sums over a segment of z, whose element `hole` (if it is one of them) is left out. `lane`: which of the kept rows.
+  Piece collect_segment(int64_t row, int64_t segment, int64_t lane = 0) {
     const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
     const T* x = logits(row) + begin;
-    if (transform.identity) return at_depth(x, count, hole);
+    if (!kept_e.empty()) return at_depth<true>(x, count, hole, lane * blocks() + begin / kBlock);
+    if (transform.identity) return at_depth<false>(x, count, hole, 0);
     scratch.resize(kSegment);
     typename W::Pack v;
     for (int64_t j = 0; j < count; j += W::kPack) {
       W::load(x + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), v);
       for (int k = 0; k < W::kVectors; ++k) transform(v[k]).store(scratch.data() + j + k * W::kLanes);
     }
-    return at_depth(static_cast<const A*>(scratch.data()), count, hole);
+    return at_depth<false>(static_cast<const A*>(scratch.data()), count, hole, 0);
   }
 
-  template <class E>
-  Piece at_depth(const E* z, int64_t count, int64_t hole) const {
+  template <bool kKeep, class E>
+  Piece at_depth(const E* z, int64_t count, int64_t hole, int64_t block) {
     switch (depth) {
       case Depth::kPlain:
-        return sums<Depth::kPlain>(z, count, hole);
+        return sums<Depth::kPlain, kKeep>(z, count, hole, block);
       case Depth::kEntropy:
-        return sums<Depth::kEntropy>(z, count, hole);
+        return sums<Depth::kEntropy, kKeep>(z, count, hole, block);
       case Depth::kSquare:
-        return sums<Depth::kSquare>(z, count, hole);
+        return sums<Depth::kSquare, kKeep>(z, count, hole, block);
       case Depth::kFull:
-        return sums<Depth::kFull>(z, count, hole);
+        return sums<Depth::kFull, false>(z, count, hole, block);
     }
     return {};
   }
@@ -147,7 +163,7 @@ struct Wide {
       max = V(to);
     }
 
-    void add(const V& v) {
+    V add(const V& v) {
       const V t_ = v - max, e_ = exp_nonpositive(t_);
       e = e + e_;
       if constexpr (kCounts) {
@@ -155,9 +171,10 @@ struct Wide {
         t = t + t_;
       }
       if constexpr (kSquares) zz = at::vec::fmadd(v, v, zz);
+      return e_;
     }
 
-    void add_without_minus_inf(const V& v) {
+    V add_without_minus_inf(const V& v) {
       const V out = is_minus_inf(v), zero(A(0));
       const V t_ = V::blendv(difference(v, max), zero, out), e_ = V::blendv(exp_nonpositive(t_), zero, out);
       const V finite = V::blendv(v, zero, out);
@@ -166,38 +183,45 @@ struct Wide {
       t = t + t_;
       zz = at::vec::fmadd(finite, finite, zz);
       found = found + V::blendv(V(A(1)), zero, out);
+      return e_;
     }
 
     // A NaN may get lost in the maximum; it comes back in the sum. `careful`: there may be −inf in the block.
-    void add(const Block& block, bool careful) {
+    template <bool kKeep>
+    void add(const Block& block, bool careful, [[maybe_unused]] A* keep) {
+      const auto done = [&](int i, const V& e_) {
+        if constexpr (kKeep) e_.store(keep + i * W::kLanes);
+      };
       V high = block[0];
       for (int i = 1; i < kVectors; ++i) high = at::vec::clamp_min(block[i], high);
       if (any_above(high, max)) [[unlikely]]
         raise(horizontal_max(high));
       if constexpr (kCounts) {
         if (careful) [[unlikely]] {
-          for (int i = 0; i < kVectors; ++i) add_without_minus_inf(block[i]);
+          for (int i = 0; i < kVectors; ++i) done(i, add_without_minus_inf(block[i]));
           return;
         }
         whole += kBlock;
       }
-      for (int i = 0; i < kVectors; ++i) add(block[i]);
+      for (int i = 0; i < kVectors; ++i) done(i, add(block[i]));
     }
   };
 
   // The sums over a segment. Where −inf must not count, only the blocks of the hole and of the end look for it; should
   // it turn up elsewhere, it shows in Σ t and the segment is done again, with care.
-  template <Depth kDepth, class E>
-  Piece sums(const E* z, int64_t count, int64_t hole, bool careful = false) const {
+  template <Depth kDepth, bool kKeep, class E>
+  Piece sums(const E* z, int64_t count, int64_t hole, int64_t first_block, bool careful = false) {
     Running<kDepth> sum;
     Block block;
+    A* const keep = kKeep ? kept_e.data() + first_block * kBlock : nullptr;
     for (int64_t j = 0; j < count; j += kBlock) {
       take_block(z, j, count, hole, block);
-      sum.add(block, careful || holds(j, hole) || count - j < kBlock);
+      sum.template add<kKeep>(block, careful || holds(j, hole) || count - j < kBlock, kKeep ? keep + j : nullptr);
+      if constexpr (kKeep) kept_top[first_block + j / kBlock] = sum.top;
     }
     if constexpr (kDepth >= Depth::kEntropy)
       if (!careful && !std::isfinite(horizontal_sum(sum.t))) [[unlikely]]
-        return sums<kDepth>(z, count, hole, true);
+        return sums<kDepth, kKeep>(z, count, hole, first_block, true);
     Piece piece;
     piece.max = sum.top;
     piece.sum_e = horizontal_sum(sum.e);
@@ -313,17 +337,25 @@ struct Wide {
     return g;
   }
 
-  // Classes [begin, end) of a row's gradient; begin is a multiple of the pack.
-  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+  // Classes [begin, end) of a row's gradient; begin is a multiple of the pack. `lane`: which of the kept rows.
+  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out,
+             int64_t lane = 0) const {
+    const auto simple = [&]<Depth kDepth>() {
+      if (kept_e.empty()) {
+        write_simple<kDepth>(row, g, upstream, begin, end, out);
+      } else {
+        write_kept<kDepth>(row, lane, g, out);
+      }
+    };
     switch (depth) {
       case Depth::kPlain:
-        write_simple<Depth::kPlain>(row, g, upstream, begin, end, out);
+        simple.template operator()<Depth::kPlain>();
         break;
       case Depth::kEntropy:
-        write_simple<Depth::kEntropy>(row, g, upstream, begin, end, out);
+        simple.template operator()<Depth::kEntropy>();
         break;
       case Depth::kSquare:
-        write_simple<Depth::kSquare>(row, g, upstream, begin, end, out);
+        simple.template operator()<Depth::kSquare>();
         break;
       case Depth::kFull:
         write_full(row, g, upstream, begin, end, out);
@@ -419,6 +451,54 @@ struct Wide {
     }
     for (; j + W::kPack <= end; j += W::kPack) some(j, W::kPack);
     if (j < end) some(j, end - j);
+  }
+
+  // A whole row from the e that its sums left, under an upstream gradient of 1.
+  template <Depth kDepth>
+  void write_kept(int64_t row, int64_t lane, const RowGradient<A>& g, T* out) const {
+    const V m(g.max), const_1(g.const_1), const_z(g.const_z), floor(g.max + A(kLeastExponent));
+    const T* x = logits(row);
+    const bool past = past_caches && W::to_boundary(out) == 0;
+    A top = std::numeric_limits<A>::quiet_NaN();
+    V exp_1(A(0)), exp_t(A(0));
+    for (int64_t j = 0, b = lane * blocks(); j < n; j += kBlock, ++b) {
+      if (!(kept_top[b] == top)) [[unlikely]] {  // e is relative to this, and the row's maximum may be larger
+        top = kept_top[b];
+        const V factor = exp_nonpositive(V(top - g.max));
+        exp_1 = V(g.exp_1) * factor;
+        exp_t = V(g.exp_t) * factor;
+      }
+      const A* const e = kept_e.data() + b * kBlock;
+      Block block;
+      bool careful = false;
+      if constexpr (kDepth != Depth::kPlain) {
+        take_block(x, j, n, -1, block);
+        V low = block[0];
+        for (int i = 1; i < kVectors; ++i) low = at::vec::clamp_max(block[i], low);
+        careful = any_above(floor, low);
+      }
+      for (int i = 0; i < kPacks; ++i) {
+        typename W::Pack d;
+        for (int k = 0; k < W::kVectors; ++k) {
+          const V e_ = V::loadu(e + (i * W::kVectors + k) * W::kLanes);
+          if constexpr (kDepth == Depth::kPlain) {
+            d[k] = e_ * exp_1;
+          } else {
+            const V z = block.pack[i][k], t = careful ? clamp_exponent(z - m) : z - m;
+            d[k] = at::vec::fmadd(e_, at::vec::fmadd(exp_t, t, exp_1), const_1);
+            if constexpr (kDepth == Depth::kSquare) d[k] = at::vec::fmadd(const_z, z, d[k]);
+            if (careful && in.masked) d[k] = zero_at_minus_inf(d[k], z);
+          }
+        }
+        T* const to = out + j + i * W::kPack;
+        const int64_t count = n - j - i * W::kPack;
+        if (past && count >= W::kPack) {
+          store_past_caches(to, W::packed(d));
+        } else if (count > 0) {
+          store_first(to, count, W::packed(d));
+        }
+      }
+    }
   }
 
   void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
