@@ -87,9 +87,9 @@ class SavedArguments {
 };
 
 bool is_tracing(const Tensor& t) {  // its numbers are not there to look at, or stand for others
-  return t.is_meta() || t.key_set().has_any(c10::DispatchKeySet({
-                            c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
-                            c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+  return t.is_meta() || t.key_set().has_any(c10::DispatchKeySet(
+                            {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
+                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
 }
 
 // A gradient made in the forward pass, times the upstream gradient, in place; undefined where that would lose digits.
@@ -341,14 +341,15 @@ void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
 }
 
 void objective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  forward_op<ObjectiveBackward>(op, keys, stack, objective_places,
-                                [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
-                                  TORCH_CHECK_VALUE(!node.coefficients_need_gradient() || results[1].toTensor().size(0) != 0,
-                      "objkern: coefficient_tensor requires a gradient, which is made of the parts: pass with_parts");
-    node.parts = SavedVariable(results[1].toTensor(), false);
-                                  node.kept = SavedVariable(results[2].toTensor(), false);
-                                  if (results.size() > 3) node.finished = results[3].toTensor();
-                                });
+  forward_op<ObjectiveBackward>(
+      op, keys, stack, objective_places, [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
+        TORCH_CHECK_VALUE(
+            !node.coefficients_need_gradient() || results[1].toTensor().size(0) != 0,
+            "objkern: coefficient_tensor requires a gradient, which is made of the parts: pass with_parts");
+        node.parts = SavedVariable(results[1].toTensor(), false);
+        node.kept = SavedVariable(results[2].toTensor(), false);
+        if (results.size() > 3) node.finished = results[3].toTensor();
+      });
 }
 
 void statistics(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
