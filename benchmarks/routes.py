@@ -58,7 +58,10 @@ def registered() -> Callable[[Tensor, Tensor], Tensor]:
 
     torch.library.register_autograd("objkern_routes::objective", backward, setup_context=setup_context, lib=library)
     op = torch.ops.objkern_routes.objective.default
-    run = lambda x, y: op(x, y)[0]  # noqa: E731
+
+    def run(logits: Tensor, target: Tensor) -> Tensor:
+        return op(logits, target)[0]
+
     run.library = library  # lives as long as the route does
     return run
 
