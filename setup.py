@@ -92,10 +92,17 @@ setup(
     ext_modules=[
         cpp_extension.CppExtension(
             "objkern._C",
-            ["csrc/bindings.cpp", "csrc/autograd.cpp"],
+            ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=[*FLAGS, *WARNINGS],
-            depends=["csrc/arguments.h", "csrc/objective.h", "csrc/dtypes.h", "csrc/cpu/kernels.h"],
+            depends=[
+                "csrc/arguments.h",
+                "csrc/batch.h",
+                "csrc/objective.h",
+                "csrc/rows.h",
+                "csrc/dtypes.h",
+                "csrc/cpu/kernels.h",
+            ],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -15,7 +15,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -50,9 +49,28 @@ Tensor tensor_or_undefined(const IValue& value) {
   return value.isTensor() ? value.toTensor() : Tensor();
 }
 
-c10::OperatorHandle find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+c10::OperatorHandle find(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
+
+// The ops that a backward pass calls: those of the family of the forward op, and the reference, which all share.
+struct Family {
+  c10::OperatorHandle gradient, rescale, statistics_gradient;
+  c10::OperatorHandle reference_gradient = find("objkern::reference_gradient"),
+                      reference_second_order = find("objkern::reference_second_order"),
+                      reference_statistics_gradient = find("objkern::reference_statistics_gradient"),
+                      reference_statistics_second_order = find("objkern::reference_statistics_second_order");
+
+  explicit Family(const std::string& name)
+      : gradient(find(name + "::gradient")),
+        rescale(find(name + "::rescale")),
+        statistics_gradient(find(name + "::statistics_gradient")) {}
+
+  static const Family& of(const c10::OperatorHandle& op) {
+    static const Family native("objkern"), triton("objkern_triton");
+    return op.schema().name().rfind("objkern::", 0) == 0 ? native : triton;
+  }
+};
 
 // The arguments of a call, kept for its backward pass.
 class SavedArguments {
@@ -90,18 +108,6 @@ bool is_tracing(const Tensor& t) {  // its numbers are not there to look at, or 
   return t.is_meta() || t.key_set().has_any(c10::DispatchKeySet(
                             {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::Batched,
                              c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
-}
-
-// A gradient made in the forward pass, times the upstream gradient, in place; undefined where that would lose digits.
-// Half precision has been rounded already, and float16 may have underflowed; 0·∞ in an ignored row would be NaN.
-// Whoever called the op by hand may hold its gradient too: then not in place.
-Tensor scaled(const Tensor& gradient, const Tensor& upstream) {
-  const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
-  if (is_tracing(gradient) || is_tracing(upstream)) return half ? Tensor() : gradient * upstream;
-  const double factor = upstream.item<double>();
-  if (factor == 1.0) return gradient;
-  if (half || !std::isfinite(factor)) return {};
-  return gradient.use_count() == 1 ? gradient.mul_(upstream) : gradient * upstream;
 }
 
 // dL/ds = Σ dL/d(s·x) x; what has no gradient (an excluded class, an ignored row) may be infinite.
@@ -166,21 +172,20 @@ struct RowsBackward : Node {
 
 // The derivatives of a gradient op of (∂L/∂y, kept, unscaled, arguments...).
 struct GradientBackward final : RowsBackward {
-  std::string family;
+  const c10::OperatorHandle& second_order;
 
-  GradientBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, std::string family_)
-      : RowsBackward(arguments_, std::move(places)), family(std::move(family_)) {}
+  GradientBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const c10::OperatorHandle& second_order_)
+      : RowsBackward(arguments_, std::move(places)), second_order(second_order_) {}
 
-  std::string name() const override { return family + "GradientBackward"; }
+  std::string name() const override { return "GradientBackward"; }
 
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(differentiable.size());
     const std::lock_guard<std::mutex> lock(mutex_);
     Stack saved;
     arguments.append_to(saved);
-    return through_reference(
-        find(family == "Objective" ? "objkern::reference_second_order" : "objkern::reference_statistics_second_order"),
-        {IValue(grads[0]), saved[0]}, c10::ArrayRef<IValue>(saved).slice(kBeforeArguments), needed());
+    return through_reference(second_order, {IValue(grads[0]), saved[0]},
+                             c10::ArrayRef<IValue>(saved).slice(kBeforeArguments), needed());
   }
 };
 
@@ -195,7 +200,7 @@ struct ForwardBackward : RowsBackward {
       : RowsBackward(arguments_, std::move(places)), gradient_op(gradient_op_), reference_op(reference_op_) {}
 
   // What differs: a gradient that is there already, and the coefficients.
-  virtual Tensor finished_gradient(const Tensor&) { return {}; }
+  virtual Tensor finished_gradient(const Tensor&, const Tensor&, const Stack&) { return {}; }
   virtual Tensor coefficient_gradient(const Tensor&, const Stack&) { return {}; }
 
   variable_list apply(variable_list&& grads) override {
@@ -215,11 +220,11 @@ struct ForwardBackward : RowsBackward {
     if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
       found = through_reference(reference_op, {IValue(upstream)}, inputs, reference);
     }
-    if (need[0] && !reference[0]) found[0] = finished_gradient(upstream);
     // Unpacked once: a checkpoint computes what it unpacks anew, and refuses to do so twice.
-    const bool to_logits = need[0] && !reference[0] && !found[0].defined(), to_scale = need[2] && !reference[2];
+    const bool to_logits = need[0] && !reference[0], to_scale = need[2] && !reference[2];
     const Tensor kept_ = to_logits || to_scale ? kept.unpack() : Tensor();
-    if (to_logits) found[0] = gradient(upstream, kept_, inputs, false);
+    if (to_logits) found[0] = finished_gradient(upstream, kept_, inputs);
+    if (to_logits && !found[0].defined()) found[0] = gradient(upstream, kept_, inputs, false);
     if (to_scale) {
       const int rows = differentiable[0] - kLogits;
       const Tensor logits = inputs[rows + kLogits].toTensor();
@@ -250,23 +255,28 @@ struct ObjectiveBackward final : ForwardBackward {
   SavedVariable parts;
   Tensor finished;  // by the forward pass; handed over once, a second backward pass computes its own
 
-  explicit ObjectiveBackward(c10::ArrayRef<IValue> arguments_)
-      : ForwardBackward(arguments_, objective_places, gradient_handle(), reference_handle()) {}
+  const c10::OperatorHandle& rescale_op;
 
-  static const c10::OperatorHandle& gradient_handle() {
-    static const auto handle = find("objkern::gradient");
-    return handle;
-  }
-  static const c10::OperatorHandle& reference_handle() {
-    static const auto handle = find("objkern::reference_gradient");
-    return handle;
-  }
+  ObjectiveBackward(c10::ArrayRef<IValue> arguments_, const Family& family)
+      : ForwardBackward(arguments_, objective_places, family.gradient, family.reference_gradient),
+        rescale_op(family.rescale) {}
 
   std::string name() const override { return "ObjectiveBackward"; }
 
-  Tensor finished_gradient(const Tensor& upstream) override {
+  // In place, and then undefined if whoever called the op by hand holds the gradient too.
+  Tensor finished_gradient(const Tensor& upstream, const Tensor& row_gradient, const Stack& inputs) override {
     if (!finished.defined() || at::GradMode::is_enabled()) return {};
-    return scaled(std::exchange(finished, Tensor()), upstream);
+    const Tensor gradient = std::exchange(finished, Tensor());
+    if (is_tracing(gradient) || is_tracing(upstream)) {
+      const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
+      return half ? Tensor() : gradient * upstream;  // rounded already, half precision would lose digits
+    }
+    if (gradient.use_count() != 1) return {};
+    Stack stack{IValue(gradient), IValue(upstream), IValue(row_gradient)};
+    stack.insert(stack.end(), inputs.begin(), inputs.end());
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    rescale_op.callBoxed(stack);
+    return gradient;
   }
 
   bool coefficients_need_gradient() const { return next_edge(3).is_valid(); }
@@ -292,17 +302,9 @@ struct ObjectiveBackward final : ForwardBackward {
 };
 
 struct StatisticsBackward final : ForwardBackward {
-  explicit StatisticsBackward(c10::ArrayRef<IValue> arguments_)
-      : ForwardBackward(arguments_, statistics_places, gradient_handle(), reference_handle()) {}
-
-  static const c10::OperatorHandle& gradient_handle() {
-    static const auto handle = find("objkern::statistics_gradient");
-    return handle;
-  }
-  static const c10::OperatorHandle& reference_handle() {
-    static const auto handle = find("objkern::reference_statistics_gradient");
-    return handle;
-  }
+  StatisticsBackward(c10::ArrayRef<IValue> arguments_, const Family& family)
+      : ForwardBackward(arguments_, statistics_places, family.statistics_gradient,
+                        family.reference_statistics_gradient) {}
 
   std::string name() const override { return "StatisticsBackward"; }
 };
@@ -333,7 +335,7 @@ void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
                 const F& record) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
-  auto node = make_node<N>(arguments);
+  auto node = make_node<N>(arguments, Family::of(op));
   call_below(op, keys, stack);
   const auto results = torch::jit::last(*stack, op.schema().returns().size());
   torch::autograd::set_history(results[0].toTensor(), node);
@@ -359,34 +361,42 @@ void statistics(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
                                  });
 }
 
-void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const char* family,
-                 const std::vector<int>& places) {
+void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const std::vector<int>& places,
+                 const c10::OperatorHandle& second_order) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
   TORCH_CHECK_NOT_IMPLEMENTED(!arguments[2].toBool(), op.schema().name(), ": no second derivative of `unscaled`");
-  auto node = make_node<GradientBackward>(arguments, places, family);
+  auto node = make_node<GradientBackward>(arguments, places, second_order);
   call_below(op, keys, stack);
   torch::autograd::set_history(stack->back().toTensor(), node);
 }
 
 void gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   static const std::vector<int> places = in_gradient_op(objective_places);
-  gradient_op(op, keys, stack, "Objective", places);
+  gradient_op(op, keys, stack, places, Family::of(op).reference_second_order);
 }
 
 void statistics_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   static const std::vector<int> places = in_gradient_op(statistics_places);
-  gradient_op(op, keys, stack, "Statistics", places);
+  gradient_op(op, keys, stack, places, Family::of(op).reference_statistics_second_order);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(objkern, Autograd, m) {
+void register_derivatives(torch::Library& m) {
   m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
   m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&objective>());
   m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
   m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
   m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(objkern, Autograd, m) {
+  register_derivatives(m);
+}
+
+TORCH_LIBRARY_IMPL(objkern_triton, Autograd, m) {
+  register_derivatives(m);
 }
 
 }  // namespace objkern

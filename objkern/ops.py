@@ -16,6 +16,7 @@ from . import _C, reference
 from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
+FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
 _CENTRED = 14  # fields of Centred in csrc/objective.h
 _FREE = len(reference.FREE_STATISTICS)
 
@@ -70,30 +71,34 @@ def backend_for(name: str, logits: Tensor) -> Backend:
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 
 
-_objective_op, _fused_op = torch.ops.objkern.objective.default, torch.ops.objkern.fused.default
 _REDUCTION = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
-def _objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
-    options = _options(batch)
-    terms, tensor = program
-    if tensor is not None:
-        options["coefficient_tensor"] = tensor
-    if batch.normalizer is not None:
-        options["normalizer"] = batch.normalizer
-    if batch.empty_zero:
-        options["empty_zero"] = True
-    if with_parts or tensor is not None:
-        options["with_parts"] = True
-    fuse = with_gradient and torch.is_grad_enabled() and batch.logits.requires_grad
-    run = _fused_op if fuse else _objective_op
-    found = run(terms, _REDUCTION[batch.reduction], batch.logits, batch.target, **options)
-    return found[0], found[1]
+def _native(name: str, family: Any) -> Backend:
+    """The backend that runs a family of ops; csrc/bindings.cpp says which there are."""
+    objective_op, fused_op, statistics_op = family.objective.default, family.fused.default, family.statistics.default
 
+    def objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
+        options = _options(batch)
+        terms, tensor = program
+        if tensor is not None:
+            options["coefficient_tensor"] = tensor
+        if batch.normalizer is not None:
+            options["normalizer"] = batch.normalizer
+        if batch.empty_zero:
+            options["empty_zero"] = True
+        if with_parts or tensor is not None:
+            options["with_parts"] = True
+        fuse = with_gradient and torch.is_grad_enabled() and batch.logits.requires_grad
+        run = fused_op if fuse else objective_op
+        found = run(terms, _REDUCTION[batch.reduction], batch.logits, batch.target, **options)
+        return found[0], found[1]
 
-def _statistics(batch: Batch) -> Statistics:
-    found, _ = torch.ops.objkern.statistics.default(batch.logits, batch.target, **_options(batch))
-    return Statistics(*found.unbind(0))
+    def statistics(batch: Batch) -> Statistics:
+        found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
+        return Statistics(*found.unbind(0))
+
+    return Backend(name, objective, statistics)
 
 
 def _options(batch: Batch) -> dict[str, Any]:
@@ -246,8 +251,7 @@ def _no_meta_beside(logits: Tensor, **others: Any) -> None:
                 raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on meta")
 
 
-@torch.library.register_fake("objkern::objective")
-def _(
+def _fake_objective(
     terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
     coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
@@ -267,14 +271,12 @@ def _(
     return *found, logits.new_empty((_C.row_gradient_fields(terms, class_weight is not None, dense), rows), **like)
 
 
-@torch.library.register_fake("objkern::fused")
-def _(terms: list[float], reduction: int, logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, ...]:
-    results = torch.ops.objkern.objective(terms, reduction, logits, *options, **others)
+def _fake_fused(terms: list[float], reduction: int, logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, ...]:
+    results = _fake_objective(terms, reduction, logits, *options, **others)
     return *results, logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("objkern::statistics")
-def _(
+def _fake_statistics(
     logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, *options: Any, **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -283,8 +285,7 @@ def _(
     return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((_CENTRED, rows), **double)
 
 
-@torch.library.register_fake("objkern::gradient")
-def _(
+def _fake_gradient(
     upstream: Tensor, row_gradient: Tensor, unscaled: bool, terms: list[float], reduction: int, logits: Tensor,
     *options: Any, **others: Any,
 ) -> Tensor:  # fmt: skip
@@ -292,10 +293,28 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("objkern::statistics_gradient")
-def _(partials: Tensor, centred: Tensor, unscaled: bool, logits: Tensor, *options: Any, **others: Any) -> Tensor:
+def _fake_statistics_gradient(
+    partials: Tensor, centred: Tensor, unscaled: bool, logits: Tensor, *options: Any, **others: Any
+) -> Tensor:
     _no_meta_beside(logits, partials=partials, centred=centred, target=next(iter(options), None))
     return logits.new_empty(logits.shape)
+
+
+def _fake_rescale(*_: Any) -> None:
+    return None
+
+
+_FAKES = {
+    "objective": _fake_objective,
+    "fused": _fake_fused,
+    "gradient": _fake_gradient,
+    "rescale": _fake_rescale,
+    "statistics": _fake_statistics,
+    "statistics_gradient": _fake_statistics_gradient,
+}
+for _family_name in FAMILIES:
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"{_family_name}::{_name}", _fake)
 
 
 # ---- vmap -----------------------------------------------------------------------------------------------------------
@@ -325,12 +344,15 @@ def _one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-for _name in (
-    "objective", "fused", "gradient", "statistics", "statistics_gradient", "reference_gradient",
-    "reference_second_order", "reference_statistics_gradient", "reference_statistics_second_order",
-):  # fmt: skip
-    torch.library.register_vmap(f"objkern::{_name}", _one_by_one(getattr(torch.ops.objkern, _name)))
+_REFERENCE_OPS = (
+    "reference_gradient", "reference_second_order", "reference_statistics_gradient",
+    "reference_statistics_second_order",
+)  # fmt: skip
+for _family_name in FAMILIES:
+    for _name in (*(_FAKES.keys() - {"rescale"}), *(_REFERENCE_OPS if _family_name == "objkern" else ())):
+        _op = getattr(getattr(torch.ops, _family_name), _name)
+        torch.library.register_vmap(f"{_family_name}::{_name}", _one_by_one(_op))
 
 
-CPU = Backend("cpu", _objective, _statistics)
+CPU = _native("cpu", torch.ops.objkern)
 REFERENCE = Backend("reference", _reference_objective, reference.statistics)

@@ -1,4 +1,4 @@
-// The door of the CPU backend: plain pointers and sizes. Strides count elements.
+// The door of the CPU backend: plain pointers and sizes.
 //
 //   statistics   logits ─▶ centred sums and statistics of every row
 //   objective    logits ─▶ values of the terms, and the coefficients of the row's gradient
@@ -13,43 +13,9 @@
 
 #include <cstdint>
 
-#include "../dtypes.h"
+#include "../rows.h"
 
 namespace objkern::cpu {
-
-constexpr int kCentred = 14;        // fields of Centred<double>
-constexpr int kFreeStatistics = 3;  // lse, accuracy, target probability: what parts report beside the terms
-
-// A batch of rows and how to read them.
-struct Rows {
-  const void* logits = nullptr;  // (rows, classes), class stride 1
-  DType dtype = DType::kFloat32;
-  int64_t rows = 0;
-  int64_t classes = 0;
-  int64_t row_stride = 0;
-
-  const int64_t* target = nullptr;  // (rows), or none
-  int64_t ignore_index = -100;
-  const void* dense_target = nullptr;   // (rows, classes) of dense_dtype, class stride 1, or none
-  DType dense_dtype = DType::kFloat32;  // the logits' type, or float32 (float64 beside float64 logits)
-  int64_t dense_stride = 0;
-  const void* class_weight = nullptr;  // (classes) of the accumulation type, or none
-
-  double logit_scale = 1.0;
-  double softcap = 0.0;   // 0: none
-  bool unscaled = false;  // the gradient is to s·x instead of x: what the gradient of the scale itself needs
-  bool smoothed = false;  // a dense target has no zeros, because label smoothing lifts them
-  bool masked = true;     // −inf logits are excluded classes; false: they are numbers, as torch has it
-
-  int64_t reads = 0;            // which statistics the objective reads, `Reads` of objective.h
-  bool free_statistics = true;  // whether lse, accuracy and target probability are asked for beside the terms
-};
-
-struct Term {
-  int64_t kind = 0;  // TermKind
-  double parameter = 0;
-  double scale = 0;  // coefficient over denominator
-};
 
 struct Program {
   const Term* terms = nullptr;

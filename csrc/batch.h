@@ -1,0 +1,192 @@
+// The arguments of the ops, parsed and checked: from boxed values to the plain structs that the kernels' doors take.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/ivalue.h>
+
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "objective.h"
+#include "rows.h"
+
+namespace objkern {
+
+using at::Tensor;
+using c10::IValue;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "objkern: expected float32, float64, bfloat16 or float16 but got ", t.scalar_type());
+  }
+}
+
+inline at::ScalarType accumulation_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Unit class stride; rows may lie anywhere.
+inline Tensor with_unit_class_stride(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
+}
+
+// ---- arguments: the ops take them boxed, so that each list of them is read in one place ---------------------------
+
+inline std::optional<Tensor> optional_tensor(const IValue& value) {
+  return value.isNone() ? std::nullopt : std::optional<Tensor>(value.toTensor());
+}
+
+struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
+  Tensor logits;
+  std::optional<Tensor> target, logit_scale, class_weight;
+  int64_t ignore_index;
+  double softcap;
+  bool masked;
+
+  explicit RowArguments(c10::ArrayRef<IValue> a)
+      : logits(a[kLogits].toTensor()),
+        target(optional_tensor(a[kTarget])),
+        logit_scale(optional_tensor(a[kLogitScale])),
+        class_weight(optional_tensor(a[kClassWeight])),
+        ignore_index(a[4].toInt()),
+        softcap(a[5].toDouble()),
+        masked(a[6].toBool()) {}
+};
+
+struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE_ARGUMENTS
+  std::vector<Term> terms;                  // `scale` is the coefficient as a number
+  Reduction reduction;
+  std::optional<Tensor> coefficient_tensor, normalizer;
+  bool empty_zero, with_parts;
+
+  explicit ObjectiveArguments(c10::ArrayRef<IValue> a)
+      : RowArguments(a.slice(kRows, kRowArguments)),
+        reduction(static_cast<Reduction>(a[kReduction].toInt())),
+        coefficient_tensor(optional_tensor(a[kCoefficientTensor])),
+        normalizer(optional_tensor(a[kCoefficientTensor + 1])),
+        empty_zero(a[kCoefficientTensor + 2].toBool()),
+        with_parts(a[kCoefficientTensor + 3].toBool()) {
+    const auto numbers = a[kTerms].toDoubleVector();
+    TORCH_CHECK(numbers.size() % 3 == 0, "objkern: terms: expected a kind, a parameter and a coefficient of each");
+    for (size_t i = 0; i < numbers.size(); i += 3) {
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kTermKinds && numbers[i] == std::floor(numbers[i]),
+                  "objkern: term kind ", numbers[i], " is not known");
+      terms.push_back({static_cast<int64_t>(numbers[i]), numbers[i + 1], numbers[i + 2]});
+    }
+    TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
+                "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
+    TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
+                      "objkern: target: a term needs one but got None");
+    const auto size = static_cast<int64_t>(terms.size());
+    TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
+                "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");
+    TORCH_CHECK(!normalizer.has_value() || normalizer->dim() == 0, "objkern: normalizer: expected a 0-dim tensor but ",
+                "got ", normalizer->sizes());
+  }
+
+  int64_t reads() const {
+    int64_t all = 0;
+    for (const Term& term : terms) all |= reads_of(static_cast<TermKind>(term.kind), term.parameter);
+    return all;
+  }
+
+  // How many fields of RowGradient their gradient has.
+  int64_t row_gradient_fields() const {
+    const bool dense = target.has_value() && target->scalar_type() != at::kLong;
+    return kFieldsOfDepth[static_cast<int>(depth_of(reads(), class_weight.has_value(), dense))];
+  }
+
+  // A dense target has no zeros where label smoothing lifts them.
+  bool smoothed() const {
+    bool any = false;
+    for (const Term& term : terms)
+      any |= static_cast<TermKind>(term.kind) == TermKind::kCrossEntropy && term.parameter > 0;
+    return any;
+  }
+};
+
+// A raw view of the rows, and tensors that live as long as it does. The logit scale, a number that may lie on a
+// device, is left to the backend.
+struct Batch {
+  Rows rows;
+  Tensor logits, target, class_weight;
+
+  explicit Batch(const RowArguments& in, int64_t reads = kEverything) {
+    TORCH_CHECK(in.logits.dim() == 2, "objkern: logits: expected (rows, classes) but got ", in.logits.sizes());
+    logits = with_unit_class_stride(in.logits);
+    rows.dtype = dtype_of(logits);
+    rows.logits = logits.const_data_ptr();
+    rows.rows = logits.size(0);
+    rows.classes = logits.size(1);
+    rows.row_stride = logits.stride(0);
+    rows.reads = reads;
+    TORCH_CHECK(rows.classes > 0, "objkern: logits: expected at least one class but got ", in.logits.sizes());
+    rows.ignore_index = in.ignore_index;
+    rows.softcap = in.softcap;
+    rows.masked = in.masked;
+    TORCH_CHECK_VALUE(in.softcap >= 0, "objkern: softcap: expected a number >= 0 but got ", in.softcap);
+    for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"logit_scale", &in.logit_scale},
+                                  std::pair{"class_weight", &in.class_weight}})
+      TORCH_CHECK_TYPE(!t->has_value() || !(*t)->is_complex(), "objkern: ", name, ": expected real numbers");
+    TORCH_CHECK_VALUE(!in.logit_scale.has_value() || in.logit_scale->dim() == 0,
+                      "objkern: logit_scale: expected a 0-dim tensor but got ", in.logit_scale->sizes());
+    if (in.target.has_value() && in.target->scalar_type() == at::kLong) {
+      TORCH_CHECK(in.target->dim() == 1 && in.target->size(0) == rows.rows, "objkern: target: expected (", rows.rows,
+                  ") labels but got ", in.target->sizes());
+      target = in.target->contiguous();
+      rows.target = target.const_data_ptr<int64_t>();
+    } else if (in.target.has_value()) {
+      TORCH_CHECK(in.target->sizes() == logits.sizes(), "objkern: target: expected probabilities of shape ",
+                  logits.sizes(), " but got ", in.target->sizes());
+      const bool same = in.target->scalar_type() == logits.scalar_type();
+      target = with_unit_class_stride(same ? *in.target : in.target->to(accumulation_type(logits)));
+      rows.dense_target = target.const_data_ptr();
+      rows.dense_dtype = dtype_of(target);
+      rows.dense_stride = target.stride(0);
+    }
+    if (in.class_weight.has_value()) {
+      TORCH_CHECK(in.class_weight->dim() == 1 && in.class_weight->size(0) == rows.classes,
+                  "objkern: class weight: expected (", rows.classes, ") but got ", in.class_weight->sizes());
+      class_weight = in.class_weight->to(accumulation_type(logits)).contiguous();
+      rows.class_weight = class_weight.const_data_ptr();
+    }
+  }
+};
+
+// ---- what an earlier op of the same call kept ---------------------------------------------------------------------
+
+inline void check_row_gradient(const ObjectiveArguments& in, const Batch& batch, const Tensor& row_gradient) {
+  TORCH_CHECK(row_gradient.is_contiguous() && row_gradient.dim() == 2 &&
+                  row_gradient.size(0) == in.row_gradient_fields() && row_gradient.size(1) == batch.rows.rows &&
+                  row_gradient.scalar_type() == accumulation_type(batch.logits),
+              "objkern: row_gradient does not belong to these logits");
+}
+
+inline void check_rescaled(const RowArguments& in, const Tensor& gradient) {
+  TORCH_CHECK(gradient.is_contiguous() && gradient.sizes() == in.logits.sizes() &&
+                  gradient.scalar_type() == in.logits.scalar_type(),
+              "objkern: gradient does not belong to these logits");
+}
+
+inline void check_partials(const Batch& batch, const Tensor& partials, const Tensor& centred) {
+  const int64_t n = batch.rows.rows;
+  TORCH_CHECK(centred.is_contiguous() && centred.dim() == 2 && centred.size(1) == n && centred.size(0) == kCentred &&
+                  centred.scalar_type() == at::kDouble,
+              "objkern: centred sums do not belong to these logits");
+  TORCH_CHECK(partials.dim() == 2 && partials.size(0) == kStatistics && partials.size(1) == n,
+              "objkern: partials: expected (", kStatistics, ", ", n, ") but got ", partials.sizes());
+}
+
+}  // namespace objkern
