@@ -21,7 +21,7 @@ endif
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
          transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help build test demo lint format bench docs wheel clean
 
@@ -48,8 +48,9 @@ $(STAMP): constraints.txt $(if $(filter .venv/%,$(PY)),| .venv/bin/python)
 	@touch $@
 
 build: $(STAMP)
-	@echo "==> building the native core (OBJKERN_CPU_CAPABILITIES chooses the instruction sets)"
+	@echo "==> building the native core (OBJKERN_CUDA=0 leaves out the CUDA kernels; see docs/building.md)"
 	@log=build/build.log; $(PY) setup.py build_ext --inplace > $$log 2>&1 || { cat $$log; exit 1; }
+	@sed -n 's/^objkern: /==> /p' build/build.log
 
 test: build
 	$(PY) -m pytest
