@@ -60,9 +60,7 @@ def gencode(architecture: str) -> list[str]:
 
 def architectures(asked: str | None, toolkit: Toolkit) -> tuple[str, ...]:
     """TORCH_CUDA_ARCH_LIST as a tuple; if it says nothing, the default as far as this nvcc knows it."""
-    if asked is None or not asked.strip():
-        return known_defaults(toolkit)
-    found = tuple(dict.fromkeys(re.split(r"[;\s]+", asked.strip("; \t"))))
+    found = tuple(dict.fromkeys((asked or "").replace(";", " ").split()))
     for name in found:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise SystemExit(
@@ -73,14 +71,14 @@ def architectures(asked: str | None, toolkit: Toolkit) -> tuple[str, ...]:
                 f'TORCH_CUDA_ARCH_LIST: "{name}" is not known to nvcc {toolkit.version} ({toolkit.nvcc}), which '
                 f"compiles for {', '.join(sorted(toolkit.known, key=float))}"
             )
-    return found
+    return found or known_defaults(toolkit)
 
 
 def known_defaults(toolkit: Toolkit) -> tuple[str, ...]:
     names = [name.removesuffix("+PTX") for name in DEFAULT_ARCHITECTURES.split(";")]
     known = [name for name in names if name in toolkit.known]
     if not known:
-        raise NoCudaError(f"nvcc {toolkit.version} compiles for none of {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
+        raise NoCudaError(f"nvcc {toolkit.version} knows none of {DEFAULT_ARCHITECTURES}; set TORCH_CUDA_ARCH_LIST")
     if known != names:
         unknown = ", ".join(name for name in names if name not in known)
         say(f"nvcc {toolkit.version} does not know {unknown}: left out (10.0 takes nvcc 12.8)")
