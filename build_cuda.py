@@ -10,6 +10,7 @@ No torch in here: kernels are compiled without its headers, so any nvcc will do,
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -169,3 +170,7 @@ def plan(environment: Mapping[str, str]) -> Build | None:
 
 def say(what: str) -> None:
     print(f"objkern: {what}", flush=True)  # `make build` picks these lines out of the log
+
+
+if __name__ == "__main__":  # `make wheel`, since pip hides what setup.py prints
+    plan(os.environ)

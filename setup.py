@@ -119,14 +119,15 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
-setup(
-    ext_modules=[
-        cpp_extension.CppExtension(
-            "objkern._C",
-            ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=[*FLAGS, *WARNINGS],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # tests read the flags above
+    setup(
+        ext_modules=[
+            cpp_extension.CppExtension(
+                "objkern._C",
+                ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
+                include_dirs=[str(ROOT / "csrc")],
+                extra_compile_args=[*FLAGS, *WARNINGS],
+            )
+        ],
+        cmdclass={"build_ext": BuildExtension},
+    )
