@@ -27,6 +27,8 @@ def info() -> str:
         "python": f"{platform.python_version()} on {platform.machine()}",
         "compiler": f"GCC {build['compiler']}",
         "cpu backend": _cpu(build["cpu_capability"]),
+        "cuda backend": _cuda(build["cuda_archs"]),
+        "cuda kernels": _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
         "reference backend": "runs on any device (eager torch)",
         "threads": str(torch.get_num_threads()),
     }
@@ -37,6 +39,35 @@ def _cpu(capability: str | None) -> str:
     if capability is None:
         return "cannot run: OBJKERN_CPU_CAPABILITY asks for what this build or this processor has not"
     return f"runs, with {'default' if capability == 'baseline' else capability} kernels"
+
+
+def _cuda_kernels(archs: str | None, compiler: str | None) -> str:
+    return "none" if archs is None else f"for {', '.join(archs.split(';'))}, by {compiler}"
+
+
+def _cuda(archs: str | None) -> str:
+    """Everything that is in the way, since one who mends the first of two wants to know of the second."""
+    reasons, devices = [], 0
+    if archs is None:
+        reasons.append("built without CUDA kernels (they take nvcc, and OBJKERN_CUDA not 0; see docs/building.md)")
+    else:
+        devices, reason = _C.cuda_support()
+        if reason is not None or devices == 0:
+            reasons.append(reason or "there is no CUDA device")
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is a build without CUDA")
+    elif not reasons and not torch.cuda.is_available():
+        reasons.append("torch.cuda.is_available() is False")
+    return f"cannot run: {'; '.join(reasons)}" if reasons else "; ".join(_cuda_devices(devices))
+
+
+def _cuda_devices(count: int) -> list[str]:
+    """Which devices the kernels run on, then why not on each of the others."""
+    why_not = {device: _C.cuda_why_not(device) for device in range(count)}
+    names = {device: torch.cuda.get_device_name(device) for device in why_not}
+    fit = [names[device] for device, reason in why_not.items() if reason is None]
+    facts = [f"runs on {len(fit)} device{'s' if len(fit) > 1 else ''}: {', '.join(fit)}"] if fit else []
+    return facts + [f"cannot run on device {i}, {names[i]}: {reason}" for i, reason in why_not.items() if reason]
 
 
 def bench(arguments: list[str]) -> int:
@@ -70,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, backends that can run here, CPU capability")
+    commands.add_parser("info", help="version, backends that can run here, CPU capability, CUDA architectures")
     commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")
     commands.add_parser("bench", help="run the benchmarks that come with the checkout; options are pytest's")
     parser.parse_args(argv)
