@@ -33,8 +33,7 @@ struct Launch {
   cuda::Scalar logit_scale;
   std::vector<Tensor> alive;  // what was converted for the kernels
 
-  explicit Launch(const RowArguments& in, int64_t reads = kEverything)
-      : guard(in.logits.device()), batch(in, reads) {
+  explicit Launch(const RowArguments& in, int64_t reads = kEverything) : guard(in.logits.device()), batch(in, reads) {
     TORCH_CHECK(batch.rows.classes < (int64_t{1} << 31), "objkern: logits: expected fewer than 2^31 classes but got ",
                 batch.rows.classes);
     check_device("target", in.target);
@@ -79,8 +78,8 @@ struct Launch {
       if (alive.back().device() == batch.logits.device()) {
         program.factors = factors;
       } else {
-        TORCH_CHECK_VALUE(alive.back().is_cpu(), "objkern: coefficient_tensor: expected it on ",
-                          batch.logits.device(), " or the CPU but got it on ", alive.back().device());
+        TORCH_CHECK_VALUE(alive.back().is_cpu(), "objkern: coefficient_tensor: expected it on ", batch.logits.device(),
+                          " or the CPU but got it on ", alive.back().device());
         for (int k = 0; k < program.size; ++k) program.terms[k].scale *= factors[k];
       }
     }
@@ -93,9 +92,7 @@ struct Launch {
   }
 
   at::TensorOptions options() const { return batch.logits.options().dtype(accumulation_type(batch.logits)); }
-  Tensor empty_gradient() const {
-    return at::empty({batch.rows.rows, batch.rows.classes}, batch.logits.options());
-  }
+  Tensor empty_gradient() const { return at::empty({batch.rows.rows, batch.rows.classes}, batch.logits.options()); }
 };
 
 void run_objective(Stack* stack, bool with_gradient) {

@@ -22,7 +22,13 @@ struct Affine {
   // The upstream gradient is folded into the coefficients, but for the full depth, which has too many.
   OBJKERN_DEVICE Affine(const Rows& rows_, const Transform<A, kTransform>& transform_, int64_t row_, int target_,
                         int place_, A upstream_, const RowGradient<A>& gradient)
-      : rows(rows_), transform(transform_), row(row_), target(target_), place(place_), upstream(upstream_), g(gradient) {
+      : rows(rows_),
+        transform(transform_),
+        row(row_),
+        target(target_),
+        place(place_),
+        upstream(upstream_),
+        g(gradient) {
     if constexpr (!kFull) {
       g.exp_1 *= upstream;
       g.exp_t *= upstream;

@@ -6,12 +6,12 @@
 
 namespace objkern::cuda {
 
-constexpr int kBlockThreads = 256;     // of a kernel whose blocks, or clusters of blocks, have a row each
-constexpr int kLanesThreads = 256;     // of a kernel whose blocks have several rows
-constexpr int kCountThreads = 256;     // of the kernel that counts labels
-constexpr int kMostCounts = 128;       // blocks of that kernel
-constexpr int kLabelsOfCount = 2048;   // labels of each, if that are not too few for many rows
-constexpr int kMostRowTeams = 1 << 15; // clusters (or blocks of several rows); each takes rows in turn beyond that
+constexpr int kBlockThreads = 256;      // of a kernel whose blocks, or clusters of blocks, have a row each
+constexpr int kLanesThreads = 256;      // of a kernel whose blocks have several rows
+constexpr int kCountThreads = 256;      // of the kernel that counts labels
+constexpr int kMostCounts = 128;        // blocks of that kernel
+constexpr int kLabelsOfCount = 2048;    // labels of each, if that are not too few for many rows
+constexpr int kMostRowTeams = 1 << 15;  // clusters (or blocks of several rows); each takes rows in turn beyond that
 
 struct Count {
   double rows, weight;
@@ -29,10 +29,10 @@ struct RowCall {
   Scalar logit_scale;
   Program program;
   Results results;
-  int fields = 0;         // of RowGradient, of the objective's own depth
-  int lanes = 0;          // that share a row, or 0
-  int64_t teams = 0;      // clusters, or blocks of several rows
-  int64_t tile = 0;       // columns of a block of the cluster
+  int fields = 0;     // of RowGradient, of the objective's own depth
+  int lanes = 0;      // that share a row, or 0
+  int64_t teams = 0;  // clusters, or blocks of several rows
+  int64_t tile = 0;   // columns of a block of the cluster
   double* centred = nullptr;
   double* statistics = nullptr;
 
@@ -48,7 +48,7 @@ OBJKERN_HOST_DEVICE int quantities(const Program& program) {
 // What the threads of a block share. `values` has quantities × slots numbers, and the tile comes last.
 template <class A, Depth kDepth>
 struct alignas(128) Shared {
-  double scale[kMostTerms];        // coefficient over denominator
+  double scale[kMostTerms];  // coefficient over denominator
   double denominator[kMostTerms];
   double counted;
   Sums<A, kDepth> of_warp[kBlockThreads / kWarp];

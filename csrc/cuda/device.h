@@ -213,9 +213,9 @@ OBJKERN_DEVICE uint32_t shifted_bytes(uint32_t low, uint32_t high, int bytes) {
 template <class Call>
 int launch(void (*kernel)(Call), const Grid& grid, void* stream, const Call& call) {
   if (grid.shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(grid.shared_bytes));
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(grid.shared_bytes));
     if (status != cudaSuccess) return status;
   }
   cudaLaunchConfig_t config = {};

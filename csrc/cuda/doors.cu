@@ -17,7 +17,7 @@ namespace objkern::cuda {
 namespace {
 
 constexpr int64_t kMostLaneClasses = 1024;
-constexpr int kMostCluster = 8;  // that every device with clusters has
+constexpr int kMostCluster = 8;            // that every device with clusters has
 constexpr int64_t kReservedShared = 1024;  // bytes that the system takes of every block's
 constexpr int64_t kLeastTile = 4096;       // columns worth a block of their own
 
@@ -180,7 +180,9 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
   const bool writes = results.gradient != nullptr;
   const Grid grid = grid_of(rows, plan, call.teams, quantities(program));
   const RowKernel kernel = plan.lanes != 0 ? kernels.lanes[v][writes ? 1 : 0]
-                                           : kernels.clusters[v][!writes ? 0 : plan.resident ? 2 : 1];
+                                           : kernels.clusters[v][!writes         ? 0
+                                                                 : plan.resident ? 2
+                                                                                 : 1];
   return launch(kernel, grid, stream, call);
 }
 

@@ -16,7 +16,7 @@ OBJKERN_DEVICE constexpr int64_t readable(Depth depth) {
 
 // A row's label as kernels use it. One that is out of range is never used to read.
 struct Label {
-  int column = -1;       // −1: no target
+  int column = -1;  // −1: no target
   bool ignored = false;
   bool bad = false;
 
@@ -51,8 +51,7 @@ OBJKERN_DEVICE void share_scales(const RowCall& call, S& shared) {
   if (lane == 0) shared.counted = rows;
   for (int k = lane; k < program.size; k += kWarp) {
     const Term& term = program.terms[k];
-    const bool of_labels =
-        static_cast<TermKind>(term.kind) == TermKind::kCrossEntropy && call.rows.target != nullptr;
+    const bool of_labels = static_cast<TermKind>(term.kind) == TermKind::kCrossEntropy && call.rows.target != nullptr;
     double denominator = 1;
     if (program.has_normalizer) {
       denominator = number(program.normalizer);

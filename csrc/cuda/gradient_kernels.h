@@ -8,8 +8,8 @@
 namespace objkern::cuda {
 
 constexpr int kGradientThreads = 256;
-constexpr int kGradientBlocks = 4;   // of a multiprocessor at once, which leaves 64 registers
-constexpr int kSegment = 1 << 14;    // columns of a row that a block writes in one go
+constexpr int kGradientBlocks = 4;  // of a multiprocessor at once, which leaves 64 registers
+constexpr int kSegment = 1 << 14;   // columns of a row that a block writes in one go
 
 struct GradientCall {
   Rows rows;

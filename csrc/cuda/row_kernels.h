@@ -34,8 +34,7 @@ template <class T>
 OBJKERN_DEVICE void copy_tile(const T* x, T* tile, int begin, int end, int thread, int threads) {
   const Walk w = walk(x, begin, end);
   constexpr int kVector = Element<T>::kVector;
-  for (int v = thread; v < w.vectors; v += threads)
-    copy_async(tile + w.body + v * kVector, x + w.body + v * kVector);
+  for (int v = thread; v < w.vectors; v += threads) copy_async(tile + w.body + v * kVector, x + w.body + v * kVector);
   close_copies();
   for (int j = w.begin + thread; j < w.body; j += threads) tile[j] = x[j];
   for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) tile[j] = x[j];

@@ -1,4 +1,5 @@
-// The kernels for float16 logits:  nvcc -O3 -std=c++20 -arch=sm_90 --expt-relaxed-constexpr -c csrc/cuda/rows_float16.cu
+// The kernels for float16 logits:  nvcc -O3 -std=c++20 -arch=sm_90 --expt-relaxed-constexpr -c
+// csrc/cuda/rows_float16.cu
 #include "table.h"
 
 namespace objkern::cuda {

@@ -11,10 +11,10 @@ template <class A, Depth kDepth>
 struct Sums {
   A max = A(-kInfinity);
   A e = A(0);
-  A et = A(0), t = A(0), classes = A(0);                   // from kEntropy on
-  A zz = A(0);                                             // from kSquare on
-  A dd = A(0), w = A(0), wt = A(0), q = A(0), qt = A(0);   // kFull
-  int first = std::numeric_limits<int>::max();             // the first class that attains the maximum
+  A et = A(0), t = A(0), classes = A(0);                  // from kEntropy on
+  A zz = A(0);                                            // from kSquare on
+  A dd = A(0), w = A(0), wt = A(0), q = A(0), qt = A(0);  // kFull
+  int first = std::numeric_limits<int>::max();            // the first class that attains the maximum
 
   template <class F>
   OBJKERN_DEVICE Sums each(const F& f) const {  // f of every field that there is
@@ -113,7 +113,7 @@ struct Collector {
   OBJKERN_DEVICE void collect(const T* x, int begin, int end, int thread, int threads) {
     const Walk w = walk(x, begin, end);
     for (int j = w.begin + thread; j < w.body; j += threads) add_one(x, j);
-    const auto load = [&](int v, Words (&words)[kAtOnce]) {
+    const auto load = [&](int v, Words(&words)[kAtOnce]) {
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
         if (v + u * threads < w.vectors) words[u] = load128(x + w.body + (v + u * threads) * kVector);
