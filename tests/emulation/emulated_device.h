@@ -2,6 +2,7 @@
 // scheduler is in emulation.cpp; what it proves and what not is told in __init__.py.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -13,8 +14,12 @@
 #define OBJKERN_KERNEL(threads, blocks) void
 #define OBJKERN_ARGUMENT const
 #define OBJKERN_DEVICE inline
+#define OBJKERN_HOST_DEVICE inline
 
 namespace objkern::cuda {
+
+using std::max;
+using std::min;
 
 namespace emulation {
 
@@ -81,7 +86,7 @@ V shuffle(V value, int lane, emulation::Site site = emulation::Site::current()) 
 }
 template <class V>
 V shuffle_xor(V value, int mask, emulation::Site site = emulation::Site::current()) {
-  return shuffle(value, (thread_index() % kWarp) ^ mask, site);
+  return cuda::shuffle(value, (thread_index() % kWarp) ^ mask, site);
 }
 
 // ---- clusters -----------------------------------------------------------------------------------------------------
