@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__, cuda
+from . import _C, __version__, cuda, triton
 
 
 def info() -> str:
@@ -29,6 +29,7 @@ def info() -> str:
         "cpu backend": _cpu(build["cpu_capability"]),
         "cuda backend": _cuda(),
         "cuda kernels": _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
+        "triton backend": triton.summary(),
         "reference backend": "runs on any device (eager torch)",
         "threads": str(torch.get_num_threads()),
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, cuda, reference
+from . import _C, cuda, reference, triton
 from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
@@ -82,6 +82,8 @@ def why_not(name: str, device_type: str, index: int | None) -> str | None:
     """Why a backend cannot run on a device, or None."""
     if name == "cpu":
         return None if device_type in ("cpu", "meta") else "its kernels are for CPU tensors"
+    if name == "triton":
+        return triton.why_not(device_type)
     if device_type != "cuda":
         return "its kernels are for CUDA tensors"
     return cuda.why_not(index or 0)
@@ -97,11 +99,16 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _REDUCTION = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
-def _native(name: str, family: Any) -> Backend:
-    """The backend that runs a family of ops; csrc/bindings.cpp says which there are."""
+def _native(name: str, family: Any, checks_labels: bool = False) -> Backend:
+    """The backend that runs a family of ops; csrc/bindings.cpp says which there are.
+
+    checks_labels: the labels are checked here, where that is asked for, because the kernels make NaN of bad ones.
+    """
     objective_op, fused_op, statistics_op = family.objective.default, family.fused.default, family.statistics.default
 
     def objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
+        if batch.validate and checks_labels:
+            reference.check_labels(batch)
         options = _options(batch)
         terms, tensor = program
         if tensor is not None:
@@ -118,6 +125,8 @@ def _native(name: str, family: Any) -> Backend:
         return found[0], found[1]
 
     def statistics(batch: Batch) -> Statistics:
+        if batch.validate and checks_labels:
+            reference.check_labels(batch)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return Statistics(*found.unbind(0))
 
@@ -378,6 +387,10 @@ for _family_name in FAMILIES:
 
 
 CPU = _native("cpu", torch.ops.objkern)
-NATIVE = {"cpu": CPU, "cuda": _native("cuda", torch.ops.objkern)}
-AUTOMATIC = ("cuda",)  # of a device other than the CPU, in this order
+NATIVE = {
+    "cpu": CPU,
+    "cuda": _native("cuda", torch.ops.objkern, checks_labels=True),
+    "triton": _native("triton", torch.ops.objkern_triton, checks_labels=True),
+}
+AUTOMATIC = ("cuda", "triton")  # of a device other than the CPU, in this order
 REFERENCE = Backend("reference", _reference_objective, reference.statistics)

@@ -133,15 +133,28 @@ def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     if batch.target is None or batch.dense:
         return None, None
     target, classes = batch.target, batch.logits.shape[1]
-    bad = (target != batch.ignore_index) & ((target < 0) | (target >= classes))
+    if batch.validate:
+        check_labels(batch)
+    return target.clamp(0, classes - 1), _bad_labels(batch)
+
+
+def _bad_labels(batch: Batch) -> Tensor:
+    target, classes = batch.target, batch.logits.shape[1]
+    return (target != batch.ignore_index) & ((target < 0) | (target >= classes))
+
+
+def check_labels(batch: Batch) -> None:
+    """Raise an IndexError that names the first bad label and its row; this waits for the device."""
     # A compiled graph cannot stop to look: there the row's loss is NaN.
-    if batch.validate and not torch.compiler.is_compiling() and bool(bad.any()):
+    if batch.target is None or batch.dense or torch.compiler.is_compiling() or batch.target.is_meta:
+        return
+    bad = _bad_labels(batch)
+    if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"target: row {row} holds label {int(target[row])}, which is neither in [0, {classes}) nor ignore_index "
-            f"({batch.ignore_index})"
+            f"target: row {row} holds label {int(batch.target[row])}, which is neither in "
+            f"[0, {batch.logits.shape[1]}) nor ignore_index ({batch.ignore_index})"
         )
-    return target.clamp(0, classes - 1), bad
 
 
 def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term]]) -> tuple[Tensor, list[Tensor]]:

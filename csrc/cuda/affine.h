@@ -40,9 +40,9 @@ struct Affine {
   OBJKERN_DEVICE A at(A x, int column) const {
     const A z = transform(x);
     const bool out = z == A(-kInfinity);
-    if constexpr (kDepth == Depth::kPlain) return exp_nonpositive(z - g.max) * g.exp_1 * transform.slope(z);
+    if constexpr (kDepth == Depth::kPlain) return exp_nonpositive<T>(z - g.max) * g.exp_1 * transform.slope(z);
     // Kept finite: e is 0 there, and 0·∞ would be NaN.
-    const A t = larger(z - g.max, std::numeric_limits<A>::lowest()), e = exp_nonpositive(t);
+    const A t = larger(z - g.max, std::numeric_limits<A>::lowest()), e = exp_nonpositive<T>(t);
     A d = e * (larger(t, A(-1e30f)) * g.exp_t + g.exp_1) + g.const_1;
     if constexpr (kDepth >= Depth::kSquare) d += g.const_z * (out ? A(0) : z);
     if constexpr (kFull) {

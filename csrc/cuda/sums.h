@@ -41,7 +41,7 @@ struct Sums {
   // To a larger maximum; t = t_old + shift.
   OBJKERN_DEVICE void raise(A to) {
     if (max != A(-kInfinity)) {
-      const A shift = larger(max - to, std::numeric_limits<A>::lowest()), factor = exp_nonpositive(shift);
+      const A shift = larger(max - to, std::numeric_limits<A>::lowest()), factor = exp_nonpositive<A>(shift);
       if constexpr (kDepth >= Depth::kEntropy) {
         et = factor == A(0) ? A(0) : factor * (et + shift * e);
         t += classes * shift;
@@ -177,14 +177,14 @@ struct Collector {
     const A base = sums.max == A(-kInfinity) ? A(0) : sums.max;  // −inf − (−inf) would be NaN
     if constexpr (kDepth == Depth::kPlain) {
 #pragma unroll
-      for (int k = 0; k < kAll; ++k) sums.e += exp_nonpositive(z[k] - base);
+      for (int k = 0; k < kAll; ++k) sums.e += exp_nonpositive<T>(z[k] - base);
     } else if constexpr (kDepth == Depth::kFull) {
       add_full<kRuns, kCount>(z, start, end, base);
     } else {
       A et = A(0), t = A(0);
 #pragma unroll
       for (int k = 0; k < kAll; ++k) {
-        const A t_k = z[k] - base, e_k = exp_nonpositive(t_k);
+        const A t_k = z[k] - base, e_k = exp_nonpositive<T>(t_k);
         sums.e += e_k;  // of −inf it is 0
         et += e_k * t_k;
         t += t_k;
@@ -198,7 +198,7 @@ struct Collector {
         for (int k = 0; k < kAll; ++k) {
           const bool out = z[k] == A(-kInfinity);
           const A t_k = larger(z[k] - base, std::numeric_limits<A>::lowest());
-          sums.et += out ? A(0) : exp_nonpositive(t_k) * t_k;
+          sums.et += out ? A(0) : exp_nonpositive<T>(t_k) * t_k;
           sums.t += out ? A(0) : t_k;
           sums.classes += out ? A(0) : A(1);
         }
@@ -221,7 +221,7 @@ struct Collector {
       const int column = start[k / kCount] + k % kCount;
       const bool out = z[k] == A(-kInfinity), real = column < end && column != target;
       const A raw = z[k] - base, t_k = out ? A(0) : larger(raw, std::numeric_limits<A>::lowest());
-      const A e_k = out ? A(0) : (raw == raw ? exp_nonpositive(t_k) : raw);  // NaN, and +inf, which has no softmax
+      const A e_k = out ? A(0) : (raw == raw ? exp_nonpositive<T>(t_k) : raw);  // NaN, and +inf, which has no softmax
       sums.e += e_k;
       sums.et += e_k * t_k;
       sums.zz += out ? A(0) : z[k] * z[k];

@@ -1,0 +1,208 @@
+"""What is launched how: the sizes of programs, and the compile-time sides of a call.
+
+Sizes come from a table that depends on the shape and the type alone. Nothing is autotuned: a first call would take
+seconds, and the order of sums, hence the last digit, would differ between machines. docs/triton-kernels.md has the
+reasons for the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .. import _C
+
+FEW = 32  # classes up to which a row belongs to a thread
+NARROW = 1024  # classes up to which several rows share a program
+
+
+class NarrowLaunch(NamedTuple):
+    """Rows of few classes: ROWS × COLS elements a program."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+class WideLaunch(NamedTuple):
+    """Rows of many classes: tiles of `vectors` 16-byte vectors; the gradient takes `tiles` of them a program."""
+
+    vectors: int
+    warps: int
+    tiles: int
+
+
+# (classes from, launch): the first row whose number is not larger than V.
+WIDE = (
+    (8192, WideLaunch(vectors=512, warps=8, tiles=4)),
+    (0, WideLaunch(vectors=256, warps=4, tiles=4)),
+)
+FEW_ROWS = 128  # of a program of 4 warps: one a thread
+NARROW_ELEMENTS = 1024  # of a program of 4 warps: 8 a thread
+MOST_NARROW_ROWS = 8  # two a warp: what is kept per row would fill the registers
+EPILOGUE_ROWS = 128
+PROGRAMS = 512  # fewer rows than this are split into pieces, so that a GPU of a hundred and more processors is busy
+MOST_PIECES = 32
+COUNT_ROWS = 4096  # labels that the one program of `prepare_kernel` looks at together
+REDUCE_ELEMENTS = 2048  # values that the one program of `reduce_kernel` adds together; 8 float64 a thread
+
+
+def narrow_launch(classes: int) -> NarrowLaunch:
+    columns = 1 << (classes - 1).bit_length()
+    return NarrowLaunch(
+        FEW_ROWS if classes <= FEW else min(MOST_NARROW_ROWS, max(1, NARROW_ELEMENTS // columns)), columns, 4
+    )
+
+
+def wide_launch(classes: int) -> WideLaunch:
+    return next(launch for least, launch in WIDE if classes >= least)
+
+
+def pieces_of(rows: int, classes: int, vector: int) -> int:
+    """Into how many pieces a row is split."""
+    tiles = -(-classes // (wide_launch(classes).vectors * vector))
+    return max(1, min(MOST_PIECES, tiles, PROGRAMS // max(rows, 1)))
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def halves(*numbers: float) -> tuple[int, ...]:
+    """Each number as the two int32 halves of its float64, the low one first, which `elementary.number` puts together."""
+    return struct.unpack(f"<{2 * len(numbers)}i", struct.pack(f"<{len(numbers)}d", *numbers))
+
+
+# ---- terms ----------------------------------------------------------------------------------------------------------
+
+# What a term reads, by kind, as bits of `Reads` in csrc/objective.h, and what it reads besides where its parameter is
+# not 0.
+_READS = (1, 4, 16, 8, 1, 3, 1, 2, 3, 64)
+_READS_WITH_PARAMETER = {0: 512, 4: 2}
+_DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3}  # by the number of fields that a row's gradient keeps
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of an objective; `kinds` and `reads` are known at compile time, `numbers` only at run time."""
+
+    kinds: tuple[int, ...]  # 2·kind + (is the parameter not 0?)
+    numbers: tuple[int, ...]  # halves of parameter and coefficient of each
+    reads: int
+    fields: int  # of the row gradient
+    smoothed: bool
+
+    @classmethod
+    def of(cls, terms: list[float], weighted: bool, dense: bool) -> Terms:
+        kinds, numbers, reads, smoothed = [], [], 0, False
+        for kind, parameter, coefficient in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
+            if not (0 <= kind < len(_READS) and kind == int(kind)):
+                raise RuntimeError(f"objkern: term kind {kind} is not known")
+            kind = int(kind)
+            kinds.append(2 * kind + (parameter != 0))
+            numbers += (parameter, coefficient)
+            reads |= _READS[kind] | (_READS_WITH_PARAMETER.get(kind, 0) if parameter != 0 else 0)
+            smoothed |= kind == 0 and parameter > 0
+        return cls(tuple(kinds), halves(*numbers), reads, _C.row_gradient_fields(terms, weighted, dense), smoothed)
+
+    @property
+    def depth(self) -> int:
+        return _DEPTHS[self.fields]
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The row arguments of an op, checked, as kernels take them; the counterpart of `Batch` in csrc/batch.h."""
+
+    def __init__(
+        self, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+        class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+    ) -> None:  # fmt: skip
+        if logits.dim() != 2 or logits.shape[1] == 0:
+            raise RuntimeError(
+                f"objkern: logits: expected (rows, classes) and at least one class but got {tuple(logits.shape)}"
+            )
+        if logits.shape[1] >= 2**31 - 2**16:
+            raise ValueError(f"logits: the Triton backend counts classes in 32 bits but got {logits.shape[1]}")
+        self.logits = with_unit_class_stride(logits)
+        self.rows, self.classes = logits.shape
+        self.device = logits.device
+        double = logits.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32  # in which sums are taken
+        self.type = tl.float64 if double else tl.float32
+        self.vector = 16 // logits.element_size()
+        self.ignore_index, self.masked = ignore_index, masked
+        self.labels = self.dense = None
+        if target is not None and target.dtype == torch.int64:
+            if target.shape != (self.rows,):
+                raise RuntimeError(f"objkern: target: expected ({self.rows}) labels but got {tuple(target.shape)}")
+            self.labels = target.contiguous()
+        elif target is not None:
+            if target.shape != logits.shape:
+                raise RuntimeError(
+                    f"objkern: target: expected probabilities of shape {tuple(logits.shape)} but got "
+                    f"{tuple(target.shape)}"
+                )
+            same = target.dtype == logits.dtype
+            self.dense = with_unit_class_stride(target if same else target.to(self.dtype))
+        if class_weight is not None:
+            if class_weight.shape != (self.classes,):
+                raise RuntimeError(
+                    f"objkern: class weight: expected ({self.classes}) but got {tuple(class_weight.shape)}"
+                )
+            class_weight = class_weight.to(self.dtype).contiguous()
+        self.class_weight = class_weight
+        # A number of the host travels with the call; one of the device is read there.
+        self.logit_scale, scale = None, 1.0
+        if logit_scale is not None and logit_scale.is_cpu and logits.device.type != "cpu":
+            scale = float(logit_scale)
+        elif logit_scale is not None:
+            self.logit_scale = logit_scale
+        self.transform = 2 if softcap else int(self.logit_scale is not None or scale != 1.0)
+        self.transform_numbers = halves(scale, softcap)
+        self.few, self.narrow = self.classes <= FEW, self.classes <= NARROW
+
+    @property
+    def dense_stride(self) -> int:
+        return 0 if self.dense is None else self.dense.stride(0)
+
+    def sizes(self) -> dict[str, Any]:
+        """Arguments that every kernel over rows has under these names."""
+        return {
+            "x": self.logits, "target": self.labels, "class_weight": self.class_weight,
+            "logit_scale": self.logit_scale, "transform": self.transform_numbers, "rows": self.rows,
+            "row_stride": self.logits.stride(0), "ignore_index": self.ignore_index, "V": self.classes, "A": self.type,
+            "TRANSFORM": self.transform, "MASKED": self.masked,
+        }  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def on_device(self, number: Tensor | None) -> Tensor | None:
+        """A number or a few of them, without waiting for the device."""
+        if number is None or number.device == self.device:
+            return number
+        return number.to(self.device, non_blocking=True)
+
+    def aligned_with(self, gradient: Tensor) -> bool:
+        """Whether every row of the gradient begins as far from a 16-byte boundary as the row of logits does."""
+        size = self.logits.element_size()
+        apart = self.logits.data_ptr() - gradient.data_ptr()
+        return apart % 16 == 0 and (self.rows <= 1 or (self.logits.stride(0) - self.classes) * size % 16 == 0)
+
+    def on_its_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.get_device_module(self.device).device(self.device)
+
+
+def with_unit_class_stride(t: Tensor) -> Tensor:
+    return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()

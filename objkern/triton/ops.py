@@ -1,0 +1,265 @@
+"""The ops of csrc/bindings.cpp on Triton kernels: memory, and which kernels run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .epilogue import chain_kernel
+from .launch import Rows, Terms
+from .narrow import few_kernel, narrow_collect_kernel, narrow_gradient_kernel
+from .reduce import prepare_kernel, reduce_kernel
+from .wide import collect_kernel, epilogue_kernel, fused_kernel, gradient_kernel
+
+_FREE = 3  # lse, accuracy, target probability
+_NONE, _MEAN = 0, 1  # reductions, in the order of objkern.batch.REDUCTIONS
+_OBJECTIVE, _FUSED, _STATISTICS = 0, 1, 2  # tasks
+_LOGPROBS = 3  # reads of a target
+
+
+class Call:
+    """The arguments of an objective, and what its kernels share."""
+
+    def __init__(
+        self, terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None,
+        logit_scale: Tensor | None = None, class_weight: Tensor | None = None, ignore_index: int = -100,
+        softcap: float = 0.0, masked: bool = True, coefficient_tensor: Tensor | None = None,
+        normalizer: Tensor | None = None, empty_zero: bool = False, with_parts: bool = False,
+    ) -> None:  # fmt: skip
+        self.rows = Rows(logits, target, logit_scale, class_weight, ignore_index, softcap, masked)
+        self.terms = Terms.of(terms, class_weight is not None, self.rows.dense is not None)
+        if target is None and self.terms.reads & _LOGPROBS:
+            raise ValueError("objkern: target: a term needs one but got None")
+        self.per_row, self.mean = reduction == _NONE, reduction == _MEAN
+        self.coefficient_tensor, self.normalizer = coefficient_tensor, normalizer
+        self.empty_zero, self.with_parts = empty_zero, with_parts
+
+    def scales(self) -> Tensor:
+        """See `prepare_kernel`."""
+        rows, count = self.rows, len(self.terms.kinds)
+        scales = rows.empty(3 * count + 1, dtype=torch.float64)
+        counting = not self.per_row and (self.mean or self.with_parts)
+        tensor = rows.on_device(self.coefficient_tensor)
+        prepare_kernel[(1,)](
+            rows.labels if counting else None, rows.class_weight, None if tensor is None else tensor.contiguous(),
+            rows.on_device(self.normalizer), self.terms.numbers, scales, rows.rows, rows.ignore_index, rows.classes,
+            TERMS=self.terms.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero, BLOCK=launch.COUNT_ROWS,
+            num_warps=8,
+        )  # fmt: skip
+        return scales
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "TERMS": self.terms.kinds, "READS": self.terms.reads, "DEPTH": self.terms.depth, "PARTS": self.with_parts,
+        }  # fmt: skip
+
+
+def _programs(rows: int, block: int) -> int:
+    return max(1, -(-rows // block))
+
+
+def _run_objective(call: Call, with_gradient: bool) -> tuple[Tensor, ...]:
+    rows, terms = call.rows, call.terms
+    with rows.on_its_device():
+        scales = call.scales()
+        count = len(terms.kinds)
+        row_gradient = rows.empty(terms.fields, rows.rows)
+        gradient = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype) if with_gradient else None
+        pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
+        one_pass = with_gradient and pieces == 1 and not rows.narrow
+        block = launch.FEW_ROWS if rows.few else 1 if one_pass else launch.EPILOGUE_ROWS
+        programs = _programs(rows.rows, block)
+        fields = count + (_FREE if call.with_parts else 0)
+        loss = rows.empty(rows.rows) if call.per_row else None
+        if call.per_row:
+            values = rows.empty(fields if call.with_parts else 0, rows.rows)
+        else:
+            values = rows.empty(fields, programs, dtype=torch.float64)
+        if rows.rows == 0:
+            values.zero_()
+        elif rows.few:
+            table = launch.narrow_launch(rows.classes)
+            few_kernel[(programs,)](
+                **rows.sizes(), dense=rows.dense, dense_stride=rows.dense_stride, class_stride=1, scales=scales,
+                values=values, loss=loss, row_gradient=row_gradient, gradient=gradient, TASK=_FUSED if with_gradient else _OBJECTIVE,
+                **call.constants(), SMOOTHED=terms.smoothed, PER_ROW=call.per_row, ROWS=table.rows,
+                COLS=table.columns, num_warps=table.warps,
+            )  # fmt: skip
+        elif one_pass:
+            table = launch.wide_launch(rows.classes)
+            fused_kernel[(rows.rows,)](
+                **rows.sizes(), dense=rows.dense, dense_stride=rows.dense_stride, scales=scales, values=values,
+                row_gradient=row_gradient, gradient=gradient, **call.constants(), SMOOTHED=terms.smoothed,
+                ALIGNED=rows.aligned_with(gradient), R=table.vectors, E=rows.vector, num_warps=table.warps,
+            )  # fmt: skip
+        else:
+            found = _collect(rows, pieces, terms.depth, terms.smoothed, call.with_parts or bool(terms.reads & 16))
+            epilogue_kernel[(programs,)](
+                **rows.sizes(), pieces=found, scales=scales, values=values, loss=loss, row_gradient=row_gradient,
+                count=pieces, TASK=_OBJECTIVE, **call.constants(), DENSE=rows.dense is not None, PER_ROW=call.per_row,
+                ROWS=block, num_warps=4,
+            )  # fmt: skip
+            if gradient is not None:
+                one = torch.ones((), dtype=rows.dtype, device=rows.device)
+                _write_gradient(rows, terms.depth, row_gradient, one, gradient)
+        if call.per_row:
+            return loss, values, row_gradient
+        loss = rows.empty()
+        parts = rows.empty(fields + 1 if call.with_parts else 0)
+        width = max(1, 1 << (fields - 1).bit_length())
+        reduce_kernel[(1,)](
+            values, scales, loss, parts, programs, COUNT=count, PARTS=call.with_parts, FIELDS=width,
+            BLOCK=max(1, launch.REDUCE_ELEMENTS // width), num_warps=8,
+        )  # fmt: skip
+        found = (loss, parts, row_gradient)
+        return found if gradient is None else (*found, gradient)
+
+
+def _collect(rows: Rows, pieces: int, depth: int, smoothed: bool, places: bool) -> Tensor:
+    """(fields, pieces, rows) of the sums over the others; see `Piece` in objective.py."""
+    found = rows.empty((3, 6, 7, 12)[depth], pieces, rows.rows)
+    if rows.narrow:
+        table = launch.narrow_launch(rows.classes)
+        narrow_collect_kernel[(_programs(rows.rows, table.rows),)](
+            **rows.sizes(), dense=rows.dense, dense_stride=rows.dense_stride, pieces=found, DEPTH=depth,
+            SMOOTHED=smoothed, ROWS=table.rows, COLS=table.columns, num_warps=table.warps,
+        )  # fmt: skip
+        return found
+    table = launch.wide_launch(rows.classes)
+    collect_kernel[(rows.rows, pieces)](
+        **rows.sizes(), dense=rows.dense, dense_stride=rows.dense_stride, pieces=found, DEPTH=depth,
+        SMOOTHED=smoothed, PLACES=places, R=table.vectors, E=rows.vector, num_warps=table.warps,
+    )  # fmt: skip
+    return found
+
+
+def _write_gradient(
+    rows: Rows, depth: int, row_gradient: Tensor, upstream: Tensor, gradient: Tensor, unscaled: bool = False,
+    rescale: bool = False,
+) -> None:  # fmt: skip
+    if rows.rows == 0:
+        return
+    if not (upstream.dim() == 0 or upstream.shape == (rows.rows,)):
+        raise RuntimeError(f"objkern: upstream: expected () or ({rows.rows}) but got {tuple(upstream.shape)}")
+    shared = {
+        **rows.sizes(), "dense": rows.dense, "dense_stride": rows.dense_stride, "row_gradient": row_gradient,
+        "upstream": rows.on_device(upstream), "upstream_stride": upstream.stride(0) if upstream.dim() else 0,
+        "gradient": gradient, "DEPTH": depth, "UNSCALED": unscaled, "RESCALE": rescale,
+    }  # fmt: skip
+    if rows.narrow:
+        table = launch.narrow_launch(rows.classes)
+        narrow_gradient_kernel[(_programs(rows.rows, table.rows),)](
+            **shared, class_stride=1, CLASSES=0 if rows.few else 1, ROWS=table.rows, COLS=table.columns,
+            num_warps=table.warps,
+        )  # fmt: skip
+    else:
+        table = launch.wide_launch(rows.classes)
+        chunk = table.vectors * rows.vector * table.tiles
+        gradient_kernel[(rows.rows, -(-rows.classes // chunk))](
+            **shared, ALIGNED=rows.aligned_with(gradient), TILES=table.tiles, R=table.vectors, E=rows.vector,
+            num_warps=table.warps,
+        )  # fmt: skip
+
+
+def _check_row_gradient(rows: Rows, terms: Terms, row_gradient: Tensor) -> None:
+    if not (
+        row_gradient.is_contiguous()
+        and row_gradient.shape == (terms.fields, rows.rows)
+        and row_gradient.dtype == rows.dtype
+    ):
+        raise RuntimeError("objkern: row_gradient does not belong to these logits")
+
+
+def objective(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    return _run_objective(Call(*arguments, **options), False)
+
+
+def fused(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments, **options)
+    if call.per_row:
+        raise ValueError("objkern: fused: the gradient of unreduced losses is only known in the backward pass")
+    return _run_objective(call, True)
+
+
+def gradient(upstream: Tensor, row_gradient: Tensor, unscaled: bool, *arguments: Any, **options: Any) -> Tensor:
+    call = Call(*arguments, **options)
+    rows = call.rows
+    _check_row_gradient(rows, call.terms, row_gradient)
+    with rows.on_its_device():
+        out = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
+        _write_gradient(rows, call.terms.depth, row_gradient, upstream, out, unscaled)
+    return out
+
+
+def rescale(gradient: Tensor, upstream: Tensor, row_gradient: Tensor, *arguments: Any, **options: Any) -> None:
+    """From logits and row gradient again, where the upstream gradient is not 1; the device alone knows."""
+    call = Call(*arguments, **options)
+    rows = call.rows
+    _check_row_gradient(rows, call.terms, row_gradient)
+    if not (gradient.is_contiguous() and gradient.shape == rows.logits.shape and gradient.dtype == rows.logits.dtype):
+        raise RuntimeError("objkern: gradient does not belong to these logits")
+    with rows.on_its_device():
+        _write_gradient(rows, call.terms.depth, row_gradient, upstream, gradient, rescale=True)
+
+
+def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    rows = Rows(*arguments, **options)
+    with rows.on_its_device():
+        out, centred = rows.empty(10, rows.rows, dtype=torch.float64), rows.empty(14, rows.rows, dtype=torch.float64)
+        if rows.rows == 0:
+            return out, centred
+        shared = {
+            **rows.sizes(), "scales": None, "values": out, "loss": centred, "row_gradient": None,
+            "TASK": _STATISTICS, "TERMS": (), "READS": 1023, "DEPTH": 3, "PARTS": False, "PER_ROW": False,
+        }  # fmt: skip
+        if rows.few:
+            table = launch.narrow_launch(rows.classes)
+            few_kernel[(_programs(rows.rows, table.rows),)](
+                **shared, dense=rows.dense, dense_stride=rows.dense_stride, class_stride=1, gradient=None,
+                SMOOTHED=False, ROWS=table.rows, COLS=table.columns, num_warps=table.warps,
+            )  # fmt: skip
+        else:
+            pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
+            found = _collect(rows, pieces, 3, False, True)
+            epilogue_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
+                **shared, pieces=found, count=pieces, DENSE=rows.dense is not None, ROWS=launch.EPILOGUE_ROWS,
+                num_warps=4,
+            )  # fmt: skip
+    return out, centred
+
+
+def statistics_gradient(partials: Tensor, centred: Tensor, unscaled: bool, *arguments: Any, **options: Any) -> Tensor:
+    rows = Rows(*arguments, **options)
+    if not (centred.is_contiguous() and centred.shape == (14, rows.rows) and centred.dtype == torch.float64):
+        raise RuntimeError("objkern: centred sums do not belong to these logits")
+    if partials.shape != (10, rows.rows):
+        raise RuntimeError(f"objkern: partials: expected (10, {rows.rows}) but got {tuple(partials.shape)}")
+    with rows.on_its_device():
+        out = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
+        row_gradient = rows.empty(10, rows.rows)
+        if rows.rows:
+            chain_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
+                row_gradient, centred, partials.to(torch.float64).contiguous(), rows.labels, rows.rows,
+                rows.ignore_index, rows.classes, A=rows.type, DENSE=rows.dense is not None,
+                WEIGHTED=rows.class_weight is not None, ROWS=launch.EPILOGUE_ROWS, num_warps=4,
+            )  # fmt: skip
+            one = torch.ones((), dtype=rows.dtype, device=rows.device)
+            _write_gradient(rows, 3, row_gradient, one, out, unscaled)
+    return out
+
+
+_OPS = {
+    "objective": objective, "fused": fused, "gradient": gradient, "rescale": rescale, "statistics": statistics,
+    "statistics_gradient": statistics_gradient,
+}  # fmt: skip
+_library = torch.library.Library("objkern_triton", "IMPL")
+
+
+def register(*devices: str) -> None:
+    """Implements the ops of `objkern_triton` for devices."""
+    for device in devices:
+        for name, function in _OPS.items():
+            _library.impl(name, function, device.upper())

@@ -1,0 +1,459 @@
+"""The Triton kernels, interpreted on the CPU, against the reference. Run by tests/test_triton.py, with
+TRITON_INTERPRET=1 in the environment before triton is imported.
+
+The interpreter is slow, so shapes are tiny, and the table of launches is replaced by one of tiny programs: every loop
+runs several times. Its casts to bfloat16 cut digits off instead of rounding, an error of up to 2^-7 instead of 2^-8.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import objkern
+from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from objkern.triton import launch
+
+from ..conftest import EVERY_NATIVE, EVERY_TERM, NATIVE, assert_within_budget, native_objective, random_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the infinities that kernels make
+
+INF = float("inf")
+KINDS = ["few", "narrow", "wide"]  # "pieces": wide, and rows are split; for tests of sums
+REGULARIZED = objkern.parse("CrossEntropy(label_smoothing=0.1) + 0.01*ZLoss() - 0.1*Entropy() + 0.1*LogitL2()")
+WITHOUT_UNLIKELIHOOD = objkern.parse(EVERY_TERM.replace(" + 0.2*Unlikelihood()", ""))
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 2**-7, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FEW_ROWS", 4)
+    monkeypatch.setattr(launch, "EPILOGUE_ROWS", 4)
+    monkeypatch.setattr(launch, "MOST_NARROW_ROWS", 2)
+    monkeypatch.setattr(launch, "REDUCE_ELEMENTS", 8)
+    monkeypatch.setattr(launch, "COUNT_ROWS", 2)
+    monkeypatch.setattr(launch, "WIDE", ((0, launch.WideLaunch(vectors=8, warps=4, tiles=2)),))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels run, whatever V is."""
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=[*KINDS, "pieces"])
+def every_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    choose(request.param, monkeypatch)
+    return request.param
+
+
+def choose(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FEW", 10**9 if kind == "few" else 0)
+    monkeypatch.setattr(launch, "NARROW", 0 if kind in ("wide", "pieces") else 10**9)
+    monkeypatch.setattr(launch, "PROGRAMS", 10**9 if kind == "pieces" else 0)
+    monkeypatch.setattr(launch, "MOST_PIECES", 3)
+
+
+def run(
+    objective: objkern.Objective, z: torch.Tensor, y: torch.Tensor | None, upstream: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x = z.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = objective(x, y, **{"backend": "triton", **options})
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), x.grad
+
+
+def assert_same(
+    objective: objkern.Objective, z: torch.Tensor, y: torch.Tensor | None, upstream: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss and gradient as the reference's on the same numbers in float64; unreduced unless said otherwise."""
+    options.setdefault("reduction", "none")
+    found = run(objective, z, y, upstream, **options)
+    options.pop("gradient", None)
+    exact_y = y if y is None or y.dtype == torch.long else y.double()
+    exact = run(objective, z.double(), exact_y, upstream, **{**options, "backend": "reference"})
+    for ours, truth in zip(found, exact, strict=True):
+        tolerance = TOLERANCE[ours.dtype]
+        size = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 1.0
+        torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=tolerance * size, equal_nan=True)
+    return found
+
+
+# ---- values and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 9, 17, 31, 33, 67, 130])
+def test_every_term_at_ragged_sizes(classes: int, every_kind: str) -> None:
+    """A wrong tail, a padding that counts, a target among the others: heads and tails of every length."""
+    z, y = random_rows(3, classes, torch.float32)
+    y[1] = -100
+    objective = objkern.parse(EVERY_TERM) if classes > 1 else WITHOUT_UNLIKELIHOOD
+    if every_kind != "wide" or classes == 67:
+        assert_same(objective, z, y)
+    if every_kind != "pieces":
+        assert_same(objective, z, y, gradient="forward", reduction="mean")
+
+
+@pytest.mark.parametrize("classes", [513, 1031])
+def test_longer_rows_plain_and_regularized(classes: int, every_kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WIDE", ((0, launch.WideLaunch(vectors=32, warps=4, tiles=2)),))
+    z, y = random_rows(3, classes, torch.bfloat16)
+    for objective in (CrossEntropy(), REGULARIZED):
+        assert_same(objective, z, y, gradient="forward", reduction="sum")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_each_term_alone(name: str, kind: str) -> None:
+    """A term compiled out with one that it shares sums with."""
+    z, y = random_rows(2, 21, torch.float64)
+    if kind == "narrow":
+        assert_same(objkern.parse(name), z, y)
+    else:
+        assert_same(objkern.parse(name), z, y, torch.tensor(-0.7).double(), gradient="forward", reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_dtype(dtype: torch.dtype, kind: str) -> None:
+    z, y = random_rows(2, 67, dtype)
+    found = assert_same(objkern.parse(EVERY_TERM), z, y, gradient="forward", reduction="mean")
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found[1].dtype == dtype
+
+
+def test_the_error_budget(kind: str) -> None:
+    z, y = random_rows(4, 67, torch.float32)
+    ours = run(objkern.parse(EVERY_TERM), z, y, reduction="none")
+    results = []
+    for x in (z.clone(), z.double()):
+        x.requires_grad_()
+        loss = native_objective(x, y, EVERY_NATIVE)
+        loss.sum().backward()
+        results.append((loss, x.grad))
+    for k, what in enumerate(("loss", "gradient")):
+        assert_within_budget(ours[k], results[0][k], results[1][k], torch.float32, what)
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 40.0, 80.0, -100.0])
+def test_digits_survive_large_margins(margin: float, kind: str) -> None:
+    """lse − z_y and p_y − 1 have no digits left at a margin of 20; offsets of 1e7 cancel in raw sums."""
+    for offset in (0.0, 1e7):
+        z = (torch.randn(2, 17) * 2).round()
+        y = torch.tensor([3, 16])
+        z[[0, 1], y] = z.amax() + margin
+        z += offset
+        for objective in (CrossEntropy(), CrossEntropy() + Entropy()):
+            found = run(objective, z, y, reduction="none")
+            exact = run(objective, z.double(), y, reduction="none", backend="reference")
+            for ours, truth in zip(found, exact, strict=True):
+                torch.testing.assert_close(ours.double(), truth, rtol=5e-6, atol=1e-36)
+
+
+# ---- what rows may hold ---------------------------------------------------------------------------------------------
+
+
+def test_excluded_classes(every_kind: str) -> None:
+    """−inf − (−inf) and 0·(−inf): alone, in whole tiles, around the target, as the target."""
+    z, y = random_rows(7, 67, torch.float32)
+    z[0, ::3] = -INF
+    z[1, :40] = -INF
+    z[2, 30:] = -INF
+    z[3] = -INF
+    z[3, 66] = 1.5
+    z[4] = -INF
+    z[4, 2:4] = 0.5
+    z[5, 4] = -INF
+    z[6] = torch.finfo(torch.float32).min
+    y[:] = torch.tensor([1, 66, 2, 66, 3, 5, 0])
+    for objective in (CrossEntropy() - Entropy() + MaxZLoss(), REGULARIZED):
+        assert_same(objective, z[:6], y[:6])
+    assert_same(CrossEntropy(), z, y)
+    loss, gradient = run(Entropy(), z[6:], y[6:])  # 67 equal logits: log 67, and nothing to gain
+    assert loss.item() == pytest.approx(4.2046926, rel=1e-6)
+    assert gradient.abs().max() < 1e-7
+    # The target itself excluded: an infinite loss, no NaN in the gradient of the others.
+    assert run(CrossEntropy(), z[:1], torch.tensor([3]), reduction="none")[0].item() == INF
+    assert_same(Entropy() + ZLoss(), z[:1], torch.tensor([3]))
+    _, gradient = run(REGULARIZED, z[:3], y[:3], gradient="forward")
+    assert not gradient[z[:3] == -INF].any()
+
+
+def test_minus_infinity_as_a_number(every_kind: str) -> None:
+    """The drop-in follows torch: infinite smoothed losses, NaN where torch has it."""
+    z, y = random_rows(4, 35, torch.float32)
+    z[0, 3] = -INF
+    z[1, 20:] = -INF
+    z[2] = -INF
+    y[:] = torch.tensor([1, 4, 0, 34])
+    weight = torch.rand(35) + 0.1
+    weight[4] = 0.0
+    for options in ({"label_smoothing": 0.1}, {"weight": weight, "label_smoothing": 0.1}):
+        found = []
+        for backend in ("triton", "cpu"):
+            x = z.clone().requires_grad_()
+            term = CrossEntropy(options.get("weight"), options.get("label_smoothing", 0.0))
+            batch = objkern.batch.flatten(x, y, reduction="none", class_weight=options.get("weight"), masked=False)
+            run_ = objkern.ops.backend_for(backend, x)
+            loss, _ = run_.objective(batch, objkern.ops.Program.of([(1.0, term)]), False, False)
+            loss.sum().backward()
+            found.append((loss.detach(), x.grad))
+        for ours, native in zip(*found, strict=True):
+            torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_nan_and_infinity_are_not_lost(kind: str) -> None:
+    z = torch.zeros(4, 35)
+    z[0, 34] = float("nan")
+    z[1, 20] = INF
+    z[2] = -INF
+    z[2, 30] = float("nan")
+    for objective in (CrossEntropy() - Entropy(), MaxZLoss(), ZLoss()):
+        for label in (0, 34):
+            loss = objective(z, torch.full((4,), label), reduction="none", backend="triton")
+            assert loss.isnan().tolist() == [True, True, True, False], (objective, label)
+
+
+def test_ignored_rows_and_all_of_them(kind: str) -> None:
+    z, y = random_rows(4, 35, torch.float32)
+    z[3] = float("nan")
+    y[[0, 3]] = -100
+    for gradient in ("forward", "backward"):
+        loss, parts = REGULARIZED(z, y, return_parts=True, gradient=gradient, backend="triton")
+        assert loss.isfinite()
+        assert parts["rows"] == 2
+        _, found = run(REGULARIZED, z, y, torch.tensor(INF), gradient=gradient)
+        assert not found[[0, 3]].any()
+    assert_same(REGULARIZED, z[:3], y[:3], reduction="mean")
+    y[:] = -100
+    for empty, expected in (("nan", torch.nan), ("zero", 0.0)):
+        loss, found = run(REGULARIZED, z, y, torch.tensor(3.0), empty=empty, gradient="forward")
+        torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
+        assert torch.equal(found, torch.zeros_like(z))
+    assert_same(CrossEntropy(), z[:2], torch.tensor([34, 3]), ignore_index=34)
+    assert run(REGULARIZED, z[:0], y[:0], reduction="sum")[0] == 0
+
+
+@pytest.mark.parametrize("label", [-1, 35, 2**32 + 3, 2**63 - 1, -(2**63)])
+def test_bad_labels_are_nan_in_their_row_alone(label: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An out-of-bounds read (a label of 2^32 + 3 is 3 in 32 bits), or loss 0 with a gradient."""
+    z, y = random_rows(3, 35, torch.float32)
+    y[1] = label
+    with pytest.raises(IndexError, match=rf"row 1 holds label {label}\b"):
+        REGULARIZED(z, y, backend="triton")
+    with pytest.raises(IndexError, match=rf"row 1 holds label {label}\b"):
+        objkern.row_statistics(z, y, backend="triton")
+    monkeypatch.setattr(objkern.reference, "check_labels", lambda batch: None)  # as on a GPU
+    gradient = "forward" if label < 0 else "backward"
+    loss, found = run(REGULARIZED, z, y, reduction="sum", gradient=gradient)
+    assert loss.isnan()
+    assert found[1].isnan().all()
+    _, others = run(REGULARIZED, z[::2], y[::2], reduction="sum", gradient=gradient)
+    torch.testing.assert_close(found[::2], others, rtol=1e-5, atol=1e-7)
+    assert objkern.row_statistics(z, y, backend="triton").lse.isnan().tolist() == [False, True, False]
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_and_probability_targets(smoothing: float, every_kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    z, y = random_rows(2, 37, torch.float32)
+    weight = torch.rand(37, generator=generator) + 0.1
+    q = torch.rand(2, 37, generator=generator).softmax(-1)
+    z[1, 5] = -INF
+    y[1] = 0
+    assert_same(CrossEntropy(weight, smoothing), z, y, reduction="mean", gradient="forward")
+    assert_same(CrossEntropy(weight, smoothing), z, q)
+    mixed = CrossEntropy(weight, smoothing) - 0.2 * Entropy() + MaxZLoss()
+    assert_same(mixed, z, y)
+    assert_same(mixed, z, q, reduction="mean", gradient="forward")
+    if smoothing:
+        assert_same(CrossEntropy(None, smoothing), z.half(), q.half())
+    else:
+        assert_same(CrossEntropy(None, smoothing), z.half(), q)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_softcap_and_logit_scale(scale: float, kind: str) -> None:
+    z, y = random_rows(2, 35, torch.float32, scale)
+    z[0, 7] = -INF
+    y[0] = 1
+    assert_same(CrossEntropy(), z, y, logit_scale=0.7)
+    assert_same(CrossEntropy() + 0.1 * MaxZLoss(), z, y, logit_scale=torch.tensor(-1.3))
+    assert_same(REGULARIZED, z, y, softcap=20.0, logit_scale=0.7, gradient="forward", reduction="sum")
+    assert_same(CrossEntropy() + 0.1 * MaxZLoss(), z.double(), y, softcap=20.0)
+
+
+def test_a_learned_scale(kind: str) -> None:
+    z, y = random_rows(3, 35, torch.float32)
+    y[1] = -100
+    found = []
+    for backend in ("triton", "reference"):
+        s = torch.tensor(1.3, requires_grad=True)
+        loss = REGULARIZED(z.clone().requires_grad_(), y, logit_scale=s, softcap=20.0, backend=backend)
+        found.append(torch.autograd.grad(loss, s)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions_normalizers_and_upstream_gradients(reduction: str, kind: str) -> None:
+    z, y = random_rows(4, 19, torch.float64)
+    y[2] = -100
+    weight = torch.linspace(0.1, 3.0, 19, dtype=torch.float64)
+    objective = CrossEntropy(weight) + torch.tensor(0.3) * ZLoss()
+    if reduction == "none":
+        upstream = torch.tensor([0.0, -1.0, 2.5, -40.0], dtype=torch.float64)
+        assert_same(objective, z, y, upstream)
+        assert_same(objective, z, y, upstream[:1].expand(4))
+        return
+    for gradient, upstream in (("forward", 1.0), ("forward", -0.25), ("backward", 0.5), ("forward", 0.0)):
+        assert_same(objective, z, y, torch.tensor(upstream).double(), reduction=reduction, gradient=gradient)
+    if reduction == "mean":
+        assert_same(objective, z, y, reduction="mean", normalizer=7)
+        assert_same(objective, z, y, reduction="mean", normalizer=torch.tensor(2.5))
+
+
+def test_float16_does_not_underflow_under_loss_scaling(kind: str) -> None:
+    x = torch.zeros(2, 5, dtype=torch.float16)
+    x[:, 0] = 20
+    x.requires_grad_()
+    y = torch.tensor([0, -100])
+    loss = lambda g: CrossEntropy()(x, y, gradient=g, backend="triton") * 65536  # noqa: E731
+    both = [torch.autograd.grad(loss(g), x)[0] for g in ("forward", "backward")]
+    assert torch.equal(*both)
+    assert both[0][0].abs().min() > 1e-5
+
+
+def test_coefficients_that_are_tensors(kind: str) -> None:
+    z, y = random_rows(3, 19, torch.float32)
+    found = []
+    for backend in ("triton", "reference"):
+        c = torch.tensor(0.5, requires_grad=True)
+        loss, parts = (CrossEntropy() + c * ZLoss())(z, y, backend=backend, return_parts=True)
+        (grad,) = torch.autograd.grad(loss, c)
+        torch.testing.assert_close(grad, parts["z_loss"])
+        found.append(grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_parts(reduction: str, every_kind: str) -> None:
+    z, y = random_rows(5, 21, torch.float32)
+    z[0, 3], z[0, 8] = 50.0, 50.0  # ties go to the first
+    z[1, 3], z[1, 8] = 50.0, 50.0
+    y[:] = torch.tensor([3, 8, -100, 2, 20])
+    z[4, 20] = 60.0
+    both = [
+        objkern.parse(EVERY_TERM.replace("+ 0.3*MaxZLoss()", ""))(
+            z, y, reduction=reduction, return_parts=True, backend=backend
+        )[1]
+        for backend in ("triton", "reference")
+    ]
+    assert both[0].keys() == both[1].keys()
+    for name, value in both[0].items():
+        torch.testing.assert_close(value, both[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_ties_of_the_maximum_go_to_the_first(kind: str) -> None:
+    z = torch.zeros(4, 37)
+    z[0, [5, 20]] = 3.0
+    z[1, [5, 20]] = 3.0
+    z[2, [5, 20]] = 3.0
+    y = torch.tensor([5, 20, 7, 36])
+    for objective in (MaxZLoss(), MaxZLoss() + CrossEntropy()):
+        assert_same(objective, z, y)
+        assert_same(objective, z, y, gradient="forward", reduction="sum")
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.float32, "backward"), (torch.bfloat16, "forward")])
+def test_rows_that_begin_anywhere(dtype: torch.dtype, gradient: str, kind: str) -> None:
+    """A store that needs a boundary at an address that is none; strides mixed up; bytes around the rows written."""
+    classes = 45
+    z, y = random_rows(3, classes, dtype)
+    _, expected = run(REGULARIZED, z, y, gradient=gradient)
+    for offset, stride in ((1, 45), (5, 46), (0, 48), (2, 61)):
+        storage = torch.full((400,), 1e4, dtype=dtype)
+        x = storage.as_strided((3, classes), (stride, 1), offset)
+        x.copy_(z)
+        before = storage.clone()
+        _, found = run(REGULARIZED, x, y, gradient=gradient)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 0.1)
+        assert torch.equal(storage, before)
+    for x in (z.t().contiguous().t(), z[:1].expand(3, classes)):
+        labels = y if x.stride(0) else y[:1].expand(3)
+        assert_same(REGULARIZED, x, labels, gradient=gradient, reduction="sum")
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_the_rescaled_gradient_may_lie_anywhere(offset: int, kind: str) -> None:
+    z, y = random_rows(3, 45, torch.float32)
+    arguments = ([0.0, 0.0, 1.0], 1, z, y)
+    ops = torch.ops.objkern_triton
+    _, _, row_gradient, gradient = ops.fused(*arguments)
+    out = torch.zeros(200).as_strided((3, 45), (45, 1), offset)
+    out.copy_(gradient)
+    ops.rescale(out, torch.tensor(1.0), row_gradient, *arguments)
+    assert torch.equal(out, gradient)
+    ops.rescale(out, torch.tensor(-2.0), row_gradient, *arguments)
+    torch.testing.assert_close(out, -2 * gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_inputs_are_not_written_and_results_repeat(kind: str) -> None:
+    z, y = random_rows(2, 70, torch.float32)
+    x, version = z.clone().requires_grad_(), None
+    results = []
+    for _ in range(2):
+        x.grad, version = None, x._version
+        loss = REGULARIZED(x, y, gradient="forward", backend="triton")
+        loss.backward(torch.tensor(0.7))
+        results.append((loss.detach(), x.grad))
+        assert x._version == version
+    assert torch.equal(x.detach(), z)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["labels", "none", "dense"])
+def test_row_statistics_and_their_derivatives(target: str, every_kind: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        z, y = random_rows(4, 37, dtype)
+        z[0, 5] = -INF
+        y[:] = torch.tensor([1, -100, 36, 7])
+        given = {"labels": y, "none": None, "dense": torch.rand(4, 37, dtype=dtype)}[target]
+        found = []
+        for backend, x, t in (("triton", z, given), ("reference", z.double(), given)):
+            x = x.clone().requires_grad_()
+            t = t.double() if t is not None and t.is_floating_point() and backend == "reference" else t
+            s = objkern.row_statistics(x, t, backend=backend)
+            values = [v for v in s if v is not None]
+            factors = torch.linspace(0.3, 1.7, len(values) * 4).reshape(len(values), 4).double()
+            total = sum(
+                (torch.where(v.isfinite(), v.double(), torch.zeros(())) * f).sum()
+                for v, f in zip(values, factors, strict=True)
+            )
+            total.backward()
+            found.append(([v.detach().double() for v in values], x.grad.double()))
+        for ours, exact in zip(found[0][0], found[1][0], strict=True):
+            torch.testing.assert_close(ours, exact, rtol=2e-5, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+def test_custom_terms_and_second_derivatives(kind: str) -> None:
+    z, y = random_rows(3, 19, torch.float64)
+    assert_same(CrossEntropy() + custom(lambda s: s.lse * s.entropy + s.logit_variance + s.max_logit), z, y)
+    x = z.clone().requires_grad_()
+    loss = (CrossEntropy() + LogitL2())(x, y, backend="triton")
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    again = z.clone().requires_grad_()
+    loss = (CrossEntropy() + LogitL2())(again, y, backend="reference")
+    (first,) = torch.autograd.grad(loss, again, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), again)[0])
