@@ -100,6 +100,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cuda_why_not", [](int device) { return text(cuda::why_not(device)); },
       "Why the kernels cannot run on the CUDA device, or None.");
+  m.def(
+      "force_cuda_plan",
+      [](int cluster, bool resident, int lanes) {
+        const cuda::Plan plan{cluster, resident, lanes};
+        cuda::force_plan(&plan);
+      },
+      "Spread rows over the device like this from now on, whatever their size; for measurements and tests.");
+  m.def("force_cuda_plan", [] { cuda::force_plan(nullptr); }, "Spread rows as csrc/cuda/doors.cu says.");
 #endif
   m.def(
       "term",

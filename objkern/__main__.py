@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, cuda
 
 
 def info() -> str:
@@ -27,7 +27,7 @@ def info() -> str:
         "python": f"{platform.python_version()} on {platform.machine()}",
         "compiler": f"GCC {build['compiler']}",
         "cpu backend": _cpu(build["cpu_capability"]),
-        "cuda backend": _cuda(build["cuda_archs"]),
+        "cuda backend": _cuda(),
         "cuda kernels": _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
         "reference backend": "runs on any device (eager torch)",
         "threads": str(torch.get_num_threads()),
@@ -45,25 +45,14 @@ def _cuda_kernels(archs: str | None, compiler: str | None) -> str:
     return "none" if archs is None else f"for {', '.join(archs.split(';'))}, by {compiler}"
 
 
-def _cuda(archs: str | None) -> str:
-    """Everything that is in the way, since one who mends the first of two wants to know of the second."""
-    reasons, devices = [], 0
-    if archs is None:
-        reasons.append("built without CUDA kernels (they take nvcc, and OBJKERN_CUDA not 0; see docs/building.md)")
-    else:
-        devices, reason = _C.cuda_support()
-        if reason is not None or devices == 0:
-            reasons.append(reason or "there is no CUDA device")
-    if torch.version.cuda is None:
-        reasons.append(f"torch {torch.__version__} is a build without CUDA")
-    elif not reasons and not torch.cuda.is_available():
-        reasons.append("torch.cuda.is_available() is False")
-    return f"cannot run: {'; '.join(reasons)}" if reasons else "; ".join(_cuda_devices(devices))
+def _cuda() -> str:
+    reasons = cuda.missing()
+    return f"cannot run: {'; '.join(reasons)}" if reasons else "; ".join(_cuda_devices(_C.cuda_support()[0]))
 
 
 def _cuda_devices(count: int) -> list[str]:
     """Which devices the kernels run on, then why not on each of the others."""
-    why_not = {device: _C.cuda_why_not(device) for device in range(count)}
+    why_not = {device: cuda.why_not(device) for device in range(count)}
     names = {device: torch.cuda.get_device_name(device) for device in why_not}
     fit = [names[device] for device, reason in why_not.items() if reason is None]
     facts = [f"runs on {len(fit)} device{'s' if len(fit) > 1 else ''}: {', '.join(fit)}"] if fit else []
