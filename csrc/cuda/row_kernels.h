@@ -85,7 +85,7 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
       copy_tile(x, tile, begin, end, thread, kBlockThreads);
       source = tile;
     }
-    Collector<T, kDepth, kTransform> collector{rows, transform, row, label.column, {}};
+    Collector<T, kDepth, kTransform, kPass != Pass::kResident> collector{rows, transform, row, label.column, {}};
     collector.collect(source, begin, end, thread, kBlockThreads);
 
     const Sums<A, kDepth> of_warp = merged_in_warp(collector.sums, kWarp);
@@ -167,7 +167,7 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
     const bool counts = there && !label.ignored;
     const int end = counts ? static_cast<int>(rows.classes) : 0;
     const T* const x = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-    Collector<T, kDepth, kTransform> collector{rows, transform, row, label.column, {}};
+    Collector<T, kDepth, kTransform, false> collector{rows, transform, row, label.column, {}};
     collector.collect(x, 0, end, lane, width);
     const int leader = thread % kWarp / width * width;
     const Sums<A, kDepth> others =

@@ -96,8 +96,9 @@ OBJKERN_DEVICE S merged_in_warp(S sums, int width) {
   return sums;
 }
 
-// One thread's way through the classes of a row.
-template <class T, Depth kDepth, bool kTransform>
+// One thread's way through the classes of a row. kAhead: the next vectors are on their way from global memory while
+// those before them are summed; shared memory is near enough without.
+template <class T, Depth kDepth, bool kTransform, bool kAhead>
 struct Collector {
   using A = Accumulation<T>;
   static constexpr int kVector = Element<T>::kVector;
@@ -118,15 +119,19 @@ struct Collector {
       for (int u = 0; u < kAtOnce; ++u)
         if (v + u * threads < w.vectors) words[u] = load128(x + w.body + (v + u * threads) * kVector);
     };
-    Words next[kAtOnce];  // on their way while those before them are summed
-    load(thread, next);
+    Words next[kAtOnce];
+    if constexpr (kAhead) load(thread, next);
     for (int v = thread; v < w.vectors; v += kAtOnce * threads) {
       Words words[kAtOnce];
       A z[kAtOnce * kVector];
       int start[kAtOnce];
+      if constexpr (kAhead) {
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) words[u] = next[u];
-      load(v + kAtOnce * threads, next);
+        for (int u = 0; u < kAtOnce; ++u) words[u] = next[u];
+        load(v + kAtOnce * threads, next);
+      } else {
+        load(v, words);
+      }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         start[u] = w.body + (v + u * threads) * kVector;
@@ -176,33 +181,32 @@ struct Collector {
     } else if constexpr (kDepth == Depth::kFull) {
       add_full<kRuns, kCount>(z, start, end, base);
     } else {
-      A e = A(0), et = A(0), t = A(0), zz = A(0), classes = A(kAll);
+      A et = A(0), t = A(0);
 #pragma unroll
       for (int k = 0; k < kAll; ++k) {
         const A t_k = z[k] - base, e_k = exp_nonpositive(t_k);
-        e += e_k;
+        sums.e += e_k;  // of −inf it is 0
         et += e_k * t_k;
         t += t_k;
-        if constexpr (kDepth >= Depth::kSquare) zz += z[k] * z[k];
       }
-      if (!(t > A(-kInfinity))) {  // −inf among them, or NaN: again, with care
-        e = et = t = zz = classes = A(0);
+      if (t > A(-kInfinity)) {
+        sums.et += et;
+        sums.t += t;
+        sums.classes += A(kAll);
+      } else {  // −inf among them, or NaN: again, with care
 #pragma unroll
         for (int k = 0; k < kAll; ++k) {
-          if (z[k] == A(-kInfinity)) continue;
-          const A raw = z[k] - base, t_k = larger(raw, std::numeric_limits<A>::lowest()), e_k = exp_nonpositive(t_k);
-          e += raw == raw ? e_k : raw;  // NaN, and +inf, which has no softmax
-          et += e_k * t_k;
-          t += t_k;
-          zz += z[k] * z[k];
-          classes += A(1);
+          const bool out = z[k] == A(-kInfinity);
+          const A t_k = larger(z[k] - base, std::numeric_limits<A>::lowest());
+          sums.et += out ? A(0) : exp_nonpositive(t_k) * t_k;
+          sums.t += out ? A(0) : t_k;
+          sums.classes += out ? A(0) : A(1);
         }
       }
-      sums.e += e;
-      sums.et += et;
-      sums.t += t;
-      sums.classes += classes;
-      if constexpr (kDepth >= Depth::kSquare) sums.zz += zz;
+      if constexpr (kDepth >= Depth::kSquare) {
+#pragma unroll
+        for (int k = 0; k < kAll; ++k) sums.zz += z[k] == A(-kInfinity) ? A(0) : z[k] * z[k];
+      }
     }
   }
 
