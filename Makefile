@@ -50,8 +50,8 @@ $(STAMP): constraints.txt $(if $(filter .venv/%,$(PY)),| .venv/bin/python)
 
 build: $(STAMP)
 	@echo "==> building the native core (OBJKERN_CUDA=0 leaves out the CUDA kernels; see docs/building.md)"
+	@$(PY) build_cuda.py
 	@log=build/build.log; $(PY) setup.py build_ext --inplace > $$log 2>&1 || { cat $$log; exit 1; }
-	@sed -n 's/^objkern: /==> /p' build/build.log
 
 test: build
 	$(PY) -m pytest

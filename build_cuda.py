@@ -169,8 +169,8 @@ def plan(environment: Mapping[str, str]) -> Build | None:
 
 
 def say(what: str) -> None:
-    print(f"objkern: {what}", flush=True)  # `make build` picks these lines out of the log
+    print(f"==> {what}", flush=True)
 
 
-if __name__ == "__main__":  # `make wheel`, since pip hides what setup.py prints
+if __name__ == "__main__":  # for make, which shows this before a build that takes minutes
     plan(os.environ)

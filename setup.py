@@ -97,7 +97,10 @@ def compile_objects(build_dir: Path, cuda: build_cuda.Build | None) -> list[str]
     for target, (rule, source, flags) in objects.items():
         rules += [f"build {escape(target)}: {rule} {escape(source)}", f"  flags = {shlex.join(flags)}"]
     (build_dir / "build.ninja").write_text("\n".join(rules) + "\n")
-    subprocess.run(["ninja", "-C", str(build_dir)], check=True)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []  # as torch's own ninja reads it
+    if subprocess.run(["ninja", "-C", str(build_dir), *jobs]).returncode:
+        without = "" if cuda is None else "; OBJKERN_CUDA=0 builds without the CUDA kernels"
+        raise SystemExit(f"objkern: the kernels did not compile, see above{without}")
     return [str(path) for path in objects]
 
 

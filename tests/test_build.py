@@ -8,6 +8,7 @@ import torch
 
 import build_cuda
 from objkern import _C, __main__
+from objkern import cuda as cuda_backend
 from tests import check_oldest_torch
 
 KNOWN = {
@@ -17,6 +18,8 @@ KNOWN = {
     "14.1.0": "100 110",
     "15.0.0": "120",
 }
+
+FRESH_WHY_NOT = cuda_backend.why_not.__wrapped__  # less its memory of earlier answers
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +184,9 @@ def test_facts_and_doors_agree() -> None:
 
 def info(monkeypatch: pytest.MonkeyPatch, archs: str | None, cuda: str | None, **doors: object) -> dict[str, str]:
     facts = {**_C.build_info(), "cuda_archs": archs, "cuda_compiler": archs and "nvcc 13.0.88"}
-    monkeypatch.setattr(__main__, "_C", SimpleNamespace(build_info=lambda: facts, **doors))
+    for module in (__main__, cuda_backend):
+        monkeypatch.setattr(module, "_C", SimpleNamespace(build_info=lambda: facts, **doors))
+    monkeypatch.setattr(cuda_backend, "why_not", FRESH_WHY_NOT)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
