@@ -2,6 +2,7 @@
 // scheduler is in emulation.cpp; what it proves and what not is told in __init__.py.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -13,6 +14,7 @@
 #define OBJKERN_KERNEL(threads, blocks) void
 #define OBJKERN_ARGUMENT const
 #define OBJKERN_DEVICE inline
+#define OBJKERN_HOST_DEVICE inline
 
 namespace objkern::cuda {
 
@@ -81,7 +83,7 @@ V shuffle(V value, int lane, emulation::Site site = emulation::Site::current()) 
 }
 template <class V>
 V shuffle_xor(V value, int mask, emulation::Site site = emulation::Site::current()) {
-  return shuffle(value, (thread_index() % kWarp) ^ mask, site);
+  return cuda::shuffle(value, (thread_index() % kWarp) ^ mask, site);
 }
 
 // ---- clusters -----------------------------------------------------------------------------------------------------
@@ -140,6 +142,9 @@ inline uint32_t take_ticket(uint32_t* counter) {  // other blocks may get ahead 
   emulation::yield();
   return ticket;
 }
+
+using std::max;  // CUDA has them in the global namespace
+using std::min;
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
