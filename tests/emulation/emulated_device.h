@@ -146,6 +146,9 @@ inline uint32_t take_ticket(uint32_t* counter) {  // other blocks may get ahead 
   return ticket;
 }
 
+using std::max;  // CUDA has them in the global namespace
+using std::min;
+
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
 inline float float_from_bits(uint32_t bits) {

@@ -4,12 +4,14 @@
 //
 // A missing barrier shows where one thread is far ahead of another, which equal chances seldom bring about: all would
 // have to be unlucky for long. So in most launches threads, warps or blocks are of different haste, and the hasty ones
-// run as far as they can before the others move at all.
+// run as far as they can before the others move at all. A warp that is drawn runs for a while, because its stacks are
+// in the cache then.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -21,6 +23,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/kernels.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -143,13 +146,11 @@ struct Copy {  // on its way to shared memory
 
 struct Block;
 
-constexpr size_t kHastes = 3;
-
 struct Fiber {
   Stack stack;
   Place place;
   Block* block = nullptr;
-  size_t haste = 0;                // the lowest first
+
   const char* waits_at = nullptr;  // null: does not wait
   Site site;
   bool ended = false;
@@ -164,7 +165,14 @@ struct Barrier {
   Site site;
 };
 
+constexpr size_t kHastes = 3;
+
 struct Warp {
+  Fiber** fibers = nullptr;  // of its lanes
+  size_t haste = 0;          // the lowest first
+  uint32_t ready = 0;        // lanes that may go on
+  uint32_t hasty = 0;        // lanes that do before the others
+  bool listed = false;       // among the warps that have any
   Barrier barrier;
   int parity = 0;  // a quick lane gives its next value while a slow one still reads the last
   char values[2][kWarp][8];
@@ -209,7 +217,7 @@ const char* environment(const char* name, const char* otherwise) {
 
 struct Settings {
   uint64_t seed = std::strtoull(environment("OBJKERN_EMULATION_SEED", "0"), nullptr, 10);
-  bool clusters = std::strcmp(environment("OBJKERN_EMULATED_DEVICE", "h100"), "a100") != 0;
+  Limits device{132, 233472, 232448, true};  // an H100
 } settings;
 
 enum class Haste { kEqual, kOfThreads, kOfWarps, kOfBlocks };
@@ -218,7 +226,8 @@ struct Launch {
   Grid grid;
   const std::function<void()>* thread = nullptr;
   std::vector<std::unique_ptr<Cluster>> clusters;  // under way
-  std::vector<Fiber*> ready[kHastes];
+  std::vector<Warp*> ready[kHastes];
+  Warp* warp = nullptr;  // drawn last
   Haste haste;
   Random random;
   bool to_host = false;  // a cluster ended, or everything does
@@ -243,19 +252,44 @@ bool same(Site a, Site b) {
   return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
-Fiber* drawn() {
-  for (std::vector<Fiber*>& ready : now.ready) {
-    if (ready.empty()) continue;
-    std::swap(ready[now.random.below(ready.size())], ready.back());
-    Fiber* fiber = ready.back();
-    ready.pop_back();
-    return fiber;
+// The warp that goes on: of the hastiest, and often the same again.
+Warp* drawn_warp() {
+  for (size_t haste = 0; haste < kHastes; ++haste) {
+    const Warp* last = now.warp;
+    if (last != nullptr && last->haste == haste && last->ready != 0 && now.random.below(16) > 0) return now.warp;
+    std::vector<Warp*>& ready = now.ready[haste];
+    while (!ready.empty()) {
+      std::swap(ready[now.random.below(ready.size())], ready.back());
+      if (ready.back()->ready != 0) return ready.back();
+      ready.back()->listed = false;
+      ready.pop_back();
+    }
   }
   return nullptr;
 }
 
-void make_ready(Fiber* fiber) {
-  now.ready[fiber->haste].push_back(fiber);
+Fiber* drawn() {
+  Warp* const warp = now.warp = drawn_warp();
+  if (warp == nullptr) return nullptr;
+  const uint32_t lanes = (warp->ready & warp->hasty) != 0 ? warp->ready & warp->hasty : warp->ready;
+  const int from = static_cast<int>(now.random.below(kWarp));
+  const int lane = (from + std::countr_zero(std::rotr(lanes, from))) % kWarp;
+  warp->ready &= ~(1u << lane);
+  return warp->fibers[lane];
+}
+
+void make_ready(Warp& warp, uint32_t lanes) {
+  warp.ready |= lanes;
+  if (warp.listed) return;
+  warp.listed = true;
+  now.ready[warp.haste].push_back(&warp);
+}
+
+Warp& warp_of(const Fiber& fiber) {
+  return fiber.block->warps[static_cast<size_t>(fiber.place.thread / kWarp)];
+}
+uint32_t lane_bit(const Fiber& fiber) {
+  return 1u << fiber.place.thread % kWarp;
 }
 
 // On with whoever is drawn; the host where nobody can, or where it has something to do.
@@ -283,10 +317,6 @@ bool last_at(Barrier& barrier, int count, const char* what, Site site) {
   if (++barrier.arrived < count) return false;
   barrier.arrived = 0;
   return true;
-}
-
-void wake(Fiber* fiber) {
-  if (fiber != current) make_ready(fiber);
 }
 
 // ---- blocks begin and end -------------------------------------------------------------------------------------------
@@ -350,18 +380,22 @@ void start_block(Block& block, int64_t index, int rank) {
   forbid(shared + bytes, kFence);
   block.live = grid.threads;
   block.warps.resize(static_cast<size_t>(grid.threads / kWarp));
-  size_t haste = 0;
   for (int i = 0; i < grid.threads; ++i) {
     Fiber& fiber = idle_fiber();
     fiber.place = {i, grid.threads, static_cast<int>(index), static_cast<int>(grid.blocks), rank, grid.cluster, shared};
     fiber.block = &block;
     fiber.ended = fiber.arrived = false;
     fiber.groups = 0;
-    if (i == 0 || now.haste == Haste::kOfThreads || (now.haste == Haste::kOfWarps && i % kWarp == 0))
-      haste = now.haste == Haste::kEqual ? 0 : now.random.below(kHastes);
-    fiber.haste = haste;
     block.fibers.push_back(&fiber);
-    make_ready(&fiber);
+  }
+  const size_t haste = now.random.below(kHastes);
+  for (size_t i = 0; i < block.warps.size(); ++i) {
+    Warp& warp = block.warps[i];
+    warp.fibers = &block.fibers[i * kWarp];
+    if (now.haste == Haste::kOfBlocks) warp.haste = haste;
+    if (now.haste == Haste::kOfWarps) warp.haste = now.random.below(kHastes);
+    if (now.haste == Haste::kOfThreads) warp.hasty = static_cast<uint32_t>(now.random.bits());
+    make_ready(warp, ~0u);
   }
 }
 
@@ -378,6 +412,8 @@ void start_cluster(int64_t first_block) {
 }
 
 void retire_ended_clusters() {
+  now.warp = nullptr;
+  for (auto& ready : now.ready) std::erase_if(ready, [](Warp* warp) { return !(warp->listed = warp->ready != 0); });
   for (auto& cluster : now.clusters) {
     if (cluster->live > 0) continue;
     for (Block& block : cluster->blocks) {
@@ -430,18 +466,18 @@ void fail(const std::string& why, Site site) {
 void block_sync(Site site) {
   Block& block = *current->block;
   if (!last_at(block.barrier, here->threads, "block_sync", site)) return wait_at("block_sync", site);
-  for (Fiber* fiber : block.fibers) wake(fiber);
+  for (Warp& warp : block.warps) make_ready(warp, ~0u);
+  warp_of(*current).ready &= ~lane_bit(*current);  // this one runs
 }
 
 void exchange(void* value, size_t size, int from_lane, Site site) {
-  const int lane = here->thread % kWarp, first = here->thread - lane;
-  Block& block = *current->block;
-  Warp& warp = block.warps[static_cast<size_t>(first / kWarp)];
+  const int lane = here->thread % kWarp;
+  Warp& warp = warp_of(*current);
   auto& values = warp.values[warp.parity];
   std::memcpy(values[lane], value, size);
   if (last_at(warp.barrier, kWarp, "a shuffle", site)) {
     warp.parity ^= 1;
-    for (int i = 0; i < kWarp; ++i) wake(block.fibers[static_cast<size_t>(first + i)]);
+    make_ready(warp, ~lane_bit(*current));
   } else {
     wait_at("a shuffle", site);
   }
@@ -459,7 +495,7 @@ void cluster_arrive(Site site) {
   ++cluster.phase;
   for (Block& block : cluster.blocks)
     for (Fiber* other : block.fibers)
-      if (other->waits_at == kClusterWait) wake(other);
+      if (other->waits_at == kClusterWait) make_ready(warp_of(*other), lane_bit(*other));
 }
 
 void cluster_wait(Site site) {
@@ -503,14 +539,14 @@ void copies_arrived(int later) {
 }
 
 void yield() {
-  make_ready(current);
+  make_ready(warp_of(*current), lane_bit(*current));
   wait_at("a ticket", {});
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 Limits limits() {
-  return settings.clusters ? Limits{132, 233472, 232448, true} : Limits{108, 167936, 166912, false};
+  return settings.device;
 }
 
 int run(const Grid& grid, const void* kernel, const std::function<void()>& thread) {
@@ -537,11 +573,10 @@ int run(const Grid& grid, const void* kernel, const std::function<void()>& threa
   do {
     now.to_host = false;
     while (now.clusters.size() < at_once && started < order.size()) start_cluster(order[started++]);
-    if (Fiber* first = drawn()) {
-      make_ready(first);
-      go_on(host);
-    } else {
+    if (drawn_warp() == nullptr) {
       now.failure = standstill();
+    } else {
+      go_on(host);
     }
     retire_ended_clusters();
   } while (now.failure.empty() && (started < order.size() || !now.clusters.empty()));
@@ -570,26 +605,30 @@ const char* error_text(int status) {
 
 // ---- for the tests, which find these by name ------------------------------------------------------------------------
 
-extern "C" {
+#define OBJKERN_DOOR extern "C" __attribute__((visibility("default")))
 
-__attribute__((visibility("default"))) void objkern_emulation_seed(uint64_t seed) {
-  objkern::cuda::emulation::settings.seed = seed;
-  objkern::cuda::emulation::launches = 0;
+namespace emulation = objkern::cuda::emulation;
+
+OBJKERN_DOOR void objkern_emulation_seed(uint64_t seed) {
+  emulation::settings.seed = seed;
+  emulation::launches = 0;
 }
 
-__attribute__((visibility("default"))) void objkern_emulation_clusters(int there_are) {
-  objkern::cuda::emulation::settings.clusters = there_are != 0;
+OBJKERN_DOOR void objkern_emulation_device(int multiprocessors, int64_t shared, int clusters) {
+  emulation::settings.device = {multiprocessors, shared, shared - 1024, clusters != 0};
 }
 
 // Launches since the seed was set, and how the last was made.
-__attribute__((visibility("default"))) uint64_t objkern_emulation_launches() {
-  return objkern::cuda::emulation::launches;
+OBJKERN_DOOR uint64_t objkern_emulation_launches() {
+  return emulation::launches;
 }
-
-__attribute__((visibility("default"))) void objkern_emulation_last_grid(int64_t* blocks_threads_cluster_shared) {
-  const auto& grid = objkern::cuda::emulation::last_grid;
+OBJKERN_DOOR void objkern_emulation_last_grid(int64_t* blocks_threads_cluster_shared) {
+  const objkern::cuda::Grid& grid = emulation::last_grid;
   const int64_t numbers[] = {grid.blocks, grid.threads, grid.cluster, grid.shared_bytes};
   std::copy(numbers, numbers + 4, blocks_threads_cluster_shared);
 }
 
-}  // extern "C"
+OBJKERN_DOOR void objkern_emulation_force_plan(int cluster, int resident, int lanes) {
+  const objkern::cuda::Plan plan{cluster, resident != 0, lanes};
+  objkern::cuda::force_plan(cluster == 0 ? nullptr : &plan);
+}

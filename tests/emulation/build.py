@@ -1,0 +1,124 @@
+"""Builds objkern with its CUDA kernels compiled for the CPU, under the ops of CPU tensors.
+
+A build is a folder with a copy of the package and the tests. What does not differ is taken from the ordinary build:
+the schemas, the derivatives, and the CPU kernels, which then stand unused.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.parent.parent
+KEPT = ROOT / "build/emulation"
+CXX = os.environ.get("CXX", "g++")
+# Speed matters less than the time to compile; kernels look at the same memory through several types.
+KERNEL = ["-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+# Not the inline functions of the CPU kernels, which are the same ones compiled otherwise.
+EMULATED = ["-DOBJKERN_EMULATED", "-DOBJKERN_CUDA_KEY=CPU", "-DOBJKERN_VARIANT=emulated", f"-I{ROOT}/tests/emulation"]
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+
+
+def kernel_sources(csrc: Path) -> list[Path]:
+    return sorted((csrc / "cuda").glob("*.cu"))
+
+
+def ordinary_objects() -> list[Path]:
+    """Of the newest ordinary build, with or without CUDA, but for what registers kernels at the CPU and CUDA keys."""
+    newest = max(ROOT.glob("build/temp*/**/csrc/autograd.o"), key=lambda path: path.stat().st_mtime).parent
+    bindings = [path for path in newest.glob("*.o") if path.name not in ("bindings_cpu.o", "bindings_cuda.o")]
+    kernels = [path for path in ROOT.glob("build/temp*/kernels/*.o") if not path.name.startswith("cuda_")]
+    return sorted([*bindings, *kernels])
+
+
+class Build:
+    """A ninja file in the making: objects, and the library that they and others are linked into."""
+
+    def __init__(self, folder: Path, flags: Iterable[str] = ()) -> None:
+        self.folder = folder
+        self.flags = list(flags)
+        self.objects: list[Path] = []
+        self.lines = [
+            "rule cxx",
+            f"  command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {CXX} -shared -fopenmp {' '.join(self.flags)} -o $out $in "
+            f"-L{Path(torch.__file__).parent / 'lib'} -lc10 -ltorch -ltorch_cpu -ltorch_python -ldl",
+        ]
+
+    def compile(self, source: Path, flags: list[str]) -> None:
+        target = self.folder / "objects" / f"{source.stem}.o"
+        self.lines += [f"build {target}: cxx {source}", f"  flags = {' '.join([*flags, *self.flags])}"]
+        self.objects.append(target)
+
+    def finish(self, others: Iterable[Path]) -> None:
+        """Compile what is out of date, link, and lay the Python files beside. The first object's functions count."""
+        (library,) = (ROOT / "objkern").glob("_C*.so")
+        inputs = " ".join(map(str, [*self.objects, *others]))
+        self.lines.append(f"build {self.folder / 'objkern' / library.name}: link {inputs}")
+        for name in ("objkern", "tests"):
+            ignored = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(ROOT / name, self.folder / name, ignore=ignored, dirs_exist_ok=True)
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        done = subprocess.run(["ninja", "-C", str(self.folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout}")
+
+
+@functools.cache
+def emulated(sanitized: bool = False) -> Path:
+    """The build of the kernels as they are. The sanitized one looks for accesses out of bounds and undefined behaviour."""
+    folder = KEPT / ("sanitized" if sanitized else "plain")
+    build = Build(folder, SANITIZED if sanitized else ())
+    for source in (*kernel_sources(ROOT / "csrc"), ROOT / "tests/emulation/emulation.cpp"):
+        build.compile(source, [*KERNEL, *EMULATED, f"-I{ROOT}/csrc"])
+    includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    binding = [*KERNEL, "-O0", "-Wno-psabi", *EMULATED, f"-I{ROOT}/csrc", *(f"-isystem{path}" for path in includes)]
+    if not sanitized:
+        build.compile(ROOT / "csrc/bindings_cuda.cpp", binding)
+        build.finish(ordinary_objects())
+    else:
+        build.finish([emulated() / "objects/bindings_cuda.o", *ordinary_objects()])
+    return folder
+
+
+def mutant(folder: Path, csrc: Path, sources: list[str]) -> None:
+    """A build of another csrc, of which only the named kernel sources are compiled; the rest is that of the kernels as
+    they are."""
+    build = Build(folder)
+    for name in sources:
+        build.compile(csrc / "cuda" / name, [*KERNEL, *EMULATED, f"-I{csrc}"])
+    same = [path for path in sorted((emulated() / "objects").glob("*.o")) if f"{path.stem}.cu" not in sources]
+    build.finish([*same, *ordinary_objects()])
+
+
+def library_of_compiler(name: str) -> str:
+    return subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_tests(
+    folder: Path, *arguments: str, sanitized: bool = False, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """pytest in a build, where uninitialized memory holds no zeros."""
+    env = {
+        "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "OMP_NUM_THREADS": "1",
+        "MALLOC_PERTURB_": "129", **environment,
+    }  # fmt: skip
+    if sanitized:
+        env["LD_PRELOAD"] = " ".join(map(library_of_compiler, ("libasan.so", "libubsan.so")))
+        env["ASAN_OPTIONS"] = "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=126"
+        env["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)

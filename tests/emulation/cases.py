@@ -1,0 +1,447 @@
+"""What the emulated CUDA kernels must get right, whatever plan they are launched with and whoever runs first.
+
+test_cuda_emulation.py runs this file inside a build whose CPU tensors go to the emulated kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import objkern
+from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from tests.conftest import DTYPES, EVERY_TERM, random_rows
+
+from . import control
+from .control import A100, SMALL, Plan
+
+# Around a vector, a warp's vectors, a block's; primes; powers of two.
+SIZES = [1, 2, 7, 8, 9, 31, 33, 127, 130, 513, 1023, 1024, 1025, 1031, 4099]
+CLUSTERS = [Plan(cluster, resident) for cluster in (1, 2, 4, 8) for resident in (False, True)]
+LANES = [Plan(lanes=lanes) for lanes in (1, 2, 4, 8, 16, 32)]
+PLANS = [*CLUSTERS, *LANES]
+ROWS = 7  # more than there are teams: each has rows in turn
+
+PLAIN = CrossEntropy()
+REGULARIZED = CrossEntropy(label_smoothing=0.1) + 0.01 * ZLoss() - 0.1 * Entropy()
+SQUARE = REGULARIZED + 0.1 * LogitL2()
+EVERY = objkern.parse(EVERY_TERM.replace("+ 0.2*Unlikelihood() ", ""))  # infinite where V = 1
+OBJECTIVES = {"plain": PLAIN, "entropy": REGULARIZED, "square": SQUARE, "every": EVERY}  # of every depth
+
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of gradients
+OF_LOSS = {dtype: 1e-12 if dtype == torch.float64 else 4e-6 for dtype in DTYPES}
+
+
+def name_of(plan: Plan) -> str:
+    return f"{plan.lanes} lanes" if plan.lanes else f"cluster of {plan.cluster}{', resident' * plan.resident}"
+
+
+every_plan = pytest.mark.parametrize("plan", PLANS, ids=name_of)
+every_cluster = pytest.mark.parametrize("plan", CLUSTERS, ids=name_of)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs() -> None:
+    """at::empty gives NaN: an element that no thread writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    control.seed(1)
+
+
+class Found(NamedTuple):
+    loss: Tensor
+    gradient: Tensor
+    parts: dict[str, Tensor]
+
+
+def run(
+    objective: objkern.Objective, z: Tensor, y: Tensor | None, plan: Plan | None = None, upstream: float | Tensor = 0.7,
+    **options,
+) -> Found:  # fmt: skip
+    """Loss, gradient and parts, and the logits found as they were."""
+    x = z.detach().requires_grad_()
+    before = z.detach().clone()
+    with control.plan(plan):
+        loss, parts = objective(x, y, return_parts=True, **options)
+        (gradient,) = torch.autograd.grad(loss, x, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    assert torch.equal(z.detach().view(torch.uint8), before.view(torch.uint8)), "the logits were written to"
+    return Found(loss.detach(), gradient, parts)
+
+
+def truth(objective: objkern.Objective, z: Tensor, y: Tensor | None, upstream: float | Tensor = 0.7, **options) -> Found:
+    if y is not None and y.is_floating_point():
+        y = y.double()
+    return run(objective, z.double(), y, None, upstream, backend="reference", **options)
+
+
+def assert_same(found: Found, expected: Found, dtype: torch.dtype, what: object = "") -> None:
+    def close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
+        finite = b[torch.isfinite(b)].abs()
+        atol = tolerance * (finite.max().item() if finite.numel() else 1.0)
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=tolerance, atol=atol, equal_nan=True, msg=lambda m: f"{what} {name}: {m}"
+        )
+
+    close(found.loss, expected.loss, OF_LOSS[dtype], "loss")
+    close(found.gradient, expected.gradient, TOLERANCE[dtype], "gradient")
+    assert found.parts.keys() == expected.parts.keys()
+    for name, value in expected.parts.items():
+        close(found.parts[name], value, OF_LOSS[dtype], name)
+
+
+def bits(found: Found) -> list[Tensor]:
+    return [t.reshape(-1).view(torch.uint8) for t in (found.loss, found.gradient, *found.parts.values())]
+
+
+def same_bits(a: Found, b: Found) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(bits(a), bits(b), strict=True))
+
+
+@functools.cache
+def batch(classes: int, dtype: torch.dtype, rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    """With the label at both ends of rows, and an ignored row."""
+    z, y = random_rows(rows, classes, dtype)
+    y[0], y[1] = 0, classes - 1
+    if rows > 2:
+        y[2] = -100
+    return z, y
+
+
+@functools.cache
+def expected(name: str, classes: int, dtype: torch.dtype, reduction: str) -> Found:
+    return truth(OBJECTIVES[name], *batch(classes, dtype), reduction=reduction)
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@every_plan
+@every_dtype
+def test_every_size_under_every_plan(dtype: torch.dtype, plan: Plan) -> None:
+    """Heads, tails, a last tile that is short or empty, threads without a class, and rows that take turns."""
+    for classes in SIZES:
+        if plan.lanes and classes > 1031:
+            continue
+        z, y = batch(classes, dtype)
+        for name in ("plain", "every"):
+            control.seed(classes)
+            fused = run(OBJECTIVES[name], z, y, plan, gradient="forward")
+            assert control.launches() > 0
+            assert_same(fused, expected(name, classes, dtype, "mean"), dtype, (name, classes, "fused"))
+
+
+@every_dtype
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("plan", [Plan(2, True), Plan(4, False), Plan(lanes=8)], ids=name_of)
+def test_every_depth(plan: Plan, name: str, dtype: torch.dtype) -> None:
+    """Each is kernels of its own; and unreduced, where the gradient comes from the coefficients that were kept."""
+    for classes in (9, 130, 1031):
+        z, y = batch(classes, dtype)
+        for reduction, gradient in (("mean", "forward"), ("sum", "backward"), ("none", "backward")):
+            found = run(OBJECTIVES[name], z, y, plan, reduction=reduction, gradient=gradient)
+            assert_same(found, expected(name, classes, dtype, reduction), dtype, (name, classes, reduction))
+
+
+@every_dtype
+def test_plans_of_its_own(dtype: torch.dtype) -> None:
+    """What a launch chooses by itself on either kind of device, and segments of long rows."""
+    for device in (A100, SMALL, control.H100):
+        with control.device(device):
+            for classes, rows in ((1000, 9), (5000, 3), (33000, 2)):
+                z, y = batch(classes, dtype, rows)
+                for objective in (PLAIN, SQUARE):
+                    for gradient in ("forward", "backward"):
+                        found = run(objective, z, y, gradient=gradient)
+                        assert_same(found, truth(objective, z, y), dtype, (device, classes, gradient))
+                        assert control.last_grid().cluster == 1 or device.clusters
+
+
+def test_the_plan_is_what_it_says() -> None:
+    """The tests of a path prove nothing if the launch took another."""
+    z, y = batch(60000, torch.bfloat16, 2)
+    for plan, clusters, least in ((None, {8}, 15000), (Plan(2, True), {2}, 60000), (Plan(4, False), {4}, 0)):
+        with control.plan(plan):
+            control.seed(0)
+            found = PLAIN(z.detach().requires_grad_(), y, gradient="forward")
+            grid = control.last_grid()
+        assert control.launches() > 0
+        assert grid.cluster in clusters
+        assert least <= grid.shared_bytes <= least + 4000
+        assert found.item() == pytest.approx(PLAIN(z.double(), y, backend="reference").item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 32])
+def test_many_rows(lanes: int) -> None:
+    """Several turns of every block, labels counted by several blocks, and a last turn that is not full."""
+    rows = 5003
+    z, y = random_rows(rows, 9, torch.float32)
+    y[::3] = -100
+    weight = torch.rand(9) + 0.5
+    for objective in (PLAIN, CrossEntropy(weight, 0.1)):
+        found = run(objective, z, y, Plan(lanes=lanes), gradient="forward")
+        assert_same(found, truth(objective, z, y), torch.float32)
+
+
+def test_a_gradient_whose_blocks_take_turns() -> None:
+    with control.device(SMALL):
+        for classes in (9, 600, 1025):
+            z, y = random_rows(70, classes, torch.float32)
+            y[5] = -100
+            found = run(SQUARE, z, y, upstream=torch.linspace(-1, 2, 70), reduction="none")
+            assert_same(found, truth(SQUARE, z, y, torch.linspace(-1, 2, 70).double(), reduction="none"), torch.float32)
+
+
+# ---- schedules ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [Plan(1, False), Plan(2, True), Plan(8, True), Plan(4, False), Plan(lanes=4), Plan(lanes=32)], ids=name_of)
+def test_bits_do_not_depend_on_who_runs_first(plan: Plan) -> None:
+    """30: a missing barrier, a sum in the order of arrival, a last block that is not the last."""
+    z, y = batch(1031, torch.float32)
+    for name in ("plain", "every"):
+        first = None
+        for number in (1, 1, *range(2, 14)):
+            control.seed(number)
+            found = run(OBJECTIVES[name], z, y, plan, gradient="forward")
+            if first is None:
+                first = found
+                assert_same(found, expected(name, 1031, torch.float32, "mean"), torch.float32)
+            assert same_bits(found, first), f"schedule {number} gives other bits"
+
+
+@pytest.mark.parametrize("classes", [9, 1031])
+def test_statistics_and_their_gradient_in_any_order(classes: int) -> None:
+    z, y = batch(classes, torch.float32)
+    results = []
+    for number in range(5):
+        control.seed(number)
+        x = z.clone().requires_grad_()
+        s = objkern.row_statistics(x, y)
+        weights = torch.linspace(-1, 2, s.lse.numel(), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(sum((f.nan_to_num(0, 0, 0) * weights).sum() for f in s), x)
+        results.append([*(f.detach() for f in s), gradient])
+    exact = objkern.row_statistics(z.double(), y, backend="reference")
+    for found in results[1:]:
+        assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(found, results[0], strict=True))
+    for name, value in zip(exact._fields, results[0], strict=False):
+        torch.testing.assert_close(value.double(), getattr(exact, name), rtol=4e-6, atol=4e-6, equal_nan=True)
+
+
+@every_plan
+def test_statistics_under_every_plan(plan: Plan) -> None:
+    objective = CrossEntropy() + custom(lambda s: s.entropy * s.lse + s.logit_variance + s.max_logit)
+    for classes in (5, 130, 1031):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            z, y = batch(classes, dtype)
+            upstream = torch.linspace(-1, 2, ROWS)
+            found = run(objective, z, y, plan, upstream, reduction="none")
+            assert_same(found, truth(objective, z, y, upstream.double(), reduction="none"), dtype, classes)
+
+
+# ---- masks --------------------------------------------------------------------------------------------------------------
+
+
+@every_plan
+def test_masked_tiles(plan: Plan) -> None:
+    """16: NaN when a warp, a block's tile or everything but one logit is −inf."""
+    classes = 1031 if plan.lanes == 0 else 130
+    for dtype in (torch.float32, torch.bfloat16):
+        z, _ = random_rows(ROWS, classes, dtype)
+        third = classes // 3
+        z[0, :third] = -torch.inf
+        z[1, third:] = -torch.inf
+        z[2, 1:] = -torch.inf
+        z[3, :-1] = -torch.inf
+        z[4, ::2] = -torch.inf
+        z[5, : 2 * third] = -torch.inf
+        y = torch.tensor([classes - 1, 0, 0, classes - 1, 1, classes - 1, 5])
+        for objective in (PLAIN, SQUARE, EVERY, MaxZLoss()):
+            found = run(objective, z, y, plan, gradient="forward")
+            assert_same(found, truth(objective, z, y), dtype)
+        z[6] = -torch.inf
+        with control.plan(plan):
+            loss = PLAIN(z, y, reduction="none")
+        assert loss.isnan().tolist() == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize("plan", [Plan(1, True), Plan(4, True), Plan(8, False), Plan(lanes=8)], ids=name_of)
+def test_one_finite_logit_at_every_position(plan: Plan) -> None:
+    """16, wherever a tile, a vector or a thread's share begins."""
+    classes = 71 if plan.lanes or plan.cluster == 1 else 40 * plan.cluster + 3
+    z = torch.full((classes, classes), -torch.inf)
+    z.fill_diagonal_(2.5)
+    y = torch.arange(classes)
+    with control.plan(plan):
+        x = z.clone().requires_grad_()
+        loss = EVERY(x, y, gradient="forward")
+        loss.backward(torch.tensor(2.0))
+    per_row = 2.5**2 * (0.5 + 0.3 + 0.9)
+    assert loss.item() == pytest.approx(per_row, rel=1e-6)
+    wanted = torch.zeros_like(z).fill_diagonal_(2 * 2 * 2.5 * (0.5 + 0.3 + 0.9) / classes)
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-6, atol=0)
+
+
+@every_cluster
+def test_a_maximum_that_rises_and_a_maximum_twice(plan: Plan) -> None:
+    """Sums rescaled to a larger maximum; of equal maxima the first one has the gradient of max-z, in whatever tile."""
+    z = torch.linspace(-30, 10, 1031).repeat(4, 1)
+    z[1] = z[0].flip(0)
+    z[2] = 0.0
+    z[3, [200, 500, 900]] = 20.0
+    y = torch.tensor([5, 6, 7, 8])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = run(EVERY, z.to(dtype), y, plan, gradient="forward")
+        assert_same(found, truth(EVERY, z.to(dtype), y), dtype)
+    found = run(MaxZLoss(), z, y, plan, gradient="forward")
+    assert found.gradient[3].nonzero().tolist() == [[200]]
+    assert found.gradient[2].nonzero().tolist() == []
+
+
+# ---- labels -------------------------------------------------------------------------------------------------------------
+
+
+@every_plan
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_all_rows_ignored(gradient: str, plan: Plan) -> None:
+    """12, and what is stored where nothing is computed."""
+    z, _ = random_rows(ROWS, 130, torch.bfloat16)
+    y = torch.full((ROWS,), -100)
+    for reduction, empty, value in (("mean", "nan", torch.nan), ("mean", "zero", 0.0), ("sum", "nan", 0.0)):
+        found = run(SQUARE, z, y, plan, gradient=gradient, reduction=reduction, empty=empty)
+        torch.testing.assert_close(found.loss, torch.tensor(value), equal_nan=True)
+        assert not found.gradient.any()
+        assert found.parts["rows"] == 0
+    found = run(SQUARE, z, y, plan, reduction="none")
+    assert not found.loss.any()
+    assert not found.gradient.any()
+
+
+@every_plan
+@pytest.mark.parametrize("label", [-1, 130, 131, 2**31, 2**40 + 3, 2**63 - 1, -(2**63)])
+def test_a_bad_label_is_a_row_of_nan(label: int, plan: Plan) -> None:
+    """13: read out of bounds, or a loss of 0. The sanitized run would see the read."""
+    z, y = batch(130, torch.float32)
+    y = y.clone()
+    y[3] = label
+    good = [0, 1, 4, 5, 6]
+    for objective in (PLAIN, EVERY, PLAIN + custom(lambda s: s.lse)):
+        found = run(objective, z, y, plan, reduction="none", validate=False)
+        assert found.loss[3].isnan()
+        assert found.gradient[3].isnan().all()
+        without = y.clone()
+        without[3] = -100
+        expected = truth(objective, z, without, reduction="none")
+        torch.testing.assert_close(found.loss[good].double(), expected.loss[good], rtol=4e-6, atol=4e-6)
+        torch.testing.assert_close(found.gradient[good].double(), expected.gradient[good], rtol=4e-6, atol=4e-6)
+    found = run(PLAIN, z, y, plan, gradient="forward", validate=False)
+    assert found.loss.isnan()
+    weight = torch.rand(130) + 0.5
+    assert run(CrossEntropy(weight), z, y, plan, gradient="forward", validate=False).loss.isnan()
+
+
+def test_no_rows() -> None:
+    z, y = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    for plan in (None, Plan(2, True), Plan(lanes=4)):
+        found = run(SQUARE, z, y, plan, gradient="forward")
+        assert found.loss.isnan()
+        assert run(SQUARE, z, y, plan, reduction="sum").loss == 0
+        assert run(SQUARE, z, y, plan, reduction="none").loss.shape == (0,)
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+
+def at_offset(z: Tensor, offset: int, gap: int) -> Tensor:
+    """The same numbers `offset` elements into memory whose last byte is the last logit's."""
+    rows, classes = z.shape
+    stride = classes + gap
+    memory = torch.full((offset + (rows - 1) * stride + classes,), torch.nan, dtype=z.dtype)
+    view = memory.as_strided((rows, classes), (stride, 1), offset)
+    view.copy_(z)
+    return view
+
+
+@every_dtype
+@pytest.mark.parametrize("plan", [*CLUSTERS, Plan(lanes=4), Plan(lanes=32)], ids=name_of)
+def test_rows_that_begin_anywhere(plan: Plan, dtype: torch.dtype) -> None:
+    """11: a load of 16 bytes at a place that is no multiple of 16, or one that reaches out of the row."""
+    for classes in (5, 131, 1030):
+        z, y = batch(classes, dtype, 4)
+        wanted = run(SQUARE, z, y, plan, gradient="forward")
+        assert_same(wanted, truth(SQUARE, z, y), dtype)
+        for offset in range(9):
+            for gap in (0, 1, 6):
+                found = run(SQUARE, at_offset(z, offset, gap), y, plan, gradient="forward")
+                assert_same(found, wanted, dtype, (classes, offset, gap))
+
+
+def test_a_row_that_is_every_row() -> None:
+    z, y = batch(131, torch.float16)
+    for plan in (Plan(2, True), Plan(lanes=8)):
+        row = z[:1].expand(ROWS, -1)
+        found = run(SQUARE, row, y, plan, gradient="forward")
+        assert_same(found, truth(SQUARE, row.contiguous(), y), torch.float16)
+
+
+# ---- options ------------------------------------------------------------------------------------------------------------
+
+
+@every_plan
+def test_options(plan: Plan) -> None:
+    """Numbers that are read from memory, class weights, probabilities, caps: the deepest kernels."""
+    generator = torch.Generator().manual_seed(3)
+    for classes in (9, 131, 1030):
+        for dtype in (torch.float32, torch.bfloat16):
+            z, y = batch(classes, dtype)
+            weight = torch.rand(classes, generator=generator) + 0.1
+            probabilities = torch.rand(ROWS, classes, generator=generator).softmax(-1)
+            cases: list[tuple[objkern.Objective, Tensor, dict]] = [
+                (SQUARE, y, {"logit_scale": torch.tensor(0.7), "softcap": 5.0}),
+                (CrossEntropy(weight, 0.1) + 0.1 * ZLoss(), y, {"normalizer": torch.tensor(3.0)}),
+                (CrossEntropy(weight) - 0.1 * Entropy(), probabilities, {}),
+                (torch.tensor(0.3) * PLAIN + 0.5 * LogitL2(), y, {}),
+                (ZLoss() + LogitL2(), None, {"softcap": 3.0}),
+            ]
+            for objective, target, options in cases:
+                found = run(objective, z, target, plan, gradient="forward", **options)
+                exact = objkern_of_doubles(objective, options)
+                assert_same(found, truth(exact[0], z, target, **exact[1]), dtype, (classes, repr(objective)))
+
+
+def objkern_of_doubles(objective: objkern.Objective, options: dict) -> tuple[objkern.Objective, dict]:
+    return objective, {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+def test_a_logit_scale_learns() -> None:
+    z, y = batch(131, torch.float32)
+    for plan in (Plan(2, True), Plan(lanes=8), None):
+        found = []
+        for backend, x in (("auto", z), ("reference", z.double())):
+            scale = torch.tensor(0.7, dtype=x.dtype, requires_grad=True)
+            with control.plan(plan):
+                loss = SQUARE(x.clone().requires_grad_(), y, logit_scale=scale, softcap=9.0, backend=backend)
+                found.append(torch.autograd.grad(loss, scale)[0].double())
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_an_upstream_of_one_changes_nothing() -> None:
+    """4: the shortcut; the gradient that the forward pass wrote is left as it is, and is right."""
+    z, y = batch(1031, torch.bfloat16)
+    for plan in (Plan(2, True), Plan(1, False)):
+        found = run(SQUARE, z, y, plan, upstream=1.0, gradient="forward")
+        assert_same(found, truth(SQUARE, z, y, upstream=1.0), torch.bfloat16)
+
+
+def test_a_plan_that_does_not_fit_is_an_error() -> None:
+    z, y = batch(4099, torch.float64)
+    refuse: Callable[[], object] = lambda: run(PLAIN, z.repeat(1, 9), y, Plan(1, True), gradient="forward")  # noqa: E731
+    with pytest.raises(RuntimeError, match="configuration|plan"):
+        refuse()
+    with control.device(A100), pytest.raises(RuntimeError, match="configuration|plan"):
+        run(PLAIN, z, y, Plan(2, False))
