@@ -1,7 +1,8 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
 # make test    set up, build, and run the tests
 # make bench   time against eager torch and torch.compile; BENCH="--rounds 3" passes options on
-# make lint | docs | build | wheel | clean
+# make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
+# make lint | docs | build | check-oldest-torch | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
 # use. A torch that is already installed is used as it is (also a CUDA build, also one of the system's Python).
@@ -21,9 +22,9 @@ endif
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
          transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help build test demo lint format bench docs wheel clean
+.PHONY: help build test demo lint format bench docs wheel check-wheel check-oldest-torch clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,8 +49,9 @@ $(STAMP): constraints.txt $(if $(filter .venv/%,$(PY)),| .venv/bin/python)
 	@touch $@
 
 build: $(STAMP)
-	@echo "==> building the native core (OBJKERN_CPU_CAPABILITIES chooses the instruction sets)"
+	@echo "==> building the native core (OBJKERN_CUDA=0 leaves out the CUDA kernels; see docs/building.md)"
 	@log=build/build.log; $(PY) setup.py build_ext --inplace > $$log 2>&1 || { cat $$log; exit 1; }
+	@sed -n 's/^objkern: /==> /p' build/build.log
 
 test: build
 	$(PY) -m pytest
@@ -81,9 +83,19 @@ docs: build
 	PYTHONPATH=. $(PY) docs/objectives.py
 	$(PY) -m benchmarks.report
 
+# setuptools would put into the wheel whatever modules an earlier build left in build/lib*.
 wheel: $(STAMP)
+	@rm -rf build/lib.* build/bdist.*
+	@$(PY) build_cuda.py
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls -l dist/*.whl
+
+check-wheel: wheel
+	$(PY) -m tests.check_wheel dist/objkern-*.whl
+
+# 77: that torch cannot be had here, which is no fault of the code's.
+check-oldest-torch: $(STAMP)
+	$(PY) -m tests.check_oldest_torch || [ $$? -eq 77 ]
 
 clean:
 	rm -rf build dist runs objkern/_C*.so *.egg-info

@@ -1,22 +1,33 @@
-"""Builds objkern's native core with the compiler and ninja; see `make build`.
+"""Builds objkern's native core with the compiler, nvcc if there is one, and ninja; see `make build`.
 
 Torch-free sources (the kernels) become objects by a ninja file of our own, because each wants its own flags: one
-object per CPU instruction set. The binding is an ordinary torch extension that links them.
+object per CPU instruction set, and nvcc's per CUDA source. The binding is an ordinary torch extension that links them.
 
     OBJKERN_CPU_CAPABILITIES   which instruction sets to build, e.g. "default,avx2" (default: all that apply here)
+    OBJKERN_CUDA, TORCH_CUDA_ARCH_LIST   whether to build the CUDA kernels, and for what; see build_cuda.py
 """
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
+import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+import build_cuda  # noqa: E402
+
 INCLUDES = ["csrc", *cpp_extension.include_paths()]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# What belongs to the machine that builds stays there: the debug information that Python's own flags ask for (two
+# thirds of the library), and the folders of the source files, which error messages name.
+FLAGS += ["-g0", *(f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parent.parent))]
 # ATen's headers use pragmas of other compilers, and pass vectors by value as GCC < 4.6 would not have.
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
@@ -41,41 +52,50 @@ def chosen_capabilities() -> list[str]:
     return ["default", *(name for name in chosen if name != "default")]
 
 
-def kernel_objects(build_dir: Path) -> dict[Path, tuple[Path, list[str]]]:
-    """Every torch-free object: path -> (source, flags)."""
+def kernel_objects(build_dir: Path, cuda: build_cuda.Build | None) -> dict[Path, tuple[str, Path, list[str]]]:
+    """Every torch-free object: path -> (rule, source, flags)."""
     capabilities = chosen_capabilities()
     built = [f"-DOBJKERN_HAS_{name.upper()}" for name in capabilities]
     objects = {
-        build_dir / "dispatch.o": (ROOT / "csrc/cpu/dispatch.cpp", built),
-        build_dir / "buffers.o": (ROOT / "csrc/cpu/buffers.cpp", []),
+        build_dir / "build_facts.o": ("cxx", ROOT / "csrc/build_facts.cpp", [] if cuda is None else cuda_facts(cuda)),
+        build_dir / "dispatch.o": ("cxx", ROOT / "csrc/cpu/dispatch.cpp", built),
+        build_dir / "buffers.o": ("cxx", ROOT / "csrc/cpu/buffers.cpp", []),
     }
     for name in capabilities:
         aten_name, machine = CAPABILITIES[name]
         variant = "baseline" if name == "default" else name
         flags = [f"-DCPU_CAPABILITY={aten_name}", f"-DCPU_CAPABILITY_{aten_name}", f"-DOBJKERN_VARIANT={variant}"]
-        objects[build_dir / f"kernels_{name}.o"] = (ROOT / "csrc/cpu/kernels.cpp", flags + machine)
+        objects[build_dir / f"kernels_{name}.o"] = ("cxx", ROOT / "csrc/cpu/kernels.cpp", flags + machine)
+    if cuda is not None:
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects[build_dir / f"cuda_{source.stem}.o"] = ("nvcc", source, [])
     return objects
+
+
+def cuda_facts(cuda: build_cuda.Build) -> list[str]:
+    facts = {"ARCHS": ";".join(cuda.architectures), "COMPILER": f"nvcc {cuda.toolkit.version}"}
+    return [f'-DOBJKERN_CUDA_{name}="{fact}"' for name, fact in facts.items()]
 
 
 def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def compile_objects(build_dir: Path) -> list[str]:
-    """Compile what is out of date; returns the objects' paths."""
+def compile_objects(build_dir: Path, cuda: build_cuda.Build | None) -> list[str]:
+    """Compile what is out of date, also by its command; returns the objects' paths."""
     build_dir.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{ROOT / path}" if not os.path.isabs(path) else f"-I{path}" for path in INCLUDES]
-    objects = kernel_objects(build_dir)
-    rules = [
-        "rule cxx",
-        f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {' '.join(FLAGS + WARNINGS)} "
-        + " ".join(f"'{flag}'" for flag in includes)
-        + " $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
-    for target, (source, flags) in objects.items():
-        rules += [f"build {escape(target)}: cxx {escape(source)}", f"  flags = {' '.join(flags)}"]
+    commands = {"cxx": [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *WARNINGS, *includes]}
+    if cuda is not None:
+        commands["nvcc"] = cuda.command()
+    rules = []
+    for name, command in commands.items():
+        quoted = shlex.join(command).replace("$", "$$")
+        rules += [f"rule {name}", f"  command = {quoted} -MMD -MF $out.d $flags -c $in -o $out"]
+        rules += ["  depfile = $out.d", "  deps = gcc"]
+    objects = kernel_objects(build_dir, cuda)
+    for target, (rule, source, flags) in objects.items():
+        rules += [f"build {escape(target)}: {rule} {escape(source)}", f"  flags = {shlex.join(flags)}"]
     (build_dir / "build.ninja").write_text("\n".join(rules) + "\n")
     subprocess.run(["ninja", "-C", str(build_dir)], check=True)
     return [str(path) for path in objects]
@@ -83,27 +103,31 @@ def compile_objects(build_dir: Path) -> list[str]:
 
 class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
-        for extension in self.extensions:
-            extension.extra_objects = compile_objects(Path(self.build_temp).resolve() / "kernels")
+        cuda = build_cuda.plan(os.environ)
+        (extension,) = self.extensions
+        extension.extra_objects = compile_objects(Path(self.build_temp).resolve() / "kernels", cuda)
+        if cuda is not None:
+            extension.sources.append("csrc/bindings_cuda.cpp")
+            extension.extra_compile_args.append("-DOBJKERN_HAS_CUDA")
+            extension.library_dirs.append(cuda.toolkit.libraries)
+            extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+            self.build_temp = os.path.join(self.build_temp, "with_cuda")  # another binding: neither replaces the other
+        # Some Pythons link with their own library folder as a run path: no place on another machine.
+        for linker in ("linker_so", "linker_so_cxx"):
+            words = getattr(self.compiler, linker)
+            setattr(self.compiler, linker, [word for word in words if not word.startswith("-Wl,-rpath")])
         super().build_extensions()
 
 
-setup(
-    ext_modules=[
-        cpp_extension.CppExtension(
-            "objkern._C",
-            ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=[*FLAGS, *WARNINGS],
-            depends=[
-                "csrc/arguments.h",
-                "csrc/batch.h",
-                "csrc/objective.h",
-                "csrc/rows.h",
-                "csrc/dtypes.h",
-                "csrc/cpu/kernels.h",
-            ],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # tests read the flags above
+    setup(
+        ext_modules=[
+            cpp_extension.CppExtension(
+                "objkern._C",
+                ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
+                include_dirs=[str(ROOT / "csrc")],
+                extra_compile_args=[*FLAGS, *WARNINGS],
+            )
+        ],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -112,7 +112,7 @@ bool is_tracing(const Tensor& t) {  // its numbers are not there to look at, or 
 
 // dL/ds = Σ dL/d(s·x) x; what has no gradient (an excluded class, an ignored row) may be infinite.
 Tensor scale_gradient(const Tensor& to_scaled, const Tensor& logits, const Tensor& scale) {
-  return at::where(to_scaled == 0, to_scaled, to_scaled * logits).sum().to(scale.scalar_type());
+  return at::where(to_scaled == 0, to_scaled, to_scaled * logits).sum().to(scale.options());
 }
 
 // Gradients through the reference, for the differentiable arguments that `needed` marks; undefined for the others.
@@ -290,7 +290,7 @@ struct ObjectiveBackward final : ForwardBackward {
       const Tensor own = values.select(0, static_cast<int64_t>(k)).to(at::kDouble) * upstream * terms[3 * k + 2];
       found.push_back(upstream.dim() == 0 ? own : own.sum());
     }
-    return at::stack(found);
+    return at::stack(found).to(inputs[kCoefficientTensor].toTensor().device());
   }
 
   void release_variables() override {

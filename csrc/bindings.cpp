@@ -7,13 +7,19 @@
 #include <torch/version.h>
 
 #include <cstring>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "build_facts.h"
 #include "cpu/buffers.h"
 #include "cpu/kernels.h"
 #include "objective.h"
+#ifdef OBJKERN_HAS_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace objkern {
 
@@ -66,6 +72,11 @@ std::vector<double> fields_of(const S& s) {
   return {first, first + sizeof(S) / sizeof(double)};
 }
 
+// None for a null pointer.
+std::optional<std::string> text(const char* characters) {
+  return characters == nullptr ? std::nullopt : std::optional<std::string>(characters);
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts and scalar doors of objkern's C++ core; tensors go through torch.ops.objkern.";
   m.def("build_info", [] {
@@ -73,9 +84,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["compiler"] = __VERSION__;
     info["torch"] = TORCH_VERSION;
     const cpu::Doors* doors = cpu::doors();
-    info["cpu_capability"] = doors == nullptr ? pybind11::object(pybind11::none()) : pybind11::str(doors->name);
+    info["cpu_capability"] = text(doors == nullptr ? nullptr : doors->name);
+    info["cuda_archs"] = text(build_facts().cuda_archs);
+    info["cuda_compiler"] = text(build_facts().cuda_compiler);
     return info;
   });
+#ifdef OBJKERN_HAS_CUDA
+  m.def(
+      "cuda_support",
+      [] {
+        const cuda::Support support = cuda::support();
+        return std::make_tuple(support.devices, text(support.reason));
+      },
+      "How many CUDA devices there are, and why there is none that could be used, or None.");
+  m.def(
+      "cuda_why_not", [](int device) { return text(cuda::why_not(device)); },
+      "Why the kernels cannot run on the CUDA device, or None.");
+  m.def(
+      "force_cuda_plan",
+      [](int cluster, bool resident, int lanes) {
+        const cuda::Plan plan{cluster, resident, lanes};
+        cuda::force_plan(&plan);
+      },
+      "Spread rows over the device like this from now on, whatever their size; for measurements and tests.");
+  m.def("force_cuda_plan", [] { cuda::force_plan(nullptr); }, "Spread rows as csrc/cuda/doors.cu says.");
+#endif
   m.def(
       "term",
       [](int64_t kind, double parameter, double row_weight, const std::vector<double>& statistics) {

@@ -406,8 +406,11 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
   if ((reads & kMeanLogprob) != 0) {  // (w_j − W p_j) / n; at the target (w_y (1 − p_y) − (W − w_y) p_y) / n
     const R share = f.mean_logprob * inverse_n;
     g.exp_1 = g.exp_1 - share * (c.sum_w + c.target_weight) * r;
-    R& own = weighted_classes ? g.const_w : g.const_1;
-    own = own + share;
+    if (weighted_classes) {
+      g.const_w = g.const_w + share;
+    } else {
+      g.const_1 = g.const_1 + share;
+    }
     g.target_grad = g.target_grad + share * (c.target_weight * o.p_others - c.sum_w * o.p_target);
   }
   return g;

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, cuda
 
 
 def info() -> str:
@@ -27,6 +27,8 @@ def info() -> str:
         "python": f"{platform.python_version()} on {platform.machine()}",
         "compiler": f"GCC {build['compiler']}",
         "cpu backend": _cpu(build["cpu_capability"]),
+        "cuda backend": _cuda(),
+        "cuda kernels": _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
         "reference backend": "runs on any device (eager torch)",
         "threads": str(torch.get_num_threads()),
     }
@@ -37,6 +39,24 @@ def _cpu(capability: str | None) -> str:
     if capability is None:
         return "cannot run: OBJKERN_CPU_CAPABILITY asks for what this build or this processor has not"
     return f"runs, with {'default' if capability == 'baseline' else capability} kernels"
+
+
+def _cuda_kernels(archs: str | None, compiler: str | None) -> str:
+    return "none" if archs is None else f"for {', '.join(archs.split(';'))}, by {compiler}"
+
+
+def _cuda() -> str:
+    reasons = cuda.missing()
+    return f"cannot run: {'; '.join(reasons)}" if reasons else "; ".join(_cuda_devices(_C.cuda_support()[0]))
+
+
+def _cuda_devices(count: int) -> list[str]:
+    """Which devices the kernels run on, then why not on each of the others."""
+    why_not = {device: cuda.why_not(device) for device in range(count)}
+    names = {device: torch.cuda.get_device_name(device) for device in why_not}
+    fit = [names[device] for device, reason in why_not.items() if reason is None]
+    facts = [f"runs on {len(fit)} device{'s' if len(fit) > 1 else ''}: {', '.join(fit)}"] if fit else []
+    return facts + [f"cannot run on device {i}, {names[i]}: {reason}" for i, reason in why_not.items() if reason]
 
 
 def bench(arguments: list[str]) -> int:
@@ -70,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, backends that can run here, CPU capability")
+    commands.add_parser("info", help="version, backends that can run here, CPU capability, CUDA architectures")
     commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")
     commands.add_parser("bench", help="run the benchmarks that come with the checkout; options are pytest's")
     parser.parse_args(argv)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import _C, cuda, reference
 from .batch import REDUCTIONS, Batch
 from .statistics import Statistics
 
@@ -34,12 +34,13 @@ class Program(NamedTuple):
         for coefficient, term in weighted_terms:
             terms += (term.kind, term.parameter, coefficient)
         coefficients = terms[2::3]
-        like = next((c for c in coefficients if isinstance(c, Tensor)), None)
-        if like is None:
+        tensors = [c for c in coefficients if isinstance(c, Tensor)]
+        if not tensors:
             return cls(terms)
         terms[2::3] = [1.0 if isinstance(c, Tensor) else c for c in coefficients]
+        like = next((c for c in tensors if not c.is_cpu), tensors[0])  # a number of the CPU can go anywhere
         one = like.new_ones((), dtype=torch.float64)
-        return cls(terms, torch.stack([c.to(torch.float64) if isinstance(c, Tensor) else one for c in coefficients]))
+        return cls(terms, torch.stack([c.to(one) if isinstance(c, Tensor) else one for c in coefficients]))
 
 
 class Backend(NamedTuple):
@@ -54,18 +55,40 @@ class Backend(NamedTuple):
 
 
 def backend_for(name: str, logits: Tensor) -> Backend:
-    """The backend asked for by name, or for "auto" the native one of the device; what cannot run raises."""
+    """The backend asked for by name, or for "auto" the best that runs on the device; what cannot run raises."""
     if name == "reference":
         return REFERENCE
-    if name == "cpu" and logits.device.type != "cpu":
-        raise ValueError(f'backend: "cpu" cannot run on logits on {logits.device}')
-    if name in ("auto", "cpu"):
-        if logits.is_cpu or logits.is_meta:
-            return CPU
+    if (name in ("auto", "cpu")) and (logits.is_cpu or logits.is_meta):
+        return CPU
+    device = logits.device
+    if name == "auto":
+        reasons = {kind: why_not(kind, device.type, device.index) for kind in AUTOMATIC}
+        for kind, reason in reasons.items():
+            if reason is None:
+                return NATIVE[kind]
         raise NotImplementedError(
-            f'backend: there is no native backend for {logits.device.type} tensors; backend="reference" runs anywhere'
+            f'backend: none runs on {device} but backend="reference", which runs anywhere: '
+            + "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
         )
-    raise ValueError(f'backend: expected "auto", "cpu" or "reference" but got {name!r}')
+    if name not in NATIVE:
+        raise ValueError(f'backend: expected "auto", "reference" or one of {", ".join(NATIVE)} but got {name!r}')
+    reason = why_not(name, device.type, device.index)
+    if reason is not None:
+        raise ValueError(f'backend: "{name}" cannot run on {device}: {reason}')
+    return NATIVE[name]
+
+
+def why_not(name: str, device_type: str, index: int | None) -> str | None:
+    """Why a backend cannot run on a device, or None."""
+    if name == "cpu":
+        return None if device_type in ("cpu", "meta") else "its kernels are for CPU tensors"
+    if device_type != "cuda":
+        return "its kernels are for CUDA tensors"
+    return cuda.why_not(index or 0)
+
+
+# What torch.compiler.assume_constant_result would set, had it not to import the compiler: a device stays what it is.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
@@ -355,4 +378,6 @@ for _family_name in FAMILIES:
 
 
 CPU = _native("cpu", torch.ops.objkern)
+NATIVE = {"cpu": CPU, "cuda": _native("cuda", torch.ops.objkern)}
+AUTOMATIC = ("cuda",)  # of a device other than the CPU, in this order
 REFERENCE = Backend("reference", _reference_objective, reference.statistics)

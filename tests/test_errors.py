@@ -82,7 +82,7 @@ def test_no_native_backend_is_not_silent() -> None:
         z, y = torch.zeros(4, 6, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
         with pytest.raises(NotImplementedError, match='no native backend for cuda tensors; backend="reference" runs'):
             OBJECTIVE(z, y)
-        with pytest.raises(ValueError, match='backend: "cpu" cannot run on logits on cuda'):
+        with pytest.raises(ValueError, match='backend: "cpu" cannot run on cuda:0: its kernels are for CPU tensors'):
             OBJECTIVE(z, y, backend="cpu")
 
 

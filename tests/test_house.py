@@ -31,13 +31,19 @@ def test_the_cpu_room_uses_two_things_of_torch() -> None:
         assert all(allowed.fullmatch(name) for name in foreign(path)), path
 
 
+def test_the_cuda_room_uses_the_toolkit_alone() -> None:
+    """Plain nvcc compiles it on any machine: no torch header, and CUDA's own in one file only."""
+    for path in (SOURCE / "cuda").iterdir():
+        assert foreign(path) <= ({"cuda_runtime.h"} if path.name == "device.h" else set()), path
+
+
 def test_only_the_ops_and_their_derivatives_see_tensors() -> None:
     seen = {
         path.name
         for path in SOURCE.rglob("*")
         if path.is_file() and {"torch/library.h", "ATen/ATen.h"} & includes(path)
     }
-    assert seen == {"batch.h", "bindings.cpp", "bindings_cpu.cpp", "autograd.cpp"}
+    assert seen == {"batch.h", "bindings.cpp", "bindings_cpu.cpp", "bindings_cuda.cpp", "autograd.cpp"}
 
 
 def run_python(code: str) -> str:

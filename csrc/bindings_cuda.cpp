@@ -1,0 +1,227 @@
+// The ops on CUDA tensors: memory, numbers that may lie on either side, and the way into csrc/cuda. Nothing here waits
+// for the device. The tests compile this file for CPU tensors too, against the kernels' host emulation.
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "batch.h"
+#include "cuda/kernels.h"
+#ifndef OBJKERN_EMULATED
+#include "stream.h"
+#endif
+
+#ifndef OBJKERN_CUDA_KEY
+#define OBJKERN_CUDA_KEY CUDA
+#endif
+
+namespace objkern {
+namespace {
+
+using torch::jit::Stack;
+
+void check(cuda::Status status) {
+  TORCH_CHECK(status == cuda::kOk, "objkern: CUDA: ", cuda::message(status));
+}
+
+// A call on the logits' device and its current stream.
+struct Launch {
+  const c10::DeviceGuard guard;
+  cuda::Stream stream = nullptr;
+  Batch batch;
+  cuda::Scalar logit_scale;
+  std::vector<Tensor> alive;  // what was converted for the kernels
+
+  explicit Launch(const RowArguments& in, int64_t reads = kEverything) : guard(in.logits.device()), batch(in, reads) {
+    TORCH_CHECK(batch.rows.classes < (int64_t{1} << 31), "objkern: logits: expected fewer than 2^31 classes but got ",
+                batch.rows.classes);
+    check_device("target", in.target);
+    check_device("class weight", in.class_weight);
+#ifndef OBJKERN_EMULATED
+    stream = current_stream(in.logits.device());
+#endif
+    logit_scale = number("logit_scale", in.logit_scale);
+  }
+
+  void check_device(const char* name, const std::optional<Tensor>& t) const {
+    TORCH_CHECK_VALUE(!t.has_value() || t->device() == batch.logits.device(), "objkern: ", name,
+                      ": expected a tensor on ", batch.logits.device(), ", as the logits, but got one on ",
+                      t->device());
+  }
+
+  // A 0-dim tensor: of the CPU as the number it is, of the device as a place to read it from.
+  cuda::Scalar number(const char* name, const std::optional<Tensor>& t) {
+    cuda::Scalar scalar;
+    if (!t.has_value()) return scalar;
+    if (t->device() != batch.logits.device() && t->is_cpu()) {
+      scalar.value = t->item<double>();
+      return scalar;
+    }
+    check_device(name, t);
+    const bool float32 = t->scalar_type() == at::kFloat;
+    alive.push_back(float32 ? *t : t->to(at::kDouble));
+    scalar.pointer = alive.back().const_data_ptr();
+    scalar.dtype = float32 ? DType::kFloat32 : DType::kFloat64;
+    return scalar;
+  }
+
+  cuda::Program program(const ObjectiveArguments& in) {
+    cuda::Program program;
+    TORCH_CHECK_VALUE(in.terms.size() <= cuda::kMostTerms, "objkern: terms: expected at most ", cuda::kMostTerms,
+                      " on a GPU but got ", in.terms.size());
+    program.size = static_cast<int>(in.terms.size());
+    std::copy(in.terms.begin(), in.terms.end(), program.terms);
+    if (in.coefficient_tensor.has_value()) {
+      alive.push_back(in.coefficient_tensor->to(at::kDouble).contiguous());
+      const double* factors = alive.back().const_data_ptr<double>();
+      if (alive.back().device() == batch.logits.device()) {
+        program.factors = factors;
+      } else {
+        TORCH_CHECK_VALUE(alive.back().is_cpu(), "objkern: coefficient_tensor: expected it on ", batch.logits.device(),
+                          " or the CPU but got it on ", alive.back().device());
+        for (int k = 0; k < program.size; ++k) program.terms[k].scale *= factors[k];
+      }
+    }
+    program.has_normalizer = in.normalizer.has_value();
+    program.normalizer = number("normalizer", in.normalizer);
+    program.reduction = in.reduction;
+    program.empty_zero = in.empty_zero;
+    program.with_parts = in.with_parts;
+    return program;
+  }
+
+  at::TensorOptions options() const { return batch.logits.options().dtype(accumulation_type(batch.logits)); }
+  Tensor empty_gradient() const { return at::empty({batch.rows.rows, batch.rows.classes}, batch.logits.options()); }
+};
+
+void run_objective(Stack* stack, bool with_gradient) {
+  const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
+  torch::jit::drop(*stack, kObjectiveArguments);
+  TORCH_CHECK_VALUE(!with_gradient || in.reduction != Reduction::kNone,
+                    "objkern: fused: the gradient of unreduced losses is only known in the backward pass");
+  Launch call(in, in.reads());
+  Rows& rows = call.batch.rows;
+  rows.smoothed = in.smoothed();
+  rows.free_statistics = in.with_parts;
+  const cuda::Program program = call.program(in);
+  const cuda::Plan plan = cuda::plan(rows, with_gradient);
+
+  const int64_t n = rows.rows, parts_size = in.with_parts ? program.size + kFreeStatistics : 0;
+  const auto options = call.options();
+  Tensor loss, parts, gradient;
+  if (in.reduction == Reduction::kNone) {
+    loss = at::empty({n}, options);
+    parts = at::empty({parts_size, n}, options);
+  } else {
+    loss = at::empty({}, options);
+    parts = at::empty({in.with_parts ? parts_size + 1 : 0}, options);
+  }
+  const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
+  const Tensor workspace = at::empty({cuda::workspace_bytes(rows, program, plan)}, options.dtype(at::kByte));
+  if (with_gradient) gradient = call.empty_gradient();
+
+  cuda::Results results;
+  results.loss = loss.mutable_data_ptr();
+  results.parts = in.with_parts ? parts.mutable_data_ptr() : nullptr;
+  results.row_gradient = row_gradient.mutable_data_ptr();
+  results.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
+  results.workspace = workspace.mutable_data_ptr();
+  check(cuda::objective(rows, call.logit_scale, program, plan, results, call.stream));
+  torch::jit::push(*stack, loss, parts, row_gradient);
+  if (with_gradient) torch::jit::push(*stack, gradient);
+}
+
+void objective(const c10::OperatorHandle&, Stack* stack) {
+  run_objective(stack, false);
+}
+
+void fused(const c10::OperatorHandle&, Stack* stack) {
+  run_objective(stack, true);
+}
+
+void write_gradient(Launch& call, const Tensor& row_gradient, const Tensor& upstream, bool unless_one,
+                    const Tensor& out) {
+  const Rows& rows = call.batch.rows;
+  call.check_device("row_gradient", row_gradient);
+  call.check_device("upstream", upstream);
+  const Tensor u = upstream.to(accumulation_type(call.batch.logits));
+  TORCH_CHECK(u.dim() == 0 || (u.dim() == 1 && u.size(0) == rows.rows), "objkern: upstream: expected () or (",
+              rows.rows, ") but got ", u.sizes());
+  check(cuda::gradient(rows, call.logit_scale, row_gradient.const_data_ptr(), u.const_data_ptr(),
+                       u.dim() == 0 ? 0 : u.stride(0), unless_one, out.mutable_data_ptr(), call.stream));
+}
+
+void gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
+  const Tensor upstream = all[0].toTensor(), row_gradient = all[1].toTensor();
+  const bool unscaled = all[2].toBool();
+  const ObjectiveArguments in(all.slice(3));
+  torch::jit::drop(*stack, all.size());
+  Launch call(in, in.reads());
+  call.batch.rows.unscaled = unscaled;
+  check_row_gradient(in, call.batch, row_gradient);
+  const Tensor out = call.empty_gradient();
+  write_gradient(call, row_gradient, upstream, false, out);
+  torch::jit::push(*stack, out);
+}
+
+// Computed anew from the logits unless `upstream` turns out to be 1, which the kernel finds out: as many bytes as
+// scaling in place, no digit lost in half precision, no 0·∞, and nothing to wait for.
+void rescale(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
+  const Tensor gradient = all[0].toTensor(), upstream = all[1].toTensor(), row_gradient = all[2].toTensor();
+  const ObjectiveArguments in(all.slice(3));
+  torch::jit::drop(*stack, all.size());
+  Launch call(in, in.reads());
+  check_row_gradient(in, call.batch, row_gradient);
+  check_rescaled(in, gradient);
+  call.check_device("gradient", gradient);
+  TORCH_CHECK(upstream.dim() == 0, "objkern: upstream: expected a 0-dim tensor but got ", upstream.sizes());
+  write_gradient(call, row_gradient, upstream, true, gradient);
+}
+
+void statistics(const c10::OperatorHandle&, Stack* stack) {
+  const RowArguments in(torch::jit::last(*stack, kRowArguments));
+  torch::jit::drop(*stack, kRowArguments);
+  const Launch call(in);
+  const Rows& rows = call.batch.rows;
+  const auto options = call.options().dtype(at::kDouble);
+  const Tensor centred = at::empty({kCentred, rows.rows}, options), out = at::empty({kStatistics, rows.rows}, options);
+  check(cuda::statistics(rows, call.logit_scale, cuda::plan(rows, false), centred.mutable_data_ptr<double>(),
+                         out.mutable_data_ptr<double>(), call.stream));
+  torch::jit::push(*stack, out, centred);
+}
+
+void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 3 + kRowArguments);
+  const Tensor partials = all[0].toTensor(), centred = all[1].toTensor();
+  const bool unscaled = all[2].toBool();
+  const RowArguments in(all.slice(3));
+  torch::jit::drop(*stack, all.size());
+  Launch call(in);
+  call.batch.rows.unscaled = unscaled;
+  check_partials(call.batch, partials, centred);
+  call.check_device("partials", partials);
+  call.check_device("centred", centred);
+  const Tensor row_gradient = at::empty({kRowGradient, call.batch.rows.rows}, call.options());
+  const Tensor f = partials.to(at::kDouble).contiguous();
+  check(cuda::chain(call.batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
+                    row_gradient.mutable_data_ptr(), call.stream));
+  const Tensor out = call.empty_gradient();
+  write_gradient(call, row_gradient, at::ones({}, call.options()), false, out);
+  torch::jit::push(*stack, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(objkern, OBJKERN_CUDA_KEY, m) {
+  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
+  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused>());
+  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());
+  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
+  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
+  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+}
+
+}  // namespace objkern

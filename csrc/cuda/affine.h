@@ -1,0 +1,111 @@
+// The gradient of a row: an affine form in e, t, z and the weights, whose coefficients the row epilogue found.
+#pragma once
+
+#include "call.h"
+
+namespace objkern::cuda {
+
+template <class T, Depth kDepth, bool kTransform>
+struct Affine {
+  using A = Accumulation<T>;
+  static constexpr int kVector = Element<T>::kVector;
+  static constexpr bool kFull = kDepth == Depth::kFull;
+
+  const Rows& rows;
+  const Transform<A, kTransform> transform;
+  const int64_t row;
+  const int target;  // −1: none
+  const int place;   // of the maximum of the others, where its share of the gradient goes; −1: nowhere
+  const A upstream;
+  RowGradient<A> g;
+
+  // The upstream gradient is folded into the coefficients, but for the full depth, which has too many.
+  OBJKERN_DEVICE Affine(const Rows& rows_, const Transform<A, kTransform>& transform_, int64_t row_, int target_,
+                        int place_, A upstream_, const RowGradient<A>& gradient)
+      : rows(rows_),
+        transform(transform_),
+        row(row_),
+        target(target_),
+        place(place_),
+        upstream(upstream_),
+        g(gradient) {
+    if constexpr (!kFull) {
+      g.exp_1 *= upstream;
+      g.exp_t *= upstream;
+      g.const_1 *= upstream;
+      g.const_z *= upstream;
+    }
+  }
+
+  OBJKERN_DEVICE A at(A x, int column) const {
+    const A z = transform(x);
+    const bool out = z == A(-kInfinity);
+    if constexpr (kDepth == Depth::kPlain) return exp_nonpositive(z - g.max) * g.exp_1 * transform.slope(z);
+    // Kept finite: e is 0 there, and 0·∞ would be NaN.
+    const A t = larger(z - g.max, std::numeric_limits<A>::lowest()), e = exp_nonpositive(t);
+    A d = e * (larger(t, A(-1e30f)) * g.exp_t + g.exp_1) + g.const_1;
+    if constexpr (kDepth >= Depth::kSquare) d += g.const_z * (out ? A(0) : z);
+    if constexpr (kFull) {
+      const A* weight = static_cast<const A*>(rows.class_weight);
+      const A w = weight == nullptr ? A(1) : weight[column];
+      d += g.const_t * (out ? A(0) : t) + g.const_w * w;
+      if (rows.dense_target != nullptr)
+        d += g.const_q * w * element<A>(rows.dense_target, rows.dense_dtype, row * rows.dense_stride + column);
+      if (column == place) d += g.max_grad;
+      d *= upstream;
+    }
+    d *= transform.slope(z);
+    return out && rows.masked ? A(0) : d;
+  }
+
+  OBJKERN_DEVICE A at_target(A x) const {
+    const A z = transform(x);
+    return rows.masked && z == A(-kInfinity) ? A(0) : g.target_grad * upstream * transform.slope(z);
+  }
+
+  // Columns [begin, end) of the row at x, which may lie in shared memory, to those at `out`; the share of thread
+  // `thread` of `threads`. Stores are aligned to `out`, whatever x is aligned to.
+  OBJKERN_DEVICE void write(const T* x, T* out, int begin, int end, int thread, int threads) const {
+    const int past = misalignment(x + begin + (16 - misalignment(out + begin)) % 16 / static_cast<int>(sizeof(T)));
+    const Walk w = walk(out, begin, end, past != 0);
+    for (int j = w.begin + thread; j < w.body; j += threads) write_one(x, out, j);
+    for (int v = thread; v < w.vectors; v += 2 * threads) {
+      const int first = w.body + v * kVector, second = first + threads * kVector;
+      const bool both = v + threads < w.vectors;
+      const Words words = load128_across(x + first, past);
+      const Words later = both ? load128_across(x + second, past) : Words{};  // before anything is stored
+      write_vector(words, out, first);
+      if (both) write_vector(later, out, second);
+    }
+    for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) write_one(x, out, j);
+  }
+
+  OBJKERN_DEVICE void write_vector(const Words& words, T* out, int start) const {
+    A z[kVector], d[kVector];
+    unpack<T>(words, z);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+    if (static_cast<unsigned>(target - start) < static_cast<unsigned>(kVector)) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (start + i == target) d[i] = at_target(z[i]);
+    }
+    store128_once(out + start, packed<T>(d));
+  }
+
+  OBJKERN_DEVICE void write_one(const T* x, T* out, int j) const {
+    const A z = widen(x[j]);
+    out[j] = narrowed<T>(j == target ? at_target(z) : at(z, j));
+  }
+};
+
+template <class T>
+OBJKERN_DEVICE void write_zeros(T* out, int begin, int end, int thread, int threads) {
+  const Walk w = walk(out, begin, end);
+  constexpr int kVector = Element<T>::kVector;
+  for (int j = w.begin + thread; j < w.body; j += threads) out[j] = narrowed<T>(0);
+  for (int v = thread; v < w.vectors; v += threads) store128_once(out + w.body + v * kVector, Words{});
+  for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) out[j] = narrowed<T>(0);
+}
+
+}  // namespace objkern::cuda

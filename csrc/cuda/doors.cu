@@ -1,0 +1,235 @@
+// The doors: which kernel runs on which part of the device.  nvcc -O3 -std=c++20 -c csrc/cuda/doors.cu
+//
+// The launch table, for rows of V classes:
+//
+//   V ≤ 1024      2^k lanes a row, about 4 classes each, and whole warps from 128 classes on
+//   more, fused   a cluster of 1, 2, 4 or 8 blocks a row: the smallest whose tiles fit three times into a
+//                 multiprocessor's shared memory; then 8 (1 before sm_90) if they fit twice; else the row is read twice
+//   more, other   a block a row
+//
+// and where rows are few, the smallest cluster that gives every multiprocessor two blocks.
+#include <algorithm>
+#include <optional>
+
+#include "table.h"
+
+namespace objkern::cuda {
+namespace {
+
+constexpr int64_t kMostLaneClasses = 1024;
+constexpr int kMostCluster = 8;            // that every device with clusters has
+constexpr int64_t kReservedShared = 1024;  // bytes that the system takes of every block's
+constexpr int64_t kLeastTile = 4096;       // columns worth a block of their own
+
+std::optional<Plan>& forced() {
+  static std::optional<Plan> plan;
+  return plan;
+}
+
+const Table& table(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return table_float32();
+    case DType::kFloat64:
+      return table_float64();
+    case DType::kBFloat16:
+      return table_bfloat16();
+    default:
+      return table_float16();
+  }
+}
+
+int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// The transform is on unless the scale is known to be 1 and there is no cap.
+Variant variant(const Rows& rows, const Scalar& logit_scale) {
+  const Depth depth = depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr);
+  if (depth == Depth::kFull) return Variant::kFull;
+  const bool identity = logit_scale.pointer == nullptr && logit_scale.value == 1.0 && rows.softcap == 0.0;
+  return identity ? static_cast<Variant>(depth) : Variant::kTransformed;
+}
+
+int fields(const Rows& rows) {
+  return kFieldsOfDepth[static_cast<int>(
+      depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr))];
+}
+
+int lanes_for(int64_t classes) {
+  int lanes = 1;
+  while (lanes < kWarp && 4 * lanes < classes) lanes *= 2;
+  return lanes;
+}
+
+// Columns of each block of a cluster, a multiple of the vector.
+int64_t tile_of(const Rows& rows, int cluster) {
+  const int64_t vector = 16 / element_size(rows.dtype), columns = (rows.classes + cluster - 1) / cluster;
+  return (columns + vector - 1) / vector * vector;
+}
+
+int64_t tile_bytes(const Rows& rows, int cluster) {
+  return tile_of(rows, cluster) * element_size(rows.dtype) + 16;  // it may begin within 16 bytes
+}
+
+int64_t teams_of(const Rows& rows, const Plan& plan) {
+  const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
+  return std::clamp<int64_t>((rows.rows + slots - 1) / slots, 1, kMostRowTeams);
+}
+
+RowCall call_of(const Rows& rows, const Scalar& logit_scale, const Plan& plan) {
+  RowCall call;
+  call.rows = rows;
+  call.logit_scale = logit_scale;
+  call.lanes = plan.lanes;
+  call.teams = teams_of(rows, plan);
+  call.tile = tile_of(rows, plan.cluster);
+  return call;
+}
+
+Grid grid_of(const Rows& rows, const Plan& plan, int64_t teams, int64_t quantities) {
+  const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
+  const int64_t shared = table(rows.dtype).tile_offset(quantities * slots);
+  if (plan.lanes != 0) return {teams, kLanesThreads, 1, shared};
+  return {teams * plan.cluster, kBlockThreads, plan.cluster,
+          shared + (plan.resident ? tile_bytes(rows, plan.cluster) : 0)};
+}
+
+}  // namespace
+
+const char* message(Status status) {
+  return status == kPlanDoesNotFit ? "the launch plan does not fit this device" : error_text(status);
+}
+
+Support support() {
+  Support found;
+  const Status status = count_devices(found.devices);
+  if (status != kOk) {
+    found.reason = message(status);
+  } else if (found.devices == 0) {
+    found.reason = "there is no CUDA device";
+  }
+  return found;
+}
+
+const char* why_not(int device) {
+  const OnDevice guard(device);
+  const Status status = loadable(table_float32().count);
+  return status == kOk ? nullptr : message(status);
+}
+
+void force_plan(const Plan* plan) {
+  forced() = plan == nullptr ? std::nullopt : std::optional<Plan>(*plan);
+}
+
+Plan plan(const Rows& rows, bool with_gradient) {
+  if (forced().has_value()) {
+    Plan found = *forced();
+    found.resident = found.resident && with_gradient && found.lanes == 0;
+    return found;
+  }
+  Plan found;
+  if (rows.classes <= kMostLaneClasses) {
+    found.lanes = lanes_for(rows.classes);
+    return found;
+  }
+  Limits limits;
+  if (read_limits(limits) != kOk) return found;  // the launch will say what is wrong
+  const int most = limits.clusters ? kMostCluster : 1;
+  const auto grow = [&](int cluster) {  // where rows are few
+    while (cluster < most && cluster * rows.rows < 2 * limits.multiprocessors && rows.classes / cluster > kLeastTile)
+      cluster *= 2;
+    return cluster;
+  };
+  if (with_gradient) {
+    const int64_t offset = table(rows.dtype).tile_offset(0) + kReservedShared;
+    for (const int times : {3, 2}) {
+      const int64_t room = std::min(limits.shared_of_multiprocessor / times, limits.shared_of_block + kReservedShared);
+      for (int cluster = times == 3 ? 1 : most; cluster <= most; cluster *= 2) {
+        if (offset + tile_bytes(rows, cluster) > room) continue;
+        found.cluster = grow(cluster);
+        found.resident = true;
+        return found;
+      }
+    }
+  }
+  found.cluster = grow(1);
+  return found;
+}
+
+int64_t workspace_bytes(const Rows& rows, const Program& program, const Plan& plan) {
+  const bool reduced = program.reduction != Reduction::kNone;
+  return static_cast<int64_t>(sizeof(Header)) + (reduced ? 8 * quantities(program) * teams_of(rows, plan) : 0);
+}
+
+Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,
+                 const Results& results, Stream stream) {
+  RowCall call = call_of(rows, logit_scale, plan);
+  call.program = program;
+  call.results = results;
+  call.fields = fields(rows);
+  const Table& kernels = table(rows.dtype);
+  if (program.reduction != Reduction::kNone) {
+    const int64_t blocks = std::clamp<int64_t>((rows.rows + kLabelsOfCount - 1) / kLabelsOfCount, 1, kMostCounts);
+    const Grid grid{blocks, kCountThreads, 1, static_cast<int64_t>(sizeof(Count)) * kCountThreads / kWarp};
+    if (const Status status = launch(kernels.count, grid, stream, call); status != kOk) return status;
+  } else if (rows.rows == 0) {
+    return kOk;
+  }
+  const int v = static_cast<int>(variant(rows, logit_scale));
+  const bool writes = results.gradient != nullptr;
+  const Grid grid = grid_of(rows, plan, call.teams, quantities(program));
+  const RowKernel kernel = plan.lanes != 0 ? kernels.lanes[v][writes ? 1 : 0]
+                                           : kernels.clusters[v][!writes         ? 0
+                                                                 : plan.resident ? 2
+                                                                                 : 1];
+  return launch(kernel, grid, stream, call);
+}
+
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, double* centred, double* statistics,
+                  Stream stream) {
+  if (rows.rows == 0) return kOk;
+  RowCall call = call_of(rows, logit_scale, plan);
+  call.centred = centred;
+  call.statistics = statistics;
+  const Table& kernels = table(rows.dtype);
+  return launch(plan.lanes != 0 ? kernels.lanes_statistics : kernels.cluster_statistics,
+                grid_of(rows, plan, call.teams, 0), stream, call);
+}
+
+Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream) {
+  if (rows.rows == 0) return kOk;
+  const Grid grid{(rows.rows + kChainThreads - 1) / kChainThreads, kChainThreads, 1, 0};
+  return launch(table(rows.dtype).chain, grid, stream, ChainCall{rows, centred, partials, row_gradient});
+}
+
+Status gradient(const Rows& rows, const Scalar& logit_scale, const void* row_gradient, const void* upstream,
+                int64_t upstream_stride, bool unless_one, void* gradient, Stream stream) {
+  if (rows.rows == 0) return kOk;
+  const Variant v = variant(rows, logit_scale);
+  GradientCall call;
+  call.rows = rows;
+  call.logit_scale = logit_scale;
+  call.row_gradient = row_gradient;
+  call.fields = fields(rows);
+  call.upstream = upstream;
+  call.upstream_stride = upstream_stride;
+  call.unless_one = unless_one;
+  call.gradient = gradient;
+  if (rows.classes <= kMostLaneClasses) {
+    call.lanes = lanes_for(rows.classes);
+    const int64_t slots = kGradientThreads / call.lanes;
+    call.items = (rows.rows + slots - 1) / slots;
+  } else {
+    call.segments = v == Variant::kFull || rows.dtype == DType::kFloat64 ? 1 : (rows.classes + kSegment - 1) / kSegment;
+    call.items = rows.rows * call.segments;
+  }
+  Limits limits;
+  if (const Status status = read_limits(limits); status != kOk) return status;
+  // Every block that there is room for, and no more: where upstream is 1, they only come to leave.
+  const int64_t blocks = std::min<int64_t>(call.items, int64_t{limits.multiprocessors} * kGradientBlocks);
+  const Grid grid{blocks, kGradientThreads, 1, kGradientThreads / kWarp * static_cast<int64_t>(sizeof(int))};
+  return launch(table(rows.dtype).gradient[static_cast<int>(v)], grid, stream, call);
+}
+
+}  // namespace objkern::cuda

@@ -1,0 +1,87 @@
+// The door of the CUDA backend: plain pointers and sizes, and a stream. No torch; plain nvcc compiles it anywhere.
+//
+//   objective    logits ─▶ the loss, and the coefficients of every row's gradient
+//   fused        logits ─▶ the same and the gradient; where a row fits in shared memory it is read once
+//   statistics   logits ─▶ centred sums and statistics of every row
+//   chain        centred sums + ∂L/∂statistics ─▶ the coefficients of the row's gradient
+//   gradient     logits + coefficients + upstream ─▶ the gradient; or nothing at all where upstream is 1 already
+//
+// Every pointer is to device memory. A door launches on the current device and the stream it is given, waits for
+// nothing, allocates nothing, and reads no number back, so that a CUDA graph can capture it. The accumulation type A is
+// float32, and float64 for float64 logits. Sums are merged in a fixed order: the same build on the same device gives
+// the same bits. A label that is neither ignored nor in [0, classes) is never used to read: its row becomes NaN.
+#pragma once
+
+#include <cstdint>
+
+#include "../rows.h"
+
+namespace objkern::cuda {
+
+using Stream = void*;  // cudaStream_t
+using Status = int;    // cudaError_t, or one of these
+
+constexpr Status kOk = 0;
+constexpr Status kPlanDoesNotFit = -1;  // a forced one, or a device without shared memory to speak of
+
+const char* message(Status status);
+
+// A number that the host knows, or a float32 or float64 on the device.
+struct Scalar {
+  const void* pointer = nullptr;  // null: `value`
+  DType dtype = DType::kFloat64;
+  double value = 1.0;
+};
+
+constexpr int kMostTerms = 64;  // they travel with the launch, whose arguments have room for 4 KB
+
+struct Program {
+  Term terms[kMostTerms];
+  int size = 0;
+  const double* factors = nullptr;  // (size), multiply the coefficients, or none
+  Scalar normalizer;
+  bool has_normalizer = false;
+  Reduction reduction = Reduction::kMean;
+  bool empty_zero = false;
+  bool with_parts = false;
+};
+
+// How the rows of a batch are spread over the device; see plan.h.
+struct Plan {
+  int cluster = 1;        // blocks that share a row
+  bool resident = false;  // the row's tile stays in shared memory between the two passes
+  int lanes = 0;          // lanes that share a row, several rows a block; 0: whole blocks
+};
+
+// What is there at all. A null reason means that the kernels run on the device.
+struct Support {
+  int devices = 0;
+  const char* reason = nullptr;
+};
+Support support();
+const char* why_not(int device);
+
+Plan plan(const Rows& rows, bool with_gradient);  // for the current device
+void force_plan(const Plan* plan);                // from now on, for measurements and tests; null: no longer
+int64_t workspace_bytes(const Rows& rows, const Program& program, const Plan& plan);
+
+struct Results {
+  void* loss = nullptr;          // () or (rows) of A
+  void* parts = nullptr;         // (size + kFreeStatistics + 1) or (size + kFreeStatistics, rows) of A, or none
+  void* row_gradient = nullptr;  // (fields of the depth, rows) of A
+  void* gradient = nullptr;      // (rows, classes) of dtype, contiguous; null: not asked for
+  void* workspace = nullptr;     // workspace_bytes, aligned to 16
+};
+
+Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,
+                 const Results& results, Stream stream);
+// centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, double* centred, double* statistics,
+                  Stream stream);
+// partials: (kStatistics, rows) float64, ∂L/∂statistics; row_gradient: (kRowGradient, rows) of A
+Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream);
+// upstream: of A, stride 0 for one number for all rows. `unless_one`: leave the gradient as it is if that number is 1.
+Status gradient(const Rows& rows, const Scalar& logit_scale, const void* row_gradient, const void* upstream,
+                int64_t upstream_stride, bool unless_one, void* gradient, Stream stream);
+
+}  // namespace objkern::cuda
