@@ -20,6 +20,7 @@ BACKENDS = ("cuda", "triton", "reference")
 ALONE = ("test_large.py",)  # want the device's memory to themselves
 FIRST = ("test_precision.py", "test_backends.py", "test_streams.py")  # the longest, so that nobody waits for them
 OUTCOME = re.compile(r"^(?:tests/gpu/)?(\w+\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE)
+STARTED = re.compile(r"^(?:tests/gpu/)?(\w+\.py::test_\w+)(\[.*\])?")
 REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/gpu/)?(\S+\.py::.+?) - (.*)$", re.MULTILINE)
 
 
@@ -45,17 +46,26 @@ def test(file: str, device: str, backend: str, quick: bool, limit: float) -> Ent
         log.seek(0)
         output = log.read()
     entry = {"kind": "tests", "file": file, "backend": backend, "seconds": monotonic() - begin, "exit": code}
-    found = outcomes(output)
     done = code in (0, 1, 5)  # 5: nothing was collected, for no test there concerns the backend
+    found = outcomes(output.partition("Fatal Python error")[0], ended=not done)
     return entry | {"tests": found} | ({} if done else {"tail": ends(output)})
 
 
-def outcomes(output: str) -> dict[str, Entry]:
-    """By test function: how many of its cases passed, failed and were skipped, and the first failures' messages."""
+def outcomes(output: str, ended: bool = False) -> dict[str, Entry]:
+    """By test function: how many of its cases passed, failed and were skipped, and the first failures' messages.
+
+    Args:
+        ended: before its time, by a fault or a limit: then the test that was running failed.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for name, outcome in OUTCOME.findall(output):
         counts[name.partition("[")[0]][outcome.lower().replace("error", "failed")] += 1
     found: dict[str, Entry] = {name: dict(count) for name, count in counts.items()}
+    last = output.rstrip().splitlines()[-1:] if ended else []
+    if last and (started := STARTED.match(last[0])) and not OUTCOME.match(last[0]):
+        entry = found.setdefault(started[1], {})
+        entry["failed"] = entry.get("failed", 0) + 1
+        entry["messages"] = [f"{started[0].removeprefix('tests/gpu/')}: ended the process, or was ended"]
     for name, message in REASON.findall(output):
         entry = found.setdefault(name.partition("[")[0], {"failed": 1})
         if len(entry.setdefault("messages", [])) < 5:

@@ -35,11 +35,13 @@ def there_is_a_device() -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_device: needs streams, graphs or the memory of a CUDA device")
+    config.addinivalue_line("markers", "once: is about no backend in particular, so that one run of several has it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = pytest.mark.skip(reason="there is no CUDA device")
     stand_in = pytest.mark.skip(reason="needs a CUDA device, and this is a dry run on a stand-in")
+    elsewhere = pytest.mark.skip(reason="is about no backend in particular, and runs with the CUDA backend's tests")
     missing = DEVICE == "cuda" and not there_is_a_device()
     for item in items:
         if HERE not in item.path.parents:
@@ -48,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(absent)
         elif DEVICE != "cuda" and item.get_closest_marker("real_device"):
             item.add_marker(stand_in)
+        elif DEVICE == "cuda" and BACKENDS[0] != "cuda" and item.get_closest_marker("once"):
+            item.add_marker(elsewhere)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

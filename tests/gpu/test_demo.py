@@ -10,6 +10,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 
 
+@pytest.mark.once
 def test_the_demo_runs(device: torch.device, tmp_path: Path) -> None:
     """Fused and native training take the same steps; act 2's accuracy holds."""
     from objkern.finetune.demo import main
