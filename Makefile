@@ -1,6 +1,7 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
 # make test    set up, build, and run the tests
 # make bench   time against eager torch and torch.compile; BENCH="--rounds 3" passes options on
+# make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make lint | docs | build | check-oldest-torch | clean
 #
@@ -24,7 +25,7 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypo
          transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help build test demo lint format bench docs wheel check-wheel check-oldest-torch clean
+.PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -69,6 +70,10 @@ bench: build
 	  -k "forward_backward and (1024x32000 or 512x128256 or 8192x1000) and not 32000-float16" || status=1; \
 	exit $$status
 
+# It builds by itself, because the build is one of its steps, with a time and a log of its own.
+gpu: $(STAMP)
+	$(PY) -m benchmarks.gpu $(GPU)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -82,6 +87,7 @@ format: $(STAMP)
 docs: build
 	PYTHONPATH=. $(PY) docs/objectives.py
 	$(PY) -m benchmarks.report
+	$(PY) -m benchmarks.gpu.status
 
 # setuptools would put into the wheel whatever modules an earlier build left in build/lib*.
 wheel: $(STAMP)

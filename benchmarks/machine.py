@@ -10,14 +10,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-import objkern
-from objkern import _C
-
 
 def describe() -> dict[str, Any]:
     """The machine and the versions; no host or user name."""
+    import torch
+
+    import objkern
+    from objkern import _C
+
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -27,8 +27,9 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def load(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
-    """The results files, newest first."""
-    files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+    """The results files, newest first; those of GPUs have a form and a page of their own (benchmarks/gpu)."""
+    paths = [path for path in folder.glob("*.json") if not path.name.startswith("gpu-")]
+    files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     for path, result in files:
         if result.get("schema") != SCHEMA:
             raise SystemExit(

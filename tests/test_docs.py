@@ -44,6 +44,13 @@ def test_performance_page_is_current() -> None:
     assert script("benchmarks/report.py").problems() == []
 
 
+def test_gpu_status_is_current() -> None:
+    """Every claim about a GPU stands on docs/gpu-status.md, with its file in benchmarks/results or as not measured."""
+    from benchmarks.gpu import status
+
+    assert status.problems() == []
+
+
 @pytest.mark.parametrize(("name", "term"), EXAMPLES, ids=[repr(example) for _, example in EXAMPLES])
 @pytest.mark.parametrize("seed", range(5))
 def test_stated_gradients(name: str, term: Term, seed: int) -> None:

@@ -1,0 +1,167 @@
+"""Writes docs/gpu-status.md: every claim about GPUs, with the measurement that shows it or without one.
+
+python -m benchmarks.gpu.status           # write it, from benchmarks/results/gpu-*.json
+python -m benchmarks.gpu.status --check   # exit 1 if it is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import results
+from . import figures
+from .claims import CLAIMS, NATIVE, SANITIZER, Claim
+from .figures import TARGETS, Result, entries, findings
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "gpu-status.md"
+NOTHING = "not yet measured"
+
+INTRODUCTION = """\
+# What is known on GPUs
+
+Every claim about a GPU has a row here, with the file and the date of what was measured; a row without one is not yet
+measured. Written by `make docs` from `benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with an
+NVIDIA GPU. A number in parentheses is that of the failure, shipped elsewhere, that the test guards against
+([tests/gpu](../tests/gpu/README.md) has the list).
+"""
+
+File = tuple[Path, Result]
+Evidence = Callable[[Result], str | None]
+
+
+def load(folder: Path = results.RESULTS) -> list[File]:
+    """The results of GPUs, newest first; a dry run on a stand-in is none."""
+    files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("gpu-*.json")]
+    files = [file for file in files if not file[1]["stand_in"]]
+    return sorted(files, key=lambda file: (file[1]["datetime"], file[0].name), reverse=True)
+
+
+def page(files: list[File]) -> str:
+    blocks = [INTRODUCTION.strip(), runs(files)]
+    for topic, claims in CLAIMS.items():
+        rows = [(claim.text, measured(files, lambda result, c=claim: of_tests(c, result))) for claim in claims]
+        blocks += [f"## {topic}", table("claim", rows)]
+    rows = [(text, measured(files, lambda result, n=name: of_sanitizer(n, result))) for name, text in SANITIZER.items()]
+    blocks += ["## compute-sanitizer over every kernel", table("claim", rows)]
+    blocks += ["## Performance", PERFORMANCE]
+    rows = [
+        (str(target), measured(files, lambda result, n=name: of_target(n, result))) for name, target in TARGETS.items()
+    ]
+    blocks += [table("target", rows)]
+    blocks += ["## The command", table("claim", [("`make gpu` runs to its end", measured(files, of_command))])]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+PERFORMANCE = """\
+bfloat16 logits of 8192 rows with vocabularies of 32000 to 256000 classes, and float32 ones with 32000; gradients taken
+with `torch.autograd.grad`; caches flushed, contestants in turns, the device's own time between events. "The best" is
+the quicker of the CUDA and the Triton backend, and where no way is named also of `gradient="forward"` and `"backward"`.
+Four terms: label smoothing, z-loss, entropy and logit L2 beside cross-entropy. Liger-Kernel overwrites its input with
+the gradient, and gets a fresh copy outside of the timed part."""
+
+
+def runs(files: list[File]) -> str:
+    """What was measured with what."""
+    lines = []
+    for path, result in files:
+        fact = next(iter(entries(result, "facts")), {})
+        lines.append(
+            f"- [{path.name}](../benchmarks/results/{path.name}), {result['datetime'][:10]}: {fact.get('device')}, "
+            f"driver {fact.get('driver')}, torch {fact.get('torch')}, triton {fact.get('triton')}, nvcc "
+            f"{fact.get('nvcc')}, commit {result['commit']}"
+        )
+    return "\n".join(lines)
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"| {title} | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def measured(files: list[File], evidence: Evidence) -> str:
+    """For each device the newest file that says something."""
+    found: dict[str, str] = {}
+    for path, result in files:
+        fact = next(iter(entries(result, "facts")), {})
+        device = fact.get("device", "an unknown device")
+        if device not in found and (text := evidence(result)) is not None:
+            found[device] = f"{text} ({device}, {result['datetime'][:10]}, {path.name})"
+    return "; ".join(found.values()) or NOTHING
+
+
+def of_tests(claim: Claim, result: Result) -> str | None:
+    """How the cases of a claim's tests went, by backend."""
+    names = {f"test_{file}.py::test_{function}" for file, _, function in (t.partition("::") for t in claim.tests)}
+    found: dict[str, tuple[int, int]] = {}
+    for entry in entries(result, "tests"):
+        chosen = [counts for name, counts in entry["tests"].items() if name in names]
+        passed, failed = (sum(counts.get(what, 0) for counts in chosen) for what in ("passed", "failed"))
+        if passed or failed:
+            before = found.get(entry["backend"], (0, 0))
+            found[entry["backend"]] = (before[0] + passed, before[1] + failed)
+    if not claim.backends:
+        passed, failed = (sum(counts[k] for counts in found.values()) for k in (0, 1))
+        return went(passed, failed) if passed or failed else None
+    words = [f"{backend}: {went(*found[backend])}" for backend in claim.backends if backend in found]
+    if not words:
+        return None
+    absent = [backend for backend in claim.backends if backend not in found]
+    return ", ".join(words + [f"{backend}: {NOTHING}" for backend in absent])
+
+
+def went(passed: int, failed: int) -> str:
+    if failed:
+        return f"**{failed} of {passed + failed} cases fail**"
+    return f"{passed} cases hold" if passed > 1 else "holds"
+
+
+def of_sanitizer(tool: str, result: Result) -> str | None:
+    words = []
+    for entry in entries(result, "sanitizer"):
+        if entry["tool"] == tool and entry["status"] in ("clean", "errors"):
+            what = f"clean, {entry['calls']} calls" if entry["status"] == "clean" else f"**{entry['errors']} reports**"
+            words.append(f"{entry['backend']}: {what}")
+    if not words:
+        return None
+    absent = [backend for backend in NATIVE if not any(word.startswith(backend) for word in words)]
+    return ", ".join(words + [f"{backend}: {NOTHING}" for backend in absent])
+
+
+def of_target(name: str, result: Result) -> str | None:
+    found = [finding for finding in findings(result) if finding.target == name]
+    if not found:
+        return None
+    words = [f"{finding.where}: {finding.value:.3g}{'' if finding.met else ' ✗'}" for finding in found]
+    missed = sum(not finding.met for finding in found)
+    wrong = " (with wrong results)" if figures.wrong(result) else ""
+    return ("met: " if not missed else f"**missed {missed} of {len(found)}**: ") + ", ".join(words) + wrong
+
+
+def of_command(result: Result) -> str | None:
+    bad = [f"{name} {step['status']}" for name, step in result["steps"].items() if step["status"] != "ok"]
+    seconds = sum(step.get("seconds", 0) for step in result["steps"].values())
+    return f"{len(result['steps'])} steps, {seconds:.0f} s" + (f", but {', '.join(bad)}" if bad else "")
+
+
+def problems() -> list[str]:
+    current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return [] if page(load()) == current else [f"{PAGE.name} is stale: run make docs"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/gpu-status.md from benchmarks/results/gpu-*.json.")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the page is stale")
+    if parser.parse_args().check:
+        found = problems()
+        print("\n".join(found) or f"{PAGE.name} is up to date")
+        return 1 if found else 0
+    PAGE.write_text(page(load()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

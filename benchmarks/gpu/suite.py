@@ -1,0 +1,93 @@
+"""tests/gpu, every file and backend in a process of its own: what a kernel breaks on the device breaks no other's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+
+from .sanitizer import ends
+from .step import Entry, Step, main
+
+ROOT = Path(__file__).parent.parent.parent
+BACKENDS = ("cuda", "triton", "reference")
+ALONE = ("test_large.py",)  # want the device's memory to themselves
+FIRST = ("test_precision.py", "test_backends.py", "test_streams.py")  # the longest, so that nobody waits for them
+OUTCOME = re.compile(r"^(?:tests/gpu/)?(\w+\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE)
+STARTED = re.compile(r"^(?:tests/gpu/)?(\w+\.py::test_\w+)(\[.*\])?")
+REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/gpu/)?(\S+\.py::.+?) - (.*)$", re.MULTILINE)
+
+
+def files() -> list[str]:
+    found = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    return sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+
+def test(file: str, device: str, backend: str, quick: bool, limit: float) -> Entry:
+    command = [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "-vv", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-k", "plain_cross_entropy and (9 or 33) or labels or (any_strides and 9)"] if quick else []
+    environment = os.environ | {"OBJKERN_GPU_TESTS": f"{device}:{backend}", "PYTHONUNBUFFERED": "1"}
+    # Inductor's cache in a folder of one's own: two processes that compile the same would wait for each other.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    begin = monotonic()
+    with tempfile.TemporaryFile("w+") as log:  # what was printed stays, whatever ends the process
+        try:
+            code: int | str = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = "timeout"
+        log.seek(0)
+        output = log.read()
+    entry = {"kind": "tests", "file": file, "backend": backend, "seconds": monotonic() - begin, "exit": code}
+    done = code in (0, 1, 5)  # 5: nothing was collected, for no test there concerns the backend
+    found = outcomes(output.partition("Fatal Python error")[0], ended=not done)
+    return entry | {"tests": found} | ({} if done else {"tail": ends(output)})
+
+
+def outcomes(output: str, ended: bool = False) -> dict[str, Entry]:
+    """By test function: how many of its cases passed, failed and were skipped, and the first failures' messages.
+
+    Args:
+        ended: before its time, by a fault or a limit: then the test that was running failed.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, outcome in OUTCOME.findall(output):
+        counts[name.partition("[")[0]][outcome.lower().replace("error", "failed")] += 1
+    found: dict[str, Entry] = {name: dict(count) for name, count in counts.items()}
+    last = output.rstrip().splitlines()[-1:] if ended else []
+    if last and (started := STARTED.match(last[0])) and not OUTCOME.match(last[0]):
+        entry = found.setdefault(started[1], {})
+        entry["failed"] = entry.get("failed", 0) + 1
+        entry["messages"] = [f"{started[0].removeprefix('tests/gpu/')}: ended the process, or was ended"]
+    for name, message in REASON.findall(output):
+        entry = found.setdefault(name.partition("[")[0], {"failed": 1})
+        if len(entry.setdefault("messages", [])) < 5:
+            entry["messages"].append(f"{name}: {message}"[:300])
+    return found
+
+
+def run(step: Step) -> int:
+    device, backends = ("cpu", ("cpu",)) if step.stand_in else ("cuda", BACKENDS)
+    jobs = [(file, backend) for file in files() for backend in backends]
+    failed = 0
+
+    def go(job: tuple[str, str]) -> int:
+        entry = test(*job[:1], device, job[1], step.quick, max(5.0, step.left))
+        step.record(entry)
+        return entry["exit"] not in (0, 5)
+
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 2) // 2))) as executor:
+        failed += sum(executor.map(go, [job for job in jobs if job[0] not in ALONE]))
+    failed += sum(go(job) for job in jobs if job[0] in ALONE)
+    return min(failed, 100)
+
+
+if __name__ == "__main__":
+    main(run)
