@@ -56,9 +56,9 @@ def compile_kernel(
             signature[name] = "constexpr"
             constants[(place,)] = present[name]
         elif name == "transform":
-            signature[name] = ("i32",) * 4
+            signature[name] = ("i32",) * 6
         elif name == "numbers":
-            signature[name] = ("i32",) * (4 * terms)
+            signature[name] = ("i32",) * (6 * terms)
         elif name in INTEGERS:
             signature[name] = INTEGERS[name]
         elif name in ("x", "dense", "gradient"):

@@ -23,7 +23,11 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # fused multiply-adds, whatever th
 
 import triton.language as tl  # noqa: E402
 
-from objkern.triton import epilogue, launch, narrow, reduce, wide  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from objkern.triton import epilogue, launch, narrow, ops, reduce, wide  # noqa: E402
 from objkern.triton.launch import Terms  # noqa: E402
 
 from .compiled import Compiled, compile_kernel  # noqa: E402
@@ -211,20 +215,44 @@ def test_terms_read_what_the_native_ones_do() -> None:
                 assert _C.row_gradient_fields([kind, parameter, 1.0], False, dense) == terms.fields
 
 
-def test_a_changed_number_compiles_nothing_anew() -> None:
-    """A schedule of a coefficient, or a last batch of another size, must not wait for a compiler."""
-    first, second = (
-        Terms.of([0, smoothing, c, 1, 0.0, c], False, False) for smoothing, c in ((0.1, 1.0), (0.25, 16.0))
-    )
-    assert first.kinds == second.kinds
-    assert first.reads == second.reads
-    assert first.numbers != second.numbers
-    for room in (wide, narrow, reduce):
-        for name, kernel in vars(room).items():
-            if name.endswith("_kernel"):
-                for parameter in kernel.params:
-                    sized = parameter.name in ("rows", "V", "row_stride", "numbers", "transform", "ignore_index")
-                    assert not sized or parameter.do_not_specialize, (name, parameter.name)
+class Recorder:
+    """In the place of a kernel: what Triton would compile it for on an H100, from the arguments of its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        backend = CUDABackend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.compiled: set[str] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(0 < size < 2**31 for size in grid)
+        return lambda *arguments, **options: self.compiled.add(str(self.bind(*arguments, **options)[1:]))
+
+
+@pytest.mark.parametrize("classes", [9, 100, 4001])
+def test_a_changed_number_compiles_nothing_anew(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule of a coefficient, or a last batch of another size, must not wait for a compiler. 1 and multiples of
+    16 are what Triton likes to compile for.
+    """
+    recorders = {name: Recorder(kernel) for name, kernel in vars(ops).items() if name.endswith("_kernel")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(ops, name, recorder)
+    for rows in (600, 16 * 37, 1000):
+        z, y = torch.zeros(rows, classes), torch.zeros(rows, dtype=torch.int64)
+        for number in (1.0, 16.0, 0.1, 5e-324, -0.0 if rows == 1000 else 2.5):
+            options = {"softcap": abs(number) or 1.0, "ignore_index": int(number)}
+            arguments = ([0.0, 0.1 + abs(number), number, 1.0, 0.0, number], 1, z, y)
+            _, _, row_gradient, gradient = ops.fused(*arguments, **options)
+            ops.objective(*arguments, **options)
+            ops.gradient(torch.ones(()), row_gradient, False, *arguments, **options)
+            ops.rescale(gradient, torch.ones(()), row_gradient, *arguments, **options)
+            statistics, centred = ops.statistics(z, y, **options)
+            ops.statistics_gradient(statistics, centred, False, z, y, **options)
+    found = {name: len(recorder.compiled) for name, recorder in recorders.items() if recorder.compiled}
+    assert found.pop("few_kernel", 3) == 3  # objective, fused and statistics
+    assert found.pop("epilogue_kernel", 2) == 2  # objective and statistics
+    assert {found.pop(name, 3) for name in ("gradient_kernel", "narrow_gradient_kernel")} == {3}  # rescaled; full depth
+    assert {found.pop(name, 2) for name in ("collect_kernel", "narrow_collect_kernel")} == {2}  # full depth
+    assert set(found.values()) == {1}, found
 
 
 @pytest.mark.parametrize("rows", [1, 7, 500, 8192])

@@ -73,9 +73,16 @@ def pieces_of(rows: int, classes: int, vector: int) -> int:
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def halves(*numbers: float) -> tuple[int, ...]:
-    """Each number as the two int32 halves of its float64, the low one first, which `elementary.number` puts together."""
-    return struct.unpack(f"<{2 * len(numbers)}i", struct.pack(f"<{len(numbers)}d", *numbers))
+def words(*numbers: float) -> tuple[int, ...]:
+    """The bits of each number's float64 in three int32 words, low ones first, which `elementary.number` puts together.
+
+    Triton makes float32 of Python's floats, and compiles anew for an int in a tuple that is 1 or a multiple of 16. A
+    word holds 21 or 22 bits and ends in two ones, so it is neither.
+    """
+    found: list[int] = []
+    for (bits,) in struct.iter_unpack("<Q", struct.pack(f"<{len(numbers)}d", *numbers)):
+        found += ((bits >> shift & mask) << 2 | 3 for shift, mask in ((0, 0x1FFFFF), (21, 0x1FFFFF), (42, 0x3FFFFF)))
+    return tuple(found)
 
 
 # ---- terms ----------------------------------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ class Terms:
     """The terms of an objective; `kinds` and `reads` are known at compile time, `numbers` only at run time."""
 
     kinds: tuple[int, ...]  # 2·kind + (is the parameter not 0?)
-    numbers: tuple[int, ...]  # halves of parameter and coefficient of each
+    numbers: tuple[int, ...]  # words of parameter and coefficient of each
     reads: int
     fields: int  # of the row gradient
     smoothed: bool
@@ -108,7 +115,7 @@ class Terms:
             numbers += (parameter, coefficient)
             reads |= _READS[kind] | (_READS_WITH_PARAMETER.get(kind, 0) if parameter != 0 else 0)
             smoothed |= kind == 0 and parameter > 0
-        return cls(tuple(kinds), halves(*numbers), reads, _C.row_gradient_fields(terms, weighted, dense), smoothed)
+        return cls(tuple(kinds), words(*numbers), reads, _C.row_gradient_fields(terms, weighted, dense), smoothed)
 
     @property
     def depth(self) -> int:
@@ -166,7 +173,7 @@ class Rows:
         elif logit_scale is not None:
             self.logit_scale = logit_scale
         self.transform = 2 if softcap else int(self.logit_scale is not None or scale != 1.0)
-        self.transform_numbers = halves(scale, softcap)
+        self.transform_numbers = words(scale, softcap)
         self.few, self.narrow = self.classes <= FEW, self.classes <= NARROW
 
     @property

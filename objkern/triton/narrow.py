@@ -196,8 +196,8 @@ def read_scale(logit_scale, transform, A: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def few_kernel(
     x, target, dense, class_weight, logit_scale, transform, scales, values, loss, row_gradient, gradient,
-    rows: tl.int64, row_stride: tl.int64, dense_stride: tl.int64, class_stride: tl.int64, ignore_index: tl.int64, V: tl.int32,
-    A: tl.constexpr, TASK: tl.constexpr, TERMS: tl.constexpr, READS: tl.constexpr, DEPTH: tl.constexpr,
+    rows: tl.int64, row_stride: tl.int64, dense_stride: tl.int64, class_stride: tl.int64, ignore_index: tl.int64,
+    V: tl.int32, A: tl.constexpr, TASK: tl.constexpr, TERMS: tl.constexpr, READS: tl.constexpr, DEPTH: tl.constexpr,
     TRANSFORM: tl.constexpr, MASKED: tl.constexpr, SMOOTHED: tl.constexpr, PER_ROW: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip

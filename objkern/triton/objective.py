@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .elementary import expm1, log1p_of_unit, lowest, zero_of
+from .elementary import exp, expm1, log1p_of_unit, lowest, zero_of
 
 
 class Centred(NamedTuple):
@@ -94,7 +94,7 @@ def weighted(probability, b):
 @triton.jit
 def log_odds(d):
     """log(1 + exp(±d)) and 1 / (1 + exp(∓d)), exact in both tails."""
-    e = tl.exp(-tl.abs(d))
+    e = exp(-tl.abs(d))
     tail = log1p_of_unit(e)
     near = 1.0 / (1.0 + e)
     far = e * near
@@ -206,7 +206,7 @@ def add_term(TERM: tl.constexpr, parameter, row_weight, scale, s, f):
         entropy += scale
     elif KIND == 4:  # focal; parameter: γ
         if HAS_PARAMETER:
-            focus = tl.exp(parameter * s.other_logprob)
+            focus = exp(parameter * s.other_logprob)
             value = -weighted(focus, s.logprob)
             logprob -= scale * focus
             other_logprob -= scale * weighted(focus, parameter * s.logprob)
@@ -214,13 +214,13 @@ def add_term(TERM: tl.constexpr, parameter, row_weight, scale, s, f):
             value = -s.logprob
             logprob -= scale
     elif KIND == 5:  # poly-1; parameter: ε
-        others = parameter * tl.exp(s.other_logprob)
+        others = parameter * exp(s.other_logprob)
         value = others - s.logprob
         logprob -= scale
         other_logprob += scale * others
     elif KIND == 6:  # generalized cross-entropy; parameter: q
         value = -expm1(parameter * s.logprob) / parameter
-        logprob -= scale * tl.exp(parameter * s.logprob)
+        logprob -= scale * exp(parameter * s.logprob)
     elif KIND == 7:  # unlikelihood
         value = -s.other_logprob
         other_logprob -= scale

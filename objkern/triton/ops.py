@@ -84,9 +84,9 @@ def _run_objective(call: Call, with_gradient: bool) -> tuple[Tensor, ...]:
             table = launch.narrow_launch(rows.classes)
             few_kernel[(programs,)](
                 **rows.sizes(), dense=rows.dense, dense_stride=rows.dense_stride, class_stride=1, scales=scales,
-                values=values, loss=loss, row_gradient=row_gradient, gradient=gradient, TASK=_FUSED if with_gradient else _OBJECTIVE,
-                **call.constants(), SMOOTHED=terms.smoothed, PER_ROW=call.per_row, ROWS=table.rows,
-                COLS=table.columns, num_warps=table.warps,
+                values=values, loss=loss, row_gradient=row_gradient, gradient=gradient,
+                TASK=_FUSED if with_gradient else _OBJECTIVE, **call.constants(), SMOOTHED=terms.smoothed,
+                PER_ROW=call.per_row, ROWS=table.rows, COLS=table.columns, num_warps=table.warps,
             )  # fmt: skip
         elif one_pass:
             table = launch.wide_launch(rows.classes)

@@ -17,7 +17,7 @@ def prepare_kernel(
     """What the epilogue needs of the terms, float64 (3 · terms + 1): coefficient over denominator of each; denominator
     of each; parameter of each; the number of rows that count.
 
-    numbers: parameter and coefficient of each term, as halves. A mean divides cross-entropy with labels by the weight
+    numbers: parameter and coefficient of each term, in words. A mean divides cross-entropy with labels by the weight
     of the labels, every other term by the number of rows that count; `normalizer` replaces both.
     """
     COUNT: tl.constexpr = len(TERMS)

@@ -55,6 +55,7 @@ void allow([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
 
 // ---- fibers: stacks and the switch between them ---------------------------------------------------------------------
 
+constexpr int kMostThreads = 3072;  // whose stacks are in use at a time, unless a cluster has more
 constexpr size_t kPage = 4096;
 constexpr size_t kStack = 128 * 1024;
 
@@ -568,7 +569,8 @@ int run(const Grid& grid, const void* kernel, const std::function<void()>& threa
   std::vector<int64_t> order;
   for (int64_t first = 0; first < grid.blocks; first += grid.cluster) order.push_back(first);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[now.random.below(i)]);
-  const size_t at_once = 1 + now.random.below(3);
+  const int64_t room = std::clamp<int64_t>(kMostThreads / (grid.threads * grid.cluster), 1, 3);
+  const size_t at_once = 1 + now.random.below(static_cast<size_t>(room));
   size_t started = 0;
   do {
     now.to_host = false;

@@ -22,6 +22,8 @@ def apply(x, out, size, BLOCK: tl.constexpr, WHICH: tl.constexpr):
         v = elementary.log1p_of_unit(v)
     elif WHICH == 1:
         v = elementary.expm1(v)
+    elif WHICH == 3:
+        v = elementary.exp(v)
     else:
         v = elementary.tanh(v)
     tl.store(out + place, v, mask=place < size)
@@ -49,8 +51,8 @@ def spread(low: float, high: float, **kind: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("which", "exact", "low", "high"),
-    [(0, torch.log1p, 0.0, 1.0), (1, torch.expm1, -200.0, 0.0), (2, torch.tanh, -30.0, 30.0)],
-    ids=["log1p", "expm1", "tanh"],
+    [(0, torch.log1p, 0.0, 1.0), (1, torch.expm1, -200.0, 0.0), (2, torch.tanh, -30.0, 30.0), (3, torch.exp, -87.0, 80.0)],
+    ids=["log1p", "expm1", "tanh", "exp"],
 )
 def test_elementary_functions_keep_their_digits(
     which: int, exact: Any, low: float, high: float, dtype: torch.dtype
@@ -67,7 +69,7 @@ def test_elementary_functions_keep_their_digits(
 
 def test_numbers_keep_every_bit() -> None:
     """Triton would pass 0.1 as a float32."""
-    numbers = (0.1, -1e-300, 1.0, 0.0, -1e300, float("inf"))
+    numbers = (0.1, -1e-300, 1.0, 5e-324, -1e300, float("inf"))
     out = torch.empty(6, dtype=torch.float64)
-    numbers_kernel[(1,)](out, launch.halves(*numbers))
+    numbers_kernel[(1,)](out, launch.words(*numbers))
     assert out.tolist() == list(numbers)
