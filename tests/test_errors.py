@@ -82,7 +82,7 @@ def test_no_native_backend_is_not_silent() -> None:
         z, y = torch.zeros(4, 6, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
         with pytest.raises(
             NotImplementedError,
-            match='backend: none runs on cuda:0 but backend="reference", which runs anywhere: cuda: .*; triton: ',
+            match=r'backend: none runs on cuda:0 but backend="reference", which runs anywhere: cuda: .*; triton: ',
         ):
             OBJECTIVE(z, y)
         with pytest.raises(ValueError, match='backend: "cpu" cannot run on cuda:0: its kernels are for CPU tensors'):
