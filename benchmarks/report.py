@@ -38,7 +38,7 @@ by `make docs` from the files in `benchmarks/results`; `make bench` measures ane
 - **Gradient in the forward pass**: objkern with `gradient="forward"`, which reads the logits once.
 - **Instruction sets**: objkern alone, its kernels for AVX2 and for any processor (`OBJKERN_CPU_CAPABILITY`), as a share
   of the speed of those for AVX-512. A process chooses once; each has its own, and they take turns.
-- Not compared: GPUs.
+- GPUs have a page of their own: [gpu-status.md](gpu-status.md).
 
 ## How it is measured
 

@@ -179,7 +179,8 @@ class Objective(nn.Module):
                 With ``reduction="none"`` each is one number per row.
             validate: whether bad labels raise on devices where finding out costs a synchronisation (on the CPU they
                 always do). Default: see `objkern.set_validation`. Where they do not raise, their rows' loss is NaN.
-            backend: "auto", "cpu", "triton", or "reference" (eager torch, any device).
+            backend: "auto" (the kernels of the device: on a GPU "cuda", else "triton"), "cpu", "cuda", "triton", or
+                "reference" (eager torch, any device). One asked for by name that cannot run raises a ValueError.
 
         Returns:
             The loss, float32 (float64 for float64 logits): 0-dim, or of the target's shape for ``reduction="none"``.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import objkern
-from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom, ops
 
 from .conftest import EVERY_TERM
 
@@ -540,3 +540,14 @@ def test_ops_refuse_nonsense(call: Callable[..., Any], message: str) -> None:
     x, y = plain_batch(5)
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         call(x, y)
+
+
+def test_asking_which_backend_runs_breaks_no_graph() -> None:
+    """On a GPU the question goes to the driver, which no compiler can trace: the answer is a constant to it."""
+    answers = {name: 1.0 if ops.why_not(name, "cuda", 0) is None else 2.0 for name in ("cuda", "triton")}
+    for name, answer in answers.items():
+        f = torch.compile(
+            lambda x, name=name: x + (1.0 if ops.why_not(name, "cuda", 0) is None else 2.0), fullgraph=True,
+            backend="eager",
+        )  # fmt: skip
+        assert f(torch.zeros(2)).tolist() == [answer, answer]
