@@ -230,3 +230,24 @@ def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
     assert rows["`make gpu` runs to its end"] == f"6 steps, 10 s, but tests failed, plans not run {source}"
     assert rows["autocast (19)"] == nothing
     assert NATIVE == ("cuda", "triton")
+
+
+def test_tests_that_were_cut_off_are_no_proof_of_the_rest() -> None:
+    result = {"steps": {"tests": {"entries": [{**TESTED, "exit": "timeout"}]}}}
+    (claim,) = (claim for claim in CLAIMS["Labels and masks"] if "one class (12)" in claim.text)
+    assert status.of_tests(claim, result).startswith("cuda: 7 cases hold, others were not reached, ")
+
+
+def test_the_drop_in_counts_as_a_call_and_the_bare_op_does_not() -> None:
+    ratio = {"F.cross_entropy": [1, 1, 1], "objkern cuda op": [0.7, 0.7, 0.7], "objkern cuda backward": [1.2, 1.2, 1.2],
+             "objkern.cross_entropy": [1.0, 1.05, 1.1]}  # fmt: skip
+    entry = {
+        "kind": "host",
+        "what": "forward and backward",
+        "rows": 512,
+        "classes": 32,
+        "dtype": "float32",
+        "ratio": ratio,
+    }
+    (found,) = figures.hosts({"steps": {"host": {"entries": [entry]}}})
+    assert (found.by, found.value, found.met) == ("objkern.cross_entropy", 1.05, True)

@@ -1,5 +1,6 @@
 """Nothing waits for the device, everything runs on the stream and the device of its tensors, graphs capture it."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,7 +97,9 @@ def call_for(device: torch.device, classes: int, name: str, gradient: str) -> Ca
 @contextmanager
 def no_waiting() -> Iterator[None]:
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # that the mode is a prototype and does not see every way to wait
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
