@@ -57,6 +57,17 @@ def test_a_part_of_the_suite_runs_on_a_stand_in() -> None:
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 150
 
 
+def test_the_calls_that_graphs_capture_are_calls() -> None:
+    """The tests of streams need a device as a whole; what they call does not."""
+    from tests.gpu.test_streams import CALLS, Call
+
+    for name in CALLS:
+        call = Call(torch.device("cpu"), 9, name)
+        z, y = call.inputs(torch.device("cpu"), 9, torch.bfloat16, 0)
+        found = call(z.requires_grad_(), y, backend="cpu")
+        assert all(torch.isfinite(value).all() for value in found), name
+
+
 def test_outcomes_are_read_from_what_pytest_prints() -> None:
     printed = """
 tests/gpu/test_a.py::test_x[cuda-a b] PASSED                                  [ 10%]
