@@ -59,7 +59,7 @@ def test_a_part_of_the_suite_runs_on_a_stand_in() -> None:
 
 def test_the_calls_that_graphs_capture_are_calls() -> None:
     """The tests of streams need a device as a whole; what they call does not."""
-    from tests.gpu.test_streams import CALLS, Call
+    from tests.gpu.calls import CALLS, Call
 
     for name in CALLS:
         call = Call(torch.device("cpu"), 9, name)
