@@ -31,13 +31,15 @@ class Program(NamedTuple):
     def of(cls, weighted_terms: list[tuple[float | Tensor, Any]]) -> Program:
         """From (coefficient, term) pairs; a term here is what has a kind and a parameter."""
         terms: list[Any] = []
+        numbers = True
         for coefficient, term in weighted_terms:
             terms += (term.kind, term.parameter, coefficient)
-        coefficients = terms[2::3]
-        tensors = [c for c in coefficients if isinstance(c, Tensor)]
-        if not tensors:
+            numbers = numbers and (type(coefficient) is float or not isinstance(coefficient, Tensor))
+        if numbers:
             return cls(terms)
+        coefficients = terms[2::3]
         terms[2::3] = [1.0 if isinstance(c, Tensor) else c for c in coefficients]
+        tensors = [c for c in coefficients if isinstance(c, Tensor)]
         like = next((c for c in tensors if not c.is_cpu), tensors[0])  # a number of the CPU can go anywhere
         one = like.new_ones((), dtype=torch.float64)
         return cls(terms, torch.stack([c.to(one) if isinstance(c, Tensor) else one for c in coefficients]))

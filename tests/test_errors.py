@@ -79,11 +79,19 @@ def test_class_weights() -> None:
 
 def test_no_native_backend_is_not_silent() -> None:
     with FakeTensorMode():
-        z, y = torch.zeros(4, 6, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
-        with pytest.raises(NotImplementedError, match='backend: none runs on cuda:0 but backend="reference", which runs anywhere: cuda: .*; triton: '):
+        z, y = torch.zeros(4, 6, device="mps"), torch.zeros(4, dtype=torch.int64, device="mps")
+        everywhere = (
+            r'backend: none runs on mps:0 but backend="reference", .*: cuda: its kernels are .*; triton: there is'
+        )
+        with pytest.raises(NotImplementedError, match=everywhere):
             OBJECTIVE(z, y)
-        with pytest.raises(ValueError, match='backend: "cpu" cannot run on cuda:0: its kernels are for CPU tensors'):
-            OBJECTIVE(z, y, backend="cpu")
+        for backend, device, why in (
+            ("cpu", "cuda", "cannot run on cuda:0: its kernels are for CPU tensors"),
+            ("cuda", "cpu", "cannot run on cpu: its kernels are for CUDA tensors"),
+        ):
+            z, y = torch.zeros(4, 6, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+            with pytest.raises(ValueError, match=f'backend: "{backend}" {why}'):
+                OBJECTIVE(z, y, backend=backend)
 
 
 def test_forward_gradients_of_custom_terms_are_refused() -> None:

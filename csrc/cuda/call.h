@@ -6,11 +6,11 @@
 
 namespace objkern::cuda {
 
-constexpr int kBlockThreads = 256;      // of a kernel whose blocks, or clusters of blocks, have a row each
-constexpr int kLanesThreads = 256;      // of a kernel whose blocks have several rows
-constexpr int kCountThreads = 256;      // of the kernel that counts labels
-constexpr int kMostCounts = 128;        // blocks of that kernel
-constexpr int kLabelsOfCount = 2048;    // labels of each, if that are not too few for many rows
+constexpr int kBlockThreads = 256;    // of a kernel whose blocks, or clusters of blocks, have a row each
+constexpr int kLanesThreads = 256;    // of a kernel whose blocks have several rows
+constexpr int kCountThreads = 256;    // of the kernel that counts labels
+constexpr int kMostCounts = 128;      // blocks of that kernel
+constexpr int kLabelsOfCount = 2048;  // labels of each, if that are not too few for many rows
 // Clusters, or blocks of several rows; each takes rows in turn beyond that.
 #ifdef OBJKERN_EMULATED
 constexpr int kMostRowTeams = 3;  // so that the tests' few rows do

@@ -95,6 +95,14 @@ Grid grid_of(const Rows& rows, const Plan& plan, int64_t teams, int64_t quantiti
           shared + (plan.resident ? tile_bytes(rows, plan.cluster) : 0)};
 }
 
+// A kernel over rows, if what it asks for is there.
+Status run(RowKernel kernel, const Grid& grid, Stream stream, const RowCall& call) {
+  Limits limits;
+  if (const Status status = read_limits(limits); status != kOk) return status;
+  if (grid.shared_bytes > limits.shared_of_block || (grid.cluster > 1 && !limits.clusters)) return kPlanDoesNotFit;
+  return launch(kernel, grid, stream, call);
+}
+
 }  // namespace
 
 const char* message(Status status) {
@@ -183,7 +191,7 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
                                            : kernels.clusters[v][!writes         ? 0
                                                                  : plan.resident ? 2
                                                                                  : 1];
-  return launch(kernel, grid, stream, call);
+  return run(kernel, grid, stream, call);
 }
 
 Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, double* centred, double* statistics,
@@ -193,8 +201,8 @@ Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan,
   call.centred = centred;
   call.statistics = statistics;
   const Table& kernels = table(rows.dtype);
-  return launch(plan.lanes != 0 ? kernels.lanes_statistics : kernels.cluster_statistics,
-                grid_of(rows, plan, call.teams, 0), stream, call);
+  return run(plan.lanes != 0 ? kernels.lanes_statistics : kernels.cluster_statistics,
+             grid_of(rows, plan, call.teams, 0), stream, call);
 }
 
 Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream) {

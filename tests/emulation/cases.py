@@ -74,7 +74,9 @@ def run(
     return Found(loss.detach(), gradient, parts)
 
 
-def truth(objective: objkern.Objective, z: Tensor, y: Tensor | None, upstream: float | Tensor = 0.7, **options) -> Found:
+def truth(
+    objective: objkern.Objective, z: Tensor, y: Tensor | None, upstream: float | Tensor = 0.7, **options
+) -> Found:
     if y is not None and y.is_floating_point():
         y = y.double()
     return run(objective, z.double(), y, None, upstream, backend="reference", **options)
@@ -200,7 +202,9 @@ def test_a_gradient_whose_blocks_take_turns() -> None:
 # ---- schedules ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [Plan(1, False), Plan(2, True), Plan(8, True), Plan(4, False), Plan(lanes=4), Plan(lanes=32)], ids=name_of)
+@pytest.mark.parametrize(
+    "plan", [Plan(1, False), Plan(2, True), Plan(8, True), Plan(4, False), Plan(lanes=4), Plan(lanes=32)], ids=name_of
+)
 def test_bits_do_not_depend_on_who_runs_first(plan: Plan) -> None:
     """30: a missing barrier, a sum in the order of arrival, a last block that is not the last."""
     z, y = batch(1031, torch.float32)

@@ -51,7 +51,12 @@ def spread(low: float, high: float, **kind: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("which", "exact", "low", "high"),
-    [(0, torch.log1p, 0.0, 1.0), (1, torch.expm1, -200.0, 0.0), (2, torch.tanh, -30.0, 30.0), (3, torch.exp, -87.0, 80.0)],
+    [
+        (0, torch.log1p, 0.0, 1.0),
+        (1, torch.expm1, -200.0, 0.0),
+        (2, torch.tanh, -30.0, 30.0),
+        (3, torch.exp, -87.0, 80.0),
+    ],
     ids=["log1p", "expm1", "tanh", "exp"],
 )
 def test_elementary_functions_keep_their_digits(
