@@ -57,6 +57,17 @@ def test_a_part_of_the_suite_runs_on_a_stand_in() -> None:
     assert int(done.stdout.split(" passed")[0].split()[-1]) > 150
 
 
+def test_the_calls_that_graphs_capture_are_calls() -> None:
+    """The tests of streams need a device as a whole; what they call does not."""
+    from tests.gpu.calls import CALLS, Call
+
+    for name in CALLS:
+        call = Call(torch.device("cpu"), 9, name)
+        z, y = call.inputs(torch.device("cpu"), 9, torch.bfloat16, 0)
+        found = call(z.requires_grad_(), y, backend="cpu")
+        assert all(torch.isfinite(value).all() for value in found), name
+
+
 def test_outcomes_are_read_from_what_pytest_prints() -> None:
     printed = """
 tests/gpu/test_a.py::test_x[cuda-a b] PASSED                                  [ 10%]
@@ -230,3 +241,24 @@ def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
     assert rows["`make gpu` runs to its end"] == f"6 steps, 10 s, but tests failed, plans not run {source}"
     assert rows["autocast (19)"] == nothing
     assert NATIVE == ("cuda", "triton")
+
+
+def test_tests_that_were_cut_off_are_no_proof_of_the_rest() -> None:
+    result = {"steps": {"tests": {"entries": [{**TESTED, "exit": "timeout"}]}}}
+    (claim,) = (claim for claim in CLAIMS["Labels and masks"] if "one class (12)" in claim.text)
+    assert status.of_tests(claim, result).startswith("cuda: 7 cases hold, others were not reached, ")
+
+
+def test_the_drop_in_counts_as_a_call_and_the_bare_op_does_not() -> None:
+    ratio = {"F.cross_entropy": [1, 1, 1], "objkern cuda op": [0.7, 0.7, 0.7], "objkern cuda backward": [1.2, 1.2, 1.2],
+             "objkern.cross_entropy": [1.0, 1.05, 1.1]}  # fmt: skip
+    entry = {
+        "kind": "host",
+        "what": "forward and backward",
+        "rows": 512,
+        "classes": 32,
+        "dtype": "float32",
+        "ratio": ratio,
+    }
+    (found,) = figures.hosts({"steps": {"host": {"entries": [entry]}}})
+    assert (found.by, found.value, found.met) == ("objkern.cross_entropy", 1.05, True)

@@ -97,26 +97,30 @@ def of_tests(claim: Claim, result: Result) -> str | None:
     """How the cases of a claim's tests went, by backend."""
     names = {f"test_{file}.py::test_{function}" for file, _, function in (t.partition("::") for t in claim.tests)}
     found: dict[str, tuple[int, int]] = {}
+    cut: set[str] = set()  # backends whose tests did not come to their end
     for entry in entries(result, "tests"):
         chosen = [counts for name, counts in entry["tests"].items() if name in names]
         passed, failed = (sum(counts.get(what, 0) for counts in chosen) for what in ("passed", "failed"))
+        if chosen and entry["exit"] not in (0, 1, 5):
+            cut.add(entry["backend"])
         if passed or failed:
             before = found.get(entry["backend"], (0, 0))
             found[entry["backend"]] = (before[0] + passed, before[1] + failed)
     if not claim.backends:
         passed, failed = (sum(counts[k] for counts in found.values()) for k in (0, 1))
-        return went(passed, failed) if passed or failed else None
-    words = [f"{backend}: {went(*found[backend])}" for backend in claim.backends if backend in found]
+        return went(passed, failed, bool(cut)) if passed or failed else None
+    words = [f"{backend}: {went(*found[backend], backend in cut)}" for backend in claim.backends if backend in found]
     if not words:
         return None
     absent = [backend for backend in claim.backends if backend not in found]
     return ", ".join(words + [f"{backend}: {NOTHING}" for backend in absent])
 
 
-def went(passed: int, failed: int) -> str:
+def went(passed: int, failed: int, cut: bool) -> str:
+    rest = ", others were not reached" if cut else ""
     if failed:
-        return f"**{failed} of {passed + failed} cases fail**"
-    return f"{passed} cases hold" if passed > 1 else "holds"
+        return f"**{failed} of {passed + failed} cases fail**{rest}"
+    return (f"{passed} cases hold" if passed > 1 else "holds") + rest
 
 
 def of_sanitizer(tool: str, result: Result) -> str | None:

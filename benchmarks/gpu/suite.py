@@ -33,10 +33,10 @@ def test(file: str, device: str, backend: str, quick: bool, limit: float) -> Ent
     command = [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "-vv", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-k", "plain_cross_entropy and (9 or 33) or labels or (any_strides and 9)"] if quick else []
     environment = os.environ | {"OBJKERN_GPU_TESTS": f"{device}:{backend}", "PYTHONUNBUFFERED": "1"}
-    # Inductor's cache in a folder of one's own: two processes that compile the same would wait for each other.
-    environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     begin = monotonic()
-    with tempfile.TemporaryFile("w+") as log:  # what was printed stays, whatever ends the process
+    # What was printed stays, whatever ends the process. A cache of its own: others may clear the shared one.
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
             code: int | str = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=limit

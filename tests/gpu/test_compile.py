@@ -13,6 +13,8 @@ from objkern import CrossEntropy, Entropy, ZLoss, custom
 
 from .rows import EVERYTHING, GRADIENT, REGULARIZED, rows_on, upstream_of
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # a compiler's advice: TF32, online softmax
+
 CUSTOM = CrossEntropy() + 0.1 * custom(lambda s: s.entropy * s.lse, name="product")
 
 # name -> function of (logits, labels, backend)
