@@ -23,7 +23,7 @@ class Claim(NamedTuple):
 CLAIMS: dict[str, list[Claim]] = {
     "The reference backend": [
         Claim(
-            "`make demo` on a CUDA device (fine-tuning, through the reference backend)",
+            "`make demo` on a CUDA device (fine-tuning, through the kernels)",
             ("demo::the_demo_runs",), WHICHEVER,
         ),
         Claim(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..ops import NATIVE, why_not
 from .config import FinetuneConfig
 from .corpus import Sentence, load_corpus
 from .loop import ObjectiveLike, Training, finetune
@@ -84,7 +85,8 @@ def run(config: FinetuneConfig, objective: ObjectiveLike, name: str, save: bool 
     described = str(objective) if isinstance(objective, torch.nn.Module) else getattr(objective, "__name__", name)
     if isinstance(objective, torch.nn.Module):
         objective = objective.to(config.torch_device)
-        if config.torch_device.type != "cpu":  # no native kernels there yet
+        device = config.torch_device
+        if all(why_not(name, device.type, device.index) for name in NATIVE):  # no kernels there
             objective, described = partial(objective, backend="reference"), f"{described} (reference backend)"
 
     def evaluate(split: str) -> dict[str, Score]:
