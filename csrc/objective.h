@@ -37,6 +37,11 @@ template <class R>
 struct Lane {
   using Mask = bool;
   OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
+  // exp(a·b): what a product of −20 is rounded by is a millionth of the result in float32, and is put back.
+  OBJKERN_INLINE static R exp_of_product(R a, R b) {
+    const R product = a * b, e = std::exp(product);
+    return e == R(0) ? e : e * (R(1) + std::fma(a, b, -product));
+  }
   OBJKERN_INLINE static R expm1(R x) { return std::expm1(x); }
   OBJKERN_INLINE static R log(R x) { return std::log(x); }
   OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }  // asked for 0 ≤ x ≤ 1 alone
@@ -285,7 +290,7 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
         grad.logprob = grad.logprob - scale;
         return R(0) - s.logprob;
       }
-      const R focus = L::exp(p * s.other_logprob);
+      const R focus = L::exp_of_product(p, s.other_logprob);
       grad.logprob = grad.logprob - scale * focus;
       grad.other_logprob = grad.other_logprob - scale * weighted(focus, p * s.logprob);
       return R(0) - weighted(focus, s.logprob);
@@ -297,7 +302,7 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
       return others - s.logprob;
     }
     case TermKind::kGeneralizedCrossEntropy:  // parameter: q
-      grad.logprob = grad.logprob - scale * L::exp(p * s.logprob);
+      grad.logprob = grad.logprob - scale * L::exp_of_product(p, s.logprob);
       return (R(0) - L::expm1(p * s.logprob)) / p;
     case TermKind::kUnlikelihood:
       grad.other_logprob = grad.other_logprob - scale;

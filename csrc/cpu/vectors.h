@@ -35,6 +35,7 @@ struct Lane<Vec<A>> {
   using R = Vec<A>;
   using Mask = Vec<A>;
   static R exp(const R& x) { return x.exp(); }
+  static R exp_of_product(const R& a, const R& b) { return (a * b).exp(); }  // the epilogue is in float64
   static R expm1(const R& x) { return x.expm1(); }
   static R log(const R& x) { return x.log(); }
   static R log1p(const R& x) { return log1p_of_unit(x); }
