@@ -271,7 +271,7 @@ struct ObjectiveBackward final : ForwardBackward {
       const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
       return half ? Tensor() : gradient * upstream;  // rounded already, half precision would lose digits
     }
-    if (gradient.use_count() != 1) return {};
+    if (!torch::autograd::impl::is_tensor_stealable(gradient)) return {};  // its Python object counts as an owner too
     Stack stack{IValue(gradient), IValue(upstream), IValue(row_gradient)};
     stack.insert(stack.end(), inputs.begin(), inputs.end());
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import objkern
 from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom, ops
@@ -251,6 +252,32 @@ def test_func_grad_and_vmap(objective: objkern.Objective) -> None:
         torch.testing.assert_close(found, expected)
     losses = torch.vmap(objective, in_dims=(1, None))(x.movedim(0, 1), LABELS)
     torch.testing.assert_close(losses, torch.stack([objective(z, LABELS) for z in x]))
+
+
+def test_the_gradient_of_the_forward_pass_is_handed_over() -> None:
+    """It was computed a second time: whoever asked whether anyone else holds it counted the tensor's Python object."""
+
+    class Ops(TorchDispatchMode):
+        names: list[str]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names += [func.name()] * (func.namespace == "objkern")
+            return func(*args, **(kwargs or {}))
+
+    def called(loss: Tensor, x: Tensor) -> list[str]:
+        with Ops() as mode:
+            mode.names = []
+            torch.autograd.grad(loss * 1.5, x, retain_graph=True)
+        return mode.names
+
+    x = logits(5, 7)
+    loss = OBJECTIVE(x, LABELS, gradient="forward")
+    assert called(loss, x) == ["objkern::rescale"]
+    assert called(loss, x) == ["objkern::gradient"]  # that of the forward pass belongs to who asked first
+    loss, _, _, held = OPS.fused(TERMS, 1, x, LABELS)
+    before = held.clone()
+    assert called(loss, x) == ["objkern::gradient"]
+    assert torch.equal(held, before)
 
 
 def test_func_grad_of_a_gradient_from_the_forward_pass() -> None:
