@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -28,7 +29,6 @@ NOT_OF_A_GPU = {
     "test_a_gradient_larger_than_the_caches": "the same, and the CPU's caches",
     "test_bad_labels_name_row_and_label": "they give NaN; test_a_bad_label_is_a_row_of_nan",
     "test_many_labels_are_counted_and_checked": "the same; test_many_rows counts them",
-    "GeneralizedCrossEntropy and dtype0 and 10.0": "p^q of a float32 log p: 6e-7 of the largest gradient, 1.7 budgets",
     "test_offsets_beyond_two_to_the_31": "4 GB, written thread by thread; test_rows_farther_apart_than_32_bits_can_tell",
 }
 
@@ -37,74 +37,64 @@ PART = "every_size or anywhere or options"
 RUNS: dict[str, tuple[list[str], bool]] = {
     "sizes": ([CASES, "-k", PART], False),
     "schedules, masks, labels": ([CASES, "-k", f"not ({PART})"], False),
-    "the tests of the CPU kernels": ([*EXISTING, "-k", f"not ({' or '.join(f'({test})' for test in NOT_OF_A_GPU)})"], False),
+    "the tests of the CPU kernels": (
+        [*EXISTING, "-k", f"not ({' or '.join(f'({test})' for test in NOT_OF_A_GPU)})"],
+        False,
+    ),
     "sanitized": (
         [CASES, "-k", "(anywhere and (float16 or float64) and not cluster4) or bad_label or no_rows or many_rows"],
         True,
     ),
 }
 
-# Of the cases, what runs in every build with a fault until one fails.
-NOTICING = "(depth or runs_first or anywhere or rises or ignored or bad_label or turns or farther) and not float64 and not torch.float16"
 
-ROWS = "cuda/row_kernels.h"
-FLOAT32, BFLOAT16 = "rows_float32.cu", "rows_bfloat16.cu"
+class Fault(NamedTuple):
+    replacements: list[tuple[str, str, str]]  # (file, text, what stands there instead)
+    noticed_by: str = "every_depth and float32"
+    source: str = "rows_float32.cu"  # what is compiled anew
 
-# name: (source that is compiled anew, [(file, text, what stands there instead), ...])
-FAULTS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
-    "sums of warps read before all are there": (
-        FLOAT32, [(ROWS, "shared.of_warp[thread / kWarp] = of_warp;\n    block_sync();", "shared.of_warp[thread / kWarp] = of_warp;")],
+
+ROWS, SUMS, ELEMENTS = "cuda/row_kernels.h", "cuda/sums.h", "cuda/elements.h"
+EPILOGUE, GRADIENT, DOORS = "cuda/epilogue.h", "cuda/gradient_kernels.h", "cuda/doors.cu"
+TICKET = (
+    "  if (thread == 0) shared.last = take_ticket(&call.header()->ticket) + 1 == static_cast<uint32_t>(call.teams);\n"
+)
+
+FAULTS = {
+    "sums of warps read before all are there": Fault([(ROWS, "= of_warp;\n    block_sync();", "= of_warp;")]),
+    "sums of blocks read before all are there": Fault([(ROWS, "      cluster_arrive();\n      cluster_wait();\n", "")]),
+    "a block goes on, or ends, while others read its sums": Fault(
+        [(ROWS, "if (ranks > 1) cluster_arrive();", ""), (ROWS, "if (ranks > 1) cluster_wait();", "")]
     ),
-    "sums of blocks read before all are there": (
-        FLOAT32, [(ROWS, "      cluster_arrive();\n      cluster_wait();\n", "")],
+    "what is shared overwritten before it is used up": Fault([(ROWS, "    block_sync();  // what is shared is used up\n", "")]),
+    "gradient written before its coefficients are known": Fault([(ROWS, "      block_sync();\n      const Affine", "      const Affine")]),
+    "tile read before it arrived": Fault([(ROWS, "copies_arrived<0>();", "copies_arrived<1>();")]),
+    "a wrong rank read": Fault([(ROWS, "in_block(&shared.of_block, r)", "in_block(&shared.of_block, r - 1)")]),
+    "last class of a row left out": Fault([(SUMS, "thread; j < w.end; j +=", "thread; j < w.end - 1; j +=")]),
+    "target counted among the others": Fault([(SUMS, "if (start + i == target) z[i] = A(-kInfinity);", "{}")]),
+    "sums not rescaled to a larger maximum": Fault([(SUMS, "      e *= factor;\n", "")]),
+    "the first of equal maxima not known": Fault([(SUMS, "first = min(first, other.first);", "")], "maximum_twice"),
+    "row offsets of 32 bits": Fault(
+        [(ROWS, "+ row * rows.row_stride;\n    T* const gradient", "+ static_cast<int>(row * rows.row_stride);\n    T* const gradient")],
+        "farther_apart", "rows_bfloat16.cu",
     ),
-    "a block ends, or goes on, while others read its sums": (
-        FLOAT32, [(ROWS, "if (ranks > 1) cluster_arrive();", ""), (ROWS, "if (ranks > 1) cluster_wait();", "")],
+    "a vector shifted by too little": Fault([(ELEMENTS, "if ((past & 4) != 0)", "if (false)")], "anywhere and bfloat16", "rows_bfloat16.cu"),
+    "ignored rows left as they were": Fault([(ROWS, "write_zeros(gradient, begin, end, thread, kBlockThreads);", "{}")]),
+    "ticket not reset": Fault([(GRADIENT, "    header.ticket = 0;\n", "")]),
+    "ticket taken before the sums are stored": Fault(
+        [(EPILOGUE, "  block_sync();\n" + TICKET, ""), (EPILOGUE, "= call.team_sums();\n", "= call.team_sums();\n" + TICKET)]
     ),
-    "what is shared overwritten before it is used up": (
-        FLOAT32, [(ROWS, "    block_sync();  // what is shared is used up\n", "")],
-    ),
-    "gradient written before its coefficients are known": (
-        FLOAT32, [(ROWS, "      block_sync();\n      const Affine", "      const Affine")],
-    ),
-    "tile read before it arrived": (FLOAT32, [(ROWS, "copies_arrived<0>();", "copies_arrived<1>();")]),
-    "a wrong rank read": (FLOAT32, [(ROWS, "in_block(&shared.of_block, r)", "in_block(&shared.of_block, r - 1)")]),
-    "last class of a row left out": (
-        FLOAT32, [("cuda/sums.h", "+ thread; j < w.end; j += threads) add_one", "+ thread; j < w.end - 1; j += threads) add_one")],
-    ),
-    "target counted among the others": (FLOAT32, [("cuda/sums.h", "if (start + i == target) z[i] = A(-kInfinity);", "{}")]),
-    "sums not rescaled to a larger maximum": (FLOAT32, [("cuda/sums.h", "      e *= factor;\n", "")]),
-    "the first of equal maxima not known": (FLOAT32, [("cuda/sums.h", "first = min(first, other.first);", "")]),
-    "row offsets of 32 bits": (
-        BFLOAT16, [(ROWS, "+ row * rows.row_stride;\n    T* const gradient", "+ static_cast<int>(row * rows.row_stride);\n    T* const gradient")],
-    ),
-    "a vector shifted by too little": (BFLOAT16, [("cuda/elements.h", "if ((past & 4) != 0)", "if (false)")]),
-    "ignored rows left as they were": (
-        FLOAT32, [(ROWS, "write_zeros(gradient, begin, end, thread, kBlockThreads);", "{}")],
-    ),
-    "ticket not reset": (FLOAT32, [("cuda/gradient_kernels.h", "    header.ticket = 0;\n", "")]),
-    "ticket taken before the sums are stored": (
-        FLOAT32,
-        [("cuda/epilogue.h", "  block_sync();\n  if (thread == 0) shared.last = take_ticket(&call.header()->ticket) + 1 == static_cast<uint32_t>(call.teams);\n", ""),
-         ("cuda/epilogue.h", "  double* const sums = call.team_sums();\n", "  double* const sums = call.team_sums();\n  if (thread == 0) shared.last = take_ticket(&call.header()->ticket) + 1 == static_cast<uint32_t>(call.teams);\n")],
-    ),
-    "whether a block is the last read before it is known": (
-        FLOAT32, [("cuda/epilogue.h", "  block_sync();\n  if (!shared.last) return;", "  if (!shared.last) return;")],
-    ),
-    "one upstream gradient for all rows": (
-        FLOAT32, [("cuda/gradient_kernels.h", "upstream[row * call.upstream_stride]", "upstream[0]")],
-    ),
-    "no room for a tile that begins between boundaries": (
-        "doors.cu", [("cuda/doors.cu", "* element_size(rows.dtype) + 16;", "* element_size(rows.dtype);")],
+    "whether a block is the last read before it is known": Fault([(EPILOGUE, "  block_sync();\n  if (!shared.last)", "  if (!shared.last)")]),
+    "one upstream gradient for all rows": Fault([(GRADIENT, "upstream[row * call.upstream_stride]", "upstream[0]")], "take_turns"),
+    "no room for a tile that begins between boundaries": Fault(
+        [(DOORS, "* element_size(rows.dtype) + 16;", "* element_size(rows.dtype);")], source="doors.cu"
     ),
 }  # fmt: skip
 
 # What gives the right numbers all the same, and only the sanitizers see.
-UNSEEN: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
-    "16 bytes read behind the last row": (FLOAT32, [("cuda/elements.h", "  if (past == 0) return load128(p);\n", "")]),
-    "the weight of a bad label read": (
-        FLOAT32, [("cuda/gradient_kernels.h", "y < 0 ? 0 : y < rows.classes ? y : rows.classes - 1;", "y;")],
-    ),
+UNSEEN = {
+    "16 bytes read behind the last row": Fault([(ELEMENTS, "  if (past == 0) return load128(p);\n", "")], "anywhere and float32"),
+    "the weight of a bad label read": Fault([(GRADIENT, "y < 0 ? 0 : y < rows.classes ? y : rows.classes - 1;", "y;")], "bad_label"),
 }  # fmt: skip
 
 
@@ -117,16 +107,16 @@ def outcome(name: str) -> tuple[int, str]:
 
 def outcome_of_fault(name: str, folder: Path) -> tuple[int, str]:
     sanitized = name in UNSEEN
-    source, replacements = (UNSEEN if sanitized else FAULTS)[name]
+    fault = (UNSEEN if sanitized else FAULTS)[name]
     mutant = folder / re.sub(r"\W+", "_", name)
     csrc = mutant / "csrc"
     shutil.copytree(build.ROOT / "csrc", csrc)
-    for file, old, new in replacements:
+    for file, old, new in fault.replacements:
         text = (csrc / file).read_text()
         assert text.count(old) == 1, f"{name}: {old!r} stands {text.count(old)} times in {file}"
         (csrc / file).write_text(text.replace(old, new))
-    build.mutant(mutant, csrc, [source], sanitized)
-    done = build.run_tests(mutant, "-x", CASES, "-k", NOTICING, sanitized=sanitized)
+    build.mutant(mutant, csrc, [fault.source], sanitized)
+    done = build.run_tests(mutant, "-x", CASES, "-k", fault.noticed_by, sanitized=sanitized)
     return done.returncode, done.stdout[-3000:] + done.stderr[-9000:]
 
 

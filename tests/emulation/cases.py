@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,11 +50,11 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_outputs() -> None:
-    """at::empty gives NaN: an element that no thread writes is seen."""
+def _poisoned_outputs(request: pytest.FixtureRequest) -> None:
+    """at::empty gives NaN: an element that no thread writes is seen. And every test has schedules of its own."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    control.seed(1)
+    control.seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 class Found(NamedTuple):
@@ -112,7 +113,11 @@ def assert_same(
 
 
 def bits(found: Found) -> list[Tensor]:
-    return [t.reshape(-1).view(torch.uint8) for t in (found.loss, found.gradient, found.fused, *found.parts.values()) if t is not None]
+    return [
+        t.reshape(-1).view(torch.uint8)
+        for t in (found.loss, found.gradient, found.fused, *found.parts.values())
+        if t is not None
+    ]
 
 
 def same_bits(a: Found, b: Found) -> bool:
@@ -146,15 +151,13 @@ def test_every_size_under_every_plan(dtype: torch.dtype, plan: Plan) -> None:
             continue
         z, y = batch(classes, dtype)
         for name in ("plain", "every") if classes in (7, 130, 1031, 4099) else ("every",):
-            control.seed(classes)
             fused = run(OBJECTIVES[name], z, y, plan, gradient="forward")
-            assert control.launches() > 0
             assert_same(fused, expected(name, classes, dtype, "mean"), dtype, (name, classes, "fused"))
 
 
 @every_dtype
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("plan", [Plan(2, True), Plan(4, False), Plan(lanes=8)], ids=name_of)
+@pytest.mark.parametrize("plan", [Plan(1, False), Plan(2, True), Plan(4, False), Plan(lanes=8)], ids=name_of)
 def test_every_depth(plan: Plan, name: str, dtype: torch.dtype) -> None:
     """Each is kernels of its own; and unreduced, where the gradient comes from the coefficients that were kept."""
     for classes in (9, 130, 1031):
@@ -321,6 +324,12 @@ def test_a_maximum_that_rises_and_a_maximum_twice(plan: Plan) -> None:
     for written in (found.gradient, found.fused):
         assert written[3].nonzero().tolist() == [[200]]
         assert not written[2].any()
+    # A later class may be with an earlier thread: those behind the last vector are.
+    first = torch.arange(930, 1028, 7)
+    twice = torch.zeros(len(first), 1031)
+    twice[range(len(first)), first] = twice[:, -1] = 20.0
+    found = run(MaxZLoss(), twice, torch.zeros_like(first), plan, gradient="forward")
+    assert torch.equal(found.fused.nonzero()[:, 1], first)
 
 
 # ---- labels -------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ struct Barrier {
   Site site;
 };
 
-constexpr size_t kHastes = 3;
+constexpr size_t kHastes = 3, kLast = kHastes;  // what is drawn, and what comes after all that
 
 struct Warp {
   Fiber** fibers = nullptr;  // of its lanes
@@ -227,7 +227,7 @@ struct Launch {
   Grid grid;
   const std::function<void()>* thread = nullptr;
   std::vector<std::unique_ptr<Cluster>> clusters;  // under way
-  std::vector<Warp*> ready[kHastes];
+  std::vector<Warp*> ready[kHastes + 1];
   Warp* warp = nullptr;  // drawn last
   Haste haste;
   Random random;
@@ -255,7 +255,7 @@ bool same(Site a, Site b) {
 
 // The warp that goes on: of the hastiest, and often the same again.
 Warp* drawn_warp() {
-  for (size_t haste = 0; haste < kHastes; ++haste) {
+  for (size_t haste = 0; haste <= kLast; ++haste) {
     const Warp* last = now.warp;
     if (last != nullptr && last->haste == haste && last->ready != 0 && now.random.below(16) > 0) return now.warp;
     std::vector<Warp*>& ready = now.ready[haste];
@@ -540,6 +540,14 @@ void copies_arrived(int later) {
 }
 
 void yield() {
+  if (now.random.below(2) == 0) {  // from now on everybody else gets ahead of this block
+    for (Warp& warp : current->block->warps) {
+      std::erase(now.ready[warp.haste], &warp);
+      warp.haste = kLast;
+      warp.listed = false;
+      if (warp.ready != 0) make_ready(warp, 0);
+    }
+  }
   make_ready(warp_of(*current), lane_bit(*current));
   wait_at("a ticket", {});
 }
