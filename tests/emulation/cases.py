@@ -445,7 +445,7 @@ def test_an_upstream_of_one_changes_nothing() -> None:
 def test_a_plan_that_does_not_fit_is_an_error() -> None:
     z, y = batch(4099, torch.float64)
     refuse: Callable[[], object] = lambda: run(PLAIN, z.repeat(1, 9), y, Plan(1, True), gradient="forward")  # noqa: E731
-    with pytest.raises(RuntimeError, match="configuration|plan"):
+    with pytest.raises(RuntimeError, match=r"configuration|plan"):
         refuse()
-    with control.device(A100), pytest.raises(RuntimeError, match="configuration|plan"):
+    with control.device(A100), pytest.raises(RuntimeError, match=r"configuration|plan"):
         run(PLAIN, z, y, Plan(2, False))
