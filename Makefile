@@ -25,7 +25,7 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypo
          transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch clean
+.PHONY: help build test demo lint format bench emulate gpu docs wheel check-wheel check-oldest-torch clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -71,6 +71,10 @@ bench: build
 	exit $$status
 
 # It builds by itself, because the build is one of its steps, with a time and a log of its own.
+# The CUDA kernels on the CPU: every thread a fiber, faults planted and caught.
+emulate: build
+	$(PY) -m pytest tests/emulation/suite.py
+
 gpu: $(STAMP)
 	$(PY) -m benchmarks.gpu $(GPU)
 

@@ -94,14 +94,14 @@ def emulated(sanitized: bool = False) -> Path:
     return folder
 
 
-def mutant(folder: Path, csrc: Path, sources: list[str]) -> None:
+def mutant(folder: Path, csrc: Path, sources: list[str], sanitized: bool = False) -> None:
     """A build of another csrc, of which only the named kernel sources are compiled; the rest is that of the kernels as
     they are."""
-    build = Build(folder)
+    build = Build(folder, SANITIZED if sanitized else ())
     for name in sources:
         build.compile(csrc / "cuda" / name, [*KERNEL, *EMULATED, f"-I{csrc}"])
-    same = [path for path in sorted((emulated() / "objects").glob("*.o")) if f"{path.stem}.cu" not in sources]
-    build.finish([*same, *ordinary_objects()])
+    kept = {*(emulated().glob("objects/bindings_cuda.o")), *emulated(sanitized).glob("objects/*.o")}
+    build.finish([*(path for path in sorted(kept) if f"{path.stem}.cu" not in sources), *ordinary_objects()])
 
 
 def library_of_compiler(name: str) -> str:
@@ -120,5 +120,6 @@ def run_tests(
         env["LD_PRELOAD"] = " ".join(map(library_of_compiler, ("libasan.so", "libubsan.so")))
         env["ASAN_OPTIONS"] = "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=126"
         env["UBSAN_OPTIONS"] = "print_stacktrace=1"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    # What the sanitizers write before they end the process must not stay in pytest's hands.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)

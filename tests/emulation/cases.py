@@ -6,6 +6,8 @@ test_cuda_emulation.py runs this file inside a build whose CPU tensors go to the
 from __future__ import annotations
 
 import functools
+import mmap
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ SIZES = [1, 2, 7, 8, 9, 31, 33, 127, 130, 513, 1023, 1024, 1025, 1031, 4099]
 CLUSTERS = [Plan(cluster, resident) for cluster in (1, 2, 4, 8) for resident in (False, True)]
 LANES = [Plan(lanes=lanes) for lanes in (1, 2, 4, 8, 16, 32)]
 PLANS = [*CLUSTERS, *LANES]
+UPSTREAM = 0.7
 ROWS = 7  # more than there are teams: each has rows in turn
 
 PLAIN = CrossEntropy()
@@ -47,42 +50,52 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_outputs() -> None:
-    """at::empty gives NaN: an element that no thread writes is seen."""
+def _poisoned_outputs(request: pytest.FixtureRequest) -> None:
+    """at::empty gives NaN: an element that no thread writes is seen. And every test has schedules of its own."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    control.seed(1)
+    control.seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 class Found(NamedTuple):
     loss: Tensor
     gradient: Tensor
     parts: dict[str, Tensor]
+    fused: Tensor | None = None  # the gradient of the forward pass as it was written: that under an upstream of 1
 
 
 def run(
-    objective: objkern.Objective, z: Tensor, y: Tensor | None, plan: Plan | None = None, upstream: float | Tensor = 0.7,
+    objective: objkern.Objective, z: Tensor, y: Tensor | None, plan: Plan | None = None, upstream: float | Tensor = UPSTREAM,
     **options,
 ) -> Found:  # fmt: skip
-    """Loss, gradient and parts, and the logits found as they were."""
+    """Loss, gradients and parts, and the logits found as they were.
+
+    Under another upstream gradient than 1 the gradient of the forward pass is computed anew, and what was wrong with it
+    would not show: it is asked for first, as it is.
+    """
     x = z.detach().requires_grad_()
     before = z.detach().clone()
+    fused = None
     with control.plan(plan):
         loss, parts = objective(x, y, return_parts=True, **options)
+        if options.get("gradient") == "forward":
+            (fused,) = torch.autograd.grad(loss, x, retain_graph=True)
         (gradient,) = torch.autograd.grad(loss, x, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
     assert torch.equal(z.detach().view(torch.uint8), before.view(torch.uint8)), "the logits were written to"
-    return Found(loss.detach(), gradient, parts)
+    return Found(loss.detach(), gradient, parts, fused)
 
 
 def truth(
-    objective: objkern.Objective, z: Tensor, y: Tensor | None, upstream: float | Tensor = 0.7, **options
+    objective: objkern.Objective, z: Tensor, y: Tensor | None, upstream: float | Tensor = UPSTREAM, **options
 ) -> Found:
     if y is not None and y.is_floating_point():
         y = y.double()
     return run(objective, z.double(), y, None, upstream, backend="reference", **options)
 
 
-def assert_same(found: Found, expected: Found, dtype: torch.dtype, what: object = "") -> None:
+def assert_same(
+    found: Found, expected: Found, dtype: torch.dtype, what: object = "", upstream: float = UPSTREAM
+) -> None:
     def close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
         finite = b[torch.isfinite(b)].abs()
         atol = tolerance * (finite.max().item() if finite.numel() else 1.0)
@@ -92,13 +105,19 @@ def assert_same(found: Found, expected: Found, dtype: torch.dtype, what: object 
 
     close(found.loss, expected.loss, OF_LOSS[dtype], "loss")
     close(found.gradient, expected.gradient, TOLERANCE[dtype], "gradient")
+    if found.fused is not None:
+        close(found.fused, expected.gradient / upstream, TOLERANCE[dtype], "gradient of the forward pass")
     assert found.parts.keys() == expected.parts.keys()
     for name, value in expected.parts.items():
         close(found.parts[name], value, OF_LOSS[dtype], name)
 
 
 def bits(found: Found) -> list[Tensor]:
-    return [t.reshape(-1).view(torch.uint8) for t in (found.loss, found.gradient, *found.parts.values())]
+    return [
+        t.reshape(-1).view(torch.uint8)
+        for t in (found.loss, found.gradient, found.fused, *found.parts.values())
+        if t is not None
+    ]
 
 
 def same_bits(a: Found, b: Found) -> bool:
@@ -132,15 +151,13 @@ def test_every_size_under_every_plan(dtype: torch.dtype, plan: Plan) -> None:
             continue
         z, y = batch(classes, dtype)
         for name in ("plain", "every") if classes in (7, 130, 1031, 4099) else ("every",):
-            control.seed(classes)
             fused = run(OBJECTIVES[name], z, y, plan, gradient="forward")
-            assert control.launches() > 0
             assert_same(fused, expected(name, classes, dtype, "mean"), dtype, (name, classes, "fused"))
 
 
 @every_dtype
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("plan", [Plan(2, True), Plan(4, False), Plan(lanes=8)], ids=name_of)
+@pytest.mark.parametrize("plan", [Plan(1, False), Plan(2, True), Plan(4, False), Plan(lanes=8)], ids=name_of)
 def test_every_depth(plan: Plan, name: str, dtype: torch.dtype) -> None:
     """Each is kernels of its own; and unreduced, where the gradient comes from the coefficients that were kept."""
     for classes in (9, 130, 1031):
@@ -304,8 +321,9 @@ def test_a_maximum_that_rises_and_a_maximum_twice(plan: Plan) -> None:
         found = run(EVERY, z.to(dtype), y, plan, gradient="forward")
         assert_same(found, truth(EVERY, z.to(dtype), y), dtype)
     found = run(MaxZLoss(), z, y, plan, gradient="forward")
-    assert found.gradient[3].nonzero().tolist() == [[200]]
-    assert found.gradient[2].nonzero().tolist() == []
+    for written in (found.gradient, found.fused):
+        assert written[3].nonzero().tolist() == [[200]]
+        assert not written[2].any()
 
 
 # ---- labels -------------------------------------------------------------------------------------------------------------
@@ -321,6 +339,7 @@ def test_all_rows_ignored(gradient: str, plan: Plan) -> None:
         found = run(SQUARE, z, y, plan, gradient=gradient, reduction=reduction, empty=empty)
         torch.testing.assert_close(found.loss, torch.tensor(value), equal_nan=True)
         assert not found.gradient.any()
+        assert found.fused is None or not found.fused.any()
         assert found.parts["rows"] == 0
     found = run(SQUARE, z, y, plan, reduction="none")
     assert not found.loss.any()
@@ -385,6 +404,21 @@ def test_rows_that_begin_anywhere(plan: Plan, dtype: torch.dtype) -> None:
             assert_same(found, wanted, dtype, (classes, offset, gap))
 
 
+def test_rows_farther_apart_than_32_bits_can_tell() -> None:
+    """10: the last rows were read from elsewhere. Pages of the 10 GB that nobody touches take no memory."""
+    rows, classes, stride = 6, 33, (1 << 30) + 3
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + classes)), dtype=torch.bfloat16)
+    z, y = batch(classes, torch.bfloat16, rows)
+    far = memory.as_strided((rows, classes), (stride, 1)).copy_(z)
+    for plan in (Plan(2, True), Plan(1, False), Plan(lanes=4)):
+        for gradient in ("forward", "backward"):
+            x = far.detach().requires_grad_()
+            with control.plan(plan):
+                loss = SQUARE(x, y, gradient=gradient)
+                (found,) = torch.autograd.grad(0.7 * loss, x)
+            assert_same(Found(loss.detach(), found, {}), truth(SQUARE, z, y)._replace(parts={}), torch.bfloat16)
+
+
 def test_a_row_that_is_every_row() -> None:
     z, y = batch(131, torch.float16)
     for plan in (Plan(2, True), Plan(lanes=8)):
@@ -434,12 +468,20 @@ def test_a_logit_scale_learns() -> None:
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
-def test_an_upstream_of_one_changes_nothing() -> None:
-    """4: the shortcut; the gradient that the forward pass wrote is left as it is, and is right."""
-    z, y = batch(1031, torch.bfloat16)
-    for plan in (Plan(2, True), Plan(1, False)):
-        found = run(SQUARE, z, y, plan, upstream=1.0, gradient="forward")
-        assert_same(found, truth(SQUARE, z, y, upstream=1.0), torch.bfloat16)
+@every_dtype
+@pytest.mark.parametrize("upstream", [1.0, 0.7, 0.0, torch.inf])
+def test_the_gradient_of_the_forward_pass_in_place(upstream: float, dtype: torch.dtype) -> None:
+    """2 and 4: left as it is under an upstream gradient of 1, and written anew under any other."""
+    for classes in (9, 1031):
+        z, y = batch(classes, dtype)
+        found = []
+        for gradient in ("forward", "backward"):
+            x = z.clone().requires_grad_()
+            loss = SQUARE(x, y, gradient=gradient)
+            found += torch.autograd.grad(loss, x, torch.tensor(upstream, dtype=loss.dtype))
+        tolerance = TOLERANCE[dtype] * 0.1 if dtype in (torch.float32, torch.float64) else TOLERANCE[dtype]
+        torch.testing.assert_close(*found, rtol=tolerance, atol=1e-9, equal_nan=True)
+        assert not found[0][2].any()
 
 
 def test_a_plan_that_does_not_fit_is_an_error() -> None:

@@ -540,6 +540,7 @@ void copies_arrived(int later) {
 }
 
 void yield() {
+  now.warp = nullptr;  // others, if there are any
   make_ready(warp_of(*current), lane_bit(*current));
   wait_at("a ticket", {});
 }
