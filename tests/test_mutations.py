@@ -1,5 +1,6 @@
 """A test that still passes when the kernel is wrong is no test: each named fault, planted in the C++, must be caught."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import build_cuda
 
 ROOT = Path(__file__).parent.parent
 CAUGHT_BY = ["tests/test_terms.py", "tests/test_kernels.py", "tests/test_pitfalls.py", "tests/test_precision.py"]
@@ -49,11 +52,16 @@ def build_command(mutant: Path) -> tuple[list[str], list[str]]:
         command = command.replace(name, str(value))
     command = command.replace("-O3", "-O1").replace(f"-I{ROOT}/csrc", f"-I{mutant}/csrc")
     others = [path for path in ninja.parent.glob("*.o") if path.name != "kernels_default.o"]
-    bindings = ninja.parent.parent.glob("csrc/*.o")
+    # Of the newest build: those with CUDA and without have folders of their own.
+    newest = max(ninja.parent.parent.glob("**/csrc/autograd.o"), key=lambda path: path.stat().st_mtime)
+    bindings = newest.parent.glob("*.o")
     (library,) = (ROOT / "objkern").glob("_C*.so")
     torch_lib = Path(torch.__file__).parent / "lib"
     link = ["c++", "-shared", "-fopenmp", "-o", mutant / "objkern" / library.name, *bindings, target, *others]
     link += [f"-L{torch_lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    if any(path.name.startswith("cuda_") for path in others):
+        toolkit = build_cuda.inspect(build_cuda.find_nvcc(os.environ), build_cuda.host_compiler(os.environ))
+        link += [f"-L{toolkit.libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     return ["sh", "-c", command], [str(part) for part in link]
 
 

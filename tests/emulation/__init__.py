@@ -7,7 +7,8 @@ the same sources, compiled by the C++ compiler, run in the tests of any machine 
     emulation.cpp      the scheduler, and what it reports
     build.py           the package with these kernels in it, also with sanitizers, also with faults planted
     control.py         schedules, devices and launch plans, as tests set them
-    cases.py           what the kernels must get right; tests/test_cuda_emulation.py runs it, and existing tests, there
+    cases.py           what the kernels must get right
+    suite.py           runs the cases, and existing tests, in these builds: `make emulate`
 
 What it proves: indexing, heads and tails of rows, reduction trees, formulas, dtypes, the placement of barriers and of
 waits for asynchronous copies. Threads run in every order that the seed draws, the hasty ones far ahead; shared memory

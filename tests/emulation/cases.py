@@ -1,6 +1,6 @@
 """What the emulated CUDA kernels must get right, whatever plan they are launched with and whoever runs first.
 
-test_cuda_emulation.py runs this file inside a build whose CPU tensors go to the emulated kernels.
+suite.py runs this file inside a build whose CPU tensors go to the emulated kernels.
 """
 
 from __future__ import annotations
