@@ -1,6 +1,7 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
 # make test    set up, build, and run the tests
 # make bench   time against eager torch and torch.compile; BENCH="--rounds 3" passes options on
+# make emulate run the CUDA kernels on the CPU, under many schedules, sanitized, and with faults planted
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make lint | docs | build | check-oldest-torch | clean
