@@ -1,7 +1,6 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
 # make test    set up, build, and run the tests
 # make bench   time against eager torch and torch.compile; BENCH="--rounds 3" passes options on
-# make emulate run the CUDA kernels on the CPU, under many schedules, sanitized, and with faults planted
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make lint | docs | build | check-oldest-torch | clean
@@ -26,7 +25,7 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypo
          transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help build test demo lint format bench emulate gpu docs wheel check-wheel check-oldest-torch clean
+.PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -70,10 +69,6 @@ bench: build
 	  $(PY) -m pytest benchmarks/test_objective.py --record $(BENCH) \
 	  -k "forward_backward and (1024x32000 or 512x128256 or 8192x1000) and not 32000-float16" || status=1; \
 	exit $$status
-
-# The CUDA kernels on the CPU: every thread a fiber, faults planted and caught.
-emulate: build
-	$(PY) -m pytest tests/emulation/suite.py
 
 # It builds by itself, because the build is one of its steps, with a time and a log of its own.
 gpu: $(STAMP)

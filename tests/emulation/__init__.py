@@ -8,7 +8,7 @@ the same sources, compiled by the C++ compiler, run in the tests of any machine 
     build.py           the package with these kernels in it, also with sanitizers, also with faults planted
     control.py         schedules, devices and launch plans, as tests set them
     cases.py           what the kernels must get right
-    suite.py           runs the cases, and existing tests, in these builds: `make emulate`
+    ../test_cuda_emulation.py   runs the cases, and existing tests, in these builds
 
 What it proves: indexing, heads and tails of rows, reduction trees, formulas, dtypes, the placement of barriers and of
 waits for asynchronous copies. Threads run in every order that the seed draws, the hasty ones far ahead; shared memory

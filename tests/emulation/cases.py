@@ -1,6 +1,6 @@
 """What the emulated CUDA kernels must get right, whatever plan they are launched with and whoever runs first.
 
-suite.py runs this file inside a build whose CPU tensors go to the emulated kernels.
+test_cuda_emulation.py runs this file inside a build whose CPU tensors go to the emulated kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU, by `make emulate`; the package says how, and what that proves.
+"""The CUDA kernels without a GPU, on the CPU; tests.emulation says how, and what that proves.
 
 The builds and the runs take two processors for a few minutes, so that all are started together; each test waits for
 its own. A test that passes although a kernel is wrong is no test: faults are planted in the kernels, one at a time.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from . import build
+from .emulation import build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers as Linux has them")
 
