@@ -36,6 +36,7 @@ inline namespace OBJKERN_VARIANT {
 template <class R>
 struct Lane {
   using Mask = bool;
+  static constexpr bool kCompensated = sizeof(R) == 4;  // sums keep the part that rounding took off
   OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
   // exp(a·b): what a product of −20 is rounded by is a millionth of the result in float32, and is put back.
   OBJKERN_INLINE static R exp_of_product(R a, R b) {
@@ -62,19 +63,34 @@ OBJKERN_INLINE R weighted(R probability, R b) {
   return Lane<R>::select(Lane<R>::equal(probability, R(0)), R(0), probability * b);
 }
 
-// log(1 + exp(d)) and 1 / (1 + exp(−d)), for d and −d at once, exact in both tails.
+// a + b − sum, exactly, where sum is a + b rounded. Source: Knuth, "The Art of Computer Programming", volume 2, 4.2.2.
+template <class R>
+OBJKERN_INLINE R rounded_off(R a, R b, R sum) {
+  const R b_in_sum = sum - a;
+  return (a - (sum - b_in_sum)) + (b - b_in_sum);
+}
+
+// log(1 + exp(d)) and 1 / (1 + exp(−d)), for d and −d at once, exact in both tails. `low` is what d was rounded by: at
+// |d| = 10 the last digit of a float32 d is a millionth of exp(−|d|).
 template <class R>
 struct LogOdds {
   R softplus_plus, softplus_minus, sigmoid_plus, sigmoid_minus;
+  R softplus_plus_low = R(0);  // what softplus_plus was rounded by
 
-  OBJKERN_INLINE explicit LogOdds(R d) {
+  OBJKERN_INLINE explicit LogOdds(R d, R low = R(0)) {
     using L = Lane<R>;
-    const R e = L::exp(R(0) - L::abs(d)), tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
     const auto negative = L::less(d, R(0));
-    softplus_plus = L::select(negative, tail, d + tail);
-    softplus_minus = L::select(negative, tail - d, tail);
+    R e = L::exp(R(0) - L::abs(d));
+    if constexpr (L::kCompensated) e = e - e * L::select(negative, R(0) - low, low);
+    const R tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
+    softplus_plus = L::select(negative, tail, d + (low + tail));
+    softplus_minus = L::select(negative, (tail - low) - d, tail);
     sigmoid_plus = L::select(negative, far, near);
     sigmoid_minus = L::select(negative, near, far);
+    if constexpr (L::kCompensated) {
+      const R lost = rounded_off(d, low + tail, softplus_plus);
+      softplus_plus_low = L::select(negative, R(0), L::select(L::equal(lost, lost), lost, R(0)));  // d may be infinite
+    }
   }
 };
 
@@ -137,16 +153,24 @@ enum Reads : int64_t {
 template <class R>
 struct Odds {
   R d, log_s, inverse_s, p_target, p_others, nlp_target, nlp_others;  // nlp: −log p_y and −log(1 − p_y)
+  R nlp_target_low;                                                   // what nlp_target was rounded by
 
   OBJKERN_INLINE explicit Odds(const Centred<R>& c) {
     using L = Lane<R>;
     log_s = L::log(c.sum_e);
     inverse_s = L::select(L::equal(c.sum_e, R(0)), R(0), R(1) / c.sum_e);  // 0: the others are impossible
-    d = (c.max - c.target) + log_s;
-    const LogOdds<R> odds(d);
+    const R margin = c.max - c.target;
+    d = margin + log_s;
+    R low = R(0);
+    if constexpr (L::kCompensated) {
+      low = rounded_off(c.max, R(0) - c.target, margin) + rounded_off(margin, log_s, d);
+      low = L::select(L::equal(low, low), low, R(0));  // ∞ − ∞, where d is infinite
+    }
+    const LogOdds<R> odds(d, low);
     p_target = odds.sigmoid_minus;
     p_others = odds.sigmoid_plus;
     nlp_target = odds.softplus_plus;
+    nlp_target_low = odds.softplus_plus_low;
     nlp_others = odds.softplus_minus;
   }
 };
@@ -259,10 +283,10 @@ OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
 }
 
 // The value of a term for a row; adds scale · ∂value/∂s to `grad`. `row_weight` is the class weight of the target,
-// which cross-entropy alone reads.
+// which cross-entropy alone reads; `logprob_low` is what log p_y was rounded by, if that is known.
 template <class R>
 OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, double scale_, const Statistics<R>& s,
-                            Statistics<R>& grad) {
+                            Statistics<R>& grad, R logprob_low = R(0)) {
   using L = Lane<R>;
   const R scale = R(scale_), p = R(parameter);
   switch (kind) {
@@ -302,7 +326,7 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
       return others - s.logprob;
     }
     case TermKind::kGeneralizedCrossEntropy:  // parameter: q
-      grad.logprob = grad.logprob - scale * L::exp_of_product(p, s.logprob);
+      grad.logprob = grad.logprob - scale * L::exp_of_product(p, s.logprob) * (R(1) + p * logprob_low);
       return (R(0) - L::expm1(p * s.logprob)) / p;
     case TermKind::kUnlikelihood:
       grad.other_logprob = grad.other_logprob - scale;

@@ -29,7 +29,6 @@ NOT_OF_A_GPU = {
     "test_a_gradient_larger_than_the_caches": "the same, and the CPU's caches",
     "test_bad_labels_name_row_and_label": "they give NaN; test_a_bad_label_is_a_row_of_nan",
     "test_many_labels_are_counted_and_checked": "the same; test_many_rows counts them",
-    "GeneralizedCrossEntropy and dtype0 and 10.0": "1.2 budgets: that log p is a float32 is half a millionth of p^q",
     "test_offsets_beyond_two_to_the_31": "4 GB, written thread by thread; test_rows_farther_apart_than_32_bits_can_tell",
 }
 
@@ -89,6 +88,20 @@ FAULTS = {
     "one upstream gradient for all rows": Fault([(GRADIENT, "upstream[row * call.upstream_stride]", "upstream[0]")], "take_turns"),
     "no room for a tile that begins between boundaries": Fault(
         [(DOORS, "* element_size(rows.dtype) + 16;", "* element_size(rows.dtype);")], source="doors.cu"
+    ),
+    "a tile that begins at a multiple of 16 whatever its row does": Fault(
+        [(ROWS, "misalignment(x + begin) / static_cast<int>(sizeof(T)) - begin", "-begin")]
+    ),
+    "the missing half of a pair of vectors counted as logits of 0": Fault(
+        [(SUMS, "there ? transform(in_vector[i]) : A(-kInfinity)", "there ? transform(in_vector[i]) : A(0)")]
+    ),
+    "normalizer left unread": Fault([(EPILOGUE, "if (program.has_normalizer) {", "if (false) {")], "options"),
+    "a bad label without a trace": Fault([(EPILOGUE, "if (bad) value = nan;", "")], "bad_label"),
+    "all rows of a warp with the sums of its first": Fault(
+        [(ROWS, "const int leader = thread % kWarp / width * width;", "const int leader = 0;")]
+    ),
+    "no digits put back into the odds": Fault(
+        [("objective.h", "    const LogOdds<R> odds(d, low);", "    const LogOdds<R> odds(d);")], "rounded_once"
     ),
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ template <class A>
 struct Lane<Vec<A>> {
   using R = Vec<A>;
   using Mask = Vec<A>;
+  static constexpr bool kCompensated = false;  // the epilogue is in float64
   static R exp(const R& x) { return x.exp(); }
   static R exp_of_product(const R& a, const R& b) { return (a * b).exp(); }  // the epilogue is in float64
   static R expm1(const R& x) { return x.expm1(); }

@@ -10,6 +10,8 @@ struct Affine {
   using A = Accumulation<T>;
   static constexpr int kVector = Element<T>::kVector;
   static constexpr bool kFull = kDepth == Depth::kFull;
+  static constexpr bool kOrdinary = !kTransform && (kDepth == Depth::kEntropy || kDepth == Depth::kSquare);
+  static constexpr float kLeastExponent = -1e30f;
 
   const Rows& rows;
   const Transform<A, kTransform> transform;
@@ -43,7 +45,7 @@ struct Affine {
     if constexpr (kDepth == Depth::kPlain) return exp_nonpositive<T>(z - g.max) * g.exp_1 * transform.slope(z);
     // Kept finite: e is 0 there, and 0·∞ would be NaN.
     const A t = larger(z - g.max, std::numeric_limits<A>::lowest()), e = exp_nonpositive<T>(t);
-    A d = e * (larger(t, A(-1e30f)) * g.exp_t + g.exp_1) + g.const_1;
+    A d = e * (larger(t, A(kLeastExponent)) * g.exp_t + g.exp_1) + g.const_1;
     if constexpr (kDepth >= Depth::kSquare) d += g.const_z * (out ? A(0) : z);
     if constexpr (kFull) {
       const A* weight = static_cast<const A*>(rows.class_weight);
@@ -56,6 +58,13 @@ struct Affine {
     }
     d *= transform.slope(z);
     return out && rows.masked ? A(0) : d;
+  }
+
+  // The same where no z is −∞ or absurdly far below the maximum, and nothing transforms the logits.
+  OBJKERN_DEVICE A at_ordinary(A z) const {
+    const A t = z - g.max, e = exp_nonpositive<T>(t);
+    const A d = e * (t * g.exp_t + g.exp_1) + g.const_1;
+    return kDepth >= Depth::kSquare ? d + g.const_z * z : d;
   }
 
   OBJKERN_DEVICE A at_target(A x) const {
@@ -83,8 +92,21 @@ struct Affine {
   OBJKERN_DEVICE void write_vector(const Words& words, T* out, int start) const {
     A z[kVector], d[kVector];
     unpack<T>(words, z);
+    if constexpr (kOrdinary) {  // one comparison an element in place of three
+      A low = z[0];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+      for (int i = 1; i < kVector; ++i) low = std::fmin(low, z[i]);
+      if (low - g.max > A(kLeastExponent)) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) d[i] = at_ordinary(z[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+    }
     if (static_cast<unsigned>(target - start) < static_cast<unsigned>(kVector)) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)

@@ -184,6 +184,15 @@ OBJKERN_DEVICE float widen(Float16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
+// Both of a word, the first out of its low half.
+OBJKERN_DEVICE void widen_pair(BFloat16*, uint32_t word, float& first, float& second) {
+  first = __uint_as_float(word << 16);
+  second = __uint_as_float(word & 0xffff0000u);
+}
+OBJKERN_DEVICE void widen_pair(Float16*, uint32_t word, float& first, float& second) {
+  first = widen(Float16{static_cast<uint16_t>(word)});
+  second = widen(Float16{static_cast<uint16_t>(word >> 16)});
+}
 OBJKERN_DEVICE float widen(float x) {
   return x;
 }

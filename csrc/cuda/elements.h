@@ -32,10 +32,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class T>
 OBJKERN_DEVICE void unpack(const Words& words, Accumulation<T> (&z)[Element<T>::kVector]) {
-  T x[Element<T>::kVector];
-  __builtin_memcpy(x, &words, sizeof words);
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll
-  for (int i = 0; i < Element<T>::kVector; ++i) z[i] = widen(x[i]);
+    for (int i = 0; i < 4; ++i) widen_pair(static_cast<T*>(nullptr), words.w[i], z[2 * i], z[2 * i + 1]);
+  } else {
+    __builtin_memcpy(z, &words, sizeof words);
+  }
 }
 
 template <class T>

@@ -80,7 +80,8 @@ OBJKERN_DEVICE RowGradient<A> row_epilogue(const RowCall& call, const double* sc
   double total = 0;
   for (int k = 0; k < program.size; ++k) {
     const Term& term = program.terms[k];
-    A value = term_value<A>(static_cast<TermKind>(term.kind), term.parameter, label_weight, scale[k], s, partials);
+    A value = term_value<A>(static_cast<TermKind>(term.kind), term.parameter, label_weight, scale[k], s, partials,
+                            -odds.nlp_target_low);
     if (bad) value = nan;
     total += scale[k] * static_cast<double>(value);
     if (program.with_parts) put(1 + k, value);

@@ -193,6 +193,10 @@ struct Collector {
         sums.et += et;
         sums.t += t;
         sums.classes += A(kAll);
+        if constexpr (kDepth >= Depth::kSquare) {
+#pragma unroll
+          for (int k = 0; k < kAll; ++k) sums.zz += z[k] * z[k];
+        }
       } else {  // −inf among them, or NaN: again, with care
 #pragma unroll
         for (int k = 0; k < kAll; ++k) {
@@ -201,11 +205,8 @@ struct Collector {
           sums.et += out ? A(0) : exp_nonpositive<T>(t_k) * t_k;
           sums.t += out ? A(0) : t_k;
           sums.classes += out ? A(0) : A(1);
+          if constexpr (kDepth >= Depth::kSquare) sums.zz += out ? A(0) : z[k] * z[k];
         }
-      }
-      if constexpr (kDepth >= Depth::kSquare) {
-#pragma unroll
-        for (int k = 0; k < kAll; ++k) sums.zz += z[k] == A(-kInfinity) ? A(0) : z[k] * z[k];
       }
     }
   }

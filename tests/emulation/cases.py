@@ -16,7 +16,7 @@ from torch import Tensor
 
 import objkern
 from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
-from tests.conftest import DTYPES, EVERY_TERM, random_rows
+from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_within_budget, random_rows
 
 from . import control
 from .control import A100, SMALL, Plan
@@ -495,3 +495,18 @@ def test_a_plan_that_does_not_fit_is_an_error() -> None:
         run(PLAIN, z.repeat(1, 9), y, Plan(1, True), gradient="forward")
     with control.device(A100), pytest.raises(RuntimeError, match="plan does not fit"):
         run(PLAIN, z, y, Plan(2, False))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_odds_are_rounded_once(seed: int) -> None:
+    """29: p_y^q of a float32 log p_y is as good as its last digit, and two roundings were one too many."""
+    z, y = random_rows(11, 515, torch.float32, 10.0, seed)
+    upstream = torch.randn(11, dtype=torch.float64)
+    formula = "GeneralizedCrossEntropy(q=0.7)"
+    results = []
+    for loss, logits in ((objkern.parse(formula), z), (NATIVE[formula], z), (NATIVE[formula], z.double())):
+        x = logits.clone().requires_grad_()
+        rows = loss(x, y, reduction="none") if isinstance(loss, objkern.Objective) else loss(x, y)
+        rows.backward(upstream.to(x.dtype))
+        results.append(x.grad)
+    assert_within_budget(*results, torch.float32)

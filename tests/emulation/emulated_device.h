@@ -171,6 +171,11 @@ inline float widen(Float16 x) {
   if (exponent == 0) return std::copysign(std::ldexp(static_cast<float>(fraction), -24), float_from_bits(sign));
   return float_from_bits(sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13);
 }
+template <class T>
+void widen_pair(T*, uint32_t word, float& first, float& second) {
+  first = widen(T{static_cast<uint16_t>(word)});
+  second = widen(T{static_cast<uint16_t>(word >> 16)});
+}
 inline float widen(float x) {
   return x;
 }
