@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..pairing import summary
@@ -17,7 +19,7 @@ def copies(device: Device, step: Step) -> None:
             continue
         source = torch.ones(size, dtype=torch.uint8, device=device.name)
         destination = torch.zeros_like(source)
-        run = lambda a=source, b=destination: b.copy_(a)  # noqa: E731
+        run = partial(destination.copy_, source)
         seconds = summary([device.seconds(run) for _ in range(10 if step.quick else 40)][3:])
         step.record({"kind": "copy", "bytes": 2 * size, "seconds": seconds, "gb_per_second": 2e-9 * size / seconds[1]})
 
@@ -26,7 +28,7 @@ def products(device: Device, step: Step) -> None:
     size = 128 if step.stand_in else 8192
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device.name) for _ in range(2))
     out = torch.empty_like(a)
-    run = lambda: torch.mm(a, b, out=out)  # noqa: E731
+    run = partial(torch.mm, a, b, out=out)
     seconds = summary([device.seconds(run) for _ in range(10 if step.quick else 30)][3:])
     step.record({"kind": "gemm", "size": size, "seconds": seconds, "tflops": 2e-12 * size**3 / seconds[1]})
 

@@ -48,14 +48,13 @@ def sizes(device: str, backend: str, quick: bool) -> int:
 
 def options(device: str, backend: str) -> int:
     x, y = rows(device, 37, 1003, torch.bfloat16)
-    scalar = lambda value: torch.tensor(value, device=device, requires_grad=True)  # noqa: E731
-    c, s = scalar(0.3), scalar(1.2)
+    c, s = (torch.tensor(value, device=device, requires_grad=True) for value in (0.3, 1.2))
     both((CrossEntropy() + c * ZLoss())(x, y, logit_scale=s, softcap=20.0, backend=backend), x, c, s)
     both(CrossEntropy(torch.rand(1003, device=device), 0.1)(x, y, backend=backend), x)
     dense = torch.rand(37, 1003, device=device).softmax(-1)
     both(CrossEntropy(label_smoothing=0.1)(x, dense, backend=backend), x)
     both((ZLoss() + MaxZLoss() - Entropy())(x, backend=backend), x)
-    both(EVERY_TERM(x, y, return_parts=True, normalizer=scalar(7.0).detach(), backend=backend)[0], x)
+    both(EVERY_TERM(x, y, return_parts=True, normalizer=torch.tensor(7.0, device=device), backend=backend)[0], x)
     both(torch.stack(objkern.row_statistics(x, y, backend=backend)).sum(), x)
     if device != "cpu":
         y[3:7] = torch.tensor([-1, 1003, 2**40, -(2**63)], device=device)

@@ -114,7 +114,7 @@ def run(step: Step) -> int:
             try:
                 torch.autograd.grad(loss(x, y), x)
                 losses[name] = loss
-            except Exception as error:
+            except Exception as error:  # recorded with the case, which counts as failed; the others go on
                 failed, skipped[name] = failed + 1, reason(error)
         both = {name: partial(forward_backward, loss, x, y) for name, loss in losses.items()}
         forward = {name: partial(loss, x, y) for name, loss in losses.items()}

@@ -46,7 +46,7 @@ def run(step: Step) -> int:
         share = max(1.0, step.left / (len(cases) - number))
         try:
             measure(device, step, classes, dtype, name, min(6.0, 0.5 * share))
-        except Exception as error:
+        except Exception as error:  # recorded with the case, which counts as failed; the others go on
             failed += 1
             step.record({
                 "kind": "objective", "rows": ROWS, "classes": classes, "dtype": str(dtype)[6:], "workload": name,

@@ -10,6 +10,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def measure(device: Device, step: Step, backend: str, x: Tensor, y: Tensor, unti
             entry = described("plan", x, workload) | {"backend": backend, "plan": name, "seconds": {}}
             for mode in MODES:
                 loss = objkern_loss(workload, device.backends[backend], mode)
-                run = lambda loss=loss: torch.autograd.grad(loss(x, y), x)[0]  # noqa: E731
+                run = partial(gradient_of, loss, x, y)
                 try:
                     if force is None:
                         expected[mode] = run()[:64].float()
@@ -101,9 +102,13 @@ def measure(device: Device, step: Step, backend: str, x: Tensor, y: Tensor, unti
                         off = (run()[:64].float() - expected[mode]).abs().max() / expected[mode].abs().max()
                         entry.setdefault("off", {})[mode] = off.item()
                         entry["seconds"][mode] = timed(device, run, narrow)
-                except Exception as error:
+                except Exception as error:  # a plan that does not fit is an entry of the result
                     entry.setdefault("skipped", {})[mode] = reason(error)
             step.record(entry)
+
+
+def gradient_of(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return torch.autograd.grad(loss(x, y), x)[0]
 
 
 def timed(device: Device, run: Callable[[], Any], narrow: bool) -> list[float]:

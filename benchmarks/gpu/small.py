@@ -37,7 +37,7 @@ def run(step: Step) -> int:
             share = max(0.5, step.left / (len(cases) - number))
             times, notes = race(device, contestants, x, y, min(1.0, 0.4 * share), 31, repeat=20, flush=False)
             step.record(described("small", x, workload) | compared(times) | notes | {"errors": errors})
-        except Exception as error:
+        except Exception as error:  # recorded with the case, which counts as failed; the others go on
             failed += 1
             step.record({"kind": "small", "rows": rows, "classes": classes, "dtype": str(dtype)[6:], "workload": name,
                          "skipped": {"all": reason(error)}})  # fmt: skip

@@ -77,7 +77,7 @@ def measure(device: Device, step: Step, classes: int, seconds: float) -> None:
                     rounds = max(5, min(30, int(seconds / 20 / once)))
                     times = [device.seconds(run, prepare=prepare) for _ in range(rounds)]
                     found[f"objkern {name} {variant}"] = summary(times)
-                except Exception as error:
+                except Exception as error:  # recorded with the case, which counts as failed; the others go on
                     skipped[f"objkern {name} {variant}"] = reason(error)
         step.record(described("variant", x, workload) | {"seconds": found, "skipped": skipped})
 
@@ -90,7 +90,7 @@ def run(step: Step) -> int:
             if device.free_bytes() < 6.0 * ROWS // device.scale * classes:
                 raise MemoryError("too little device memory is free")
             measure(device, step, classes, max(1.0, step.left / (len(chosen) - number)))
-        except Exception as error:
+        except Exception as error:  # recorded with the case, which counts as failed; the others go on
             failed += 1
             step.record({"kind": "variant", "rows": ROWS, "classes": classes, "dtype": "bfloat16", "workload": "both",
                          "skipped": {"all": reason(error)}})  # fmt: skip
