@@ -127,7 +127,7 @@ if __name__ == "__main__":  # tests read the flags above
         ext_modules=[
             cpp_extension.CppExtension(
                 "objkern._C",
-                ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp"],
+                ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp", "csrc/default_call.cpp"],
                 include_dirs=[str(ROOT / "csrc")],
                 extra_compile_args=[*FLAGS, *WARNINGS],
             )

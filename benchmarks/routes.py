@@ -1,9 +1,9 @@
 """What a loss costs before its first logit is read: three ways to bind an op with its derivative to torch.
 
-    python -m benchmarks.routes
+    python -m benchmarks.routes [rows classes dtype]
 
-Forward and backward of cross-entropy on 32 x 9 logits, where the arithmetic takes about a microsecond. The routes run
-the same kernels and take turns, so that the differences are the routes' own:
+Forward and backward of cross-entropy on 32 x 9 float32 logits, where the arithmetic takes about a microsecond, or on
+others. The routes run the same kernels and take turns, so that the differences are the routes' own:
 
     C++ autograd               csrc/autograd.cpp, through torch.ops: what objkern does
     autograd.Function          a Python class over the same ops
@@ -12,6 +12,7 @@ the same kernels and take turns, so that the differences are the routes' own:
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from time import perf_counter
@@ -78,9 +79,11 @@ def routes() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     }
 
 
-def microseconds(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+def microseconds(
+    rows: int, classes: int, dtype: torch.dtype, calls: int = CALLS, rounds: int = ROUNDS
+) -> dict[str, dict[str, float]]:
     """Median over the rounds of a forward pass, and of a forward and a backward pass, of each route."""
-    x, y = torch.randn(32, 9, requires_grad=True), torch.randint(0, 9, (32,))
+    x, y = torch.randn(rows, classes, dtype=dtype, requires_grad=True), torch.randint(0, classes, (rows,))
     losses = routes()
 
     def step(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -103,7 +106,12 @@ def microseconds(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, dict[str
 
 
 if __name__ == "__main__":
-    measured = microseconds()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="?", default=32)
+    parser.add_argument("classes", type=int, nargs="?", default=9)
+    parser.add_argument("dtype", choices=("float32", "bfloat16"), nargs="?", default="float32")
+    options = parser.parse_args()
+    measured = microseconds(options.rows, options.classes, getattr(torch, options.dtype))
     native = measured["F.cross_entropy"]["forward + backward"]
     print("| route | forward | forward + backward | of F.cross_entropy |\n| --- | --- | --- | --- |")
     for name, found in measured.items():

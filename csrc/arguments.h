@@ -19,6 +19,7 @@ namespace objkern {
 // Places in the row arguments, and in the objective's, whose row arguments begin at kRows.
 constexpr int kLogits = 0, kTarget = 1, kLogitScale = 2, kClassWeight = 3, kRowArguments = 7;
 constexpr int kTerms = 0, kReduction = 1, kRows = 2, kCoefficientTensor = kRows + kRowArguments;
+constexpr int kMasked = kRows + 6;
 constexpr int kObjectiveArguments = kCoefficientTensor + 4;
 
 }  // namespace objkern

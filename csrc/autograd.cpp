@@ -76,6 +76,7 @@ struct Family {
 class SavedArguments {
  public:
   explicit SavedArguments(c10::ArrayRef<IValue> arguments) : values_(arguments.vec()) {
+    tensors_.reserve(arguments.size());
     for (IValue& value : values_) {
       if (!value.isTensor()) continue;
       tensors_.emplace_back(value.toTensor(), /*is_output=*/false);
@@ -84,6 +85,7 @@ class SavedArguments {
   }
 
   void append_to(Stack& stack) const {
+    stack.reserve(stack.size() + values_.size());
     auto tensor = tensors_.begin();
     for (const IValue& value : values_) {
       if (value.isTensor()) {
@@ -145,11 +147,12 @@ std::vector<int> in_gradient_op(const std::vector<int>& places) {
 // What the backward passes of all the ops share: saved arguments, and one result that is differentiable.
 struct RowsBackward : Node {
   SavedArguments arguments;
-  std::vector<int> differentiable;  // places in the arguments
+  const std::vector<int>& differentiable;  // places in the arguments
 
-  RowsBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places)
-      : arguments(arguments_), differentiable(std::move(places)) {
+  RowsBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places)
+      : arguments(arguments_), differentiable(places) {
     torch::autograd::edge_list edges;
+    edges.reserve(places.size());
     for (const int place : differentiable) {
       const Tensor t = tensor_or_undefined(arguments_[place]);
       edges.push_back(t.defined() && t.requires_grad() ? torch::autograd::impl::gradient_edge(t)
@@ -174,8 +177,9 @@ struct RowsBackward : Node {
 struct GradientBackward final : RowsBackward {
   const c10::OperatorHandle& second_order;
 
-  GradientBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const c10::OperatorHandle& second_order_)
-      : RowsBackward(arguments_, std::move(places)), second_order(second_order_) {}
+  GradientBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places,
+                   const c10::OperatorHandle& second_order_)
+      : RowsBackward(arguments_, places), second_order(second_order_) {}
 
   std::string name() const override { return "GradientBackward"; }
 
@@ -195,9 +199,9 @@ struct ForwardBackward : RowsBackward {
   const c10::OperatorHandle& gradient_op;
   const c10::OperatorHandle& reference_op;
 
-  ForwardBackward(c10::ArrayRef<IValue> arguments_, std::vector<int> places, const c10::OperatorHandle& gradient_op_,
-                  const c10::OperatorHandle& reference_op_)
-      : RowsBackward(arguments_, std::move(places)), gradient_op(gradient_op_), reference_op(reference_op_) {}
+  ForwardBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places,
+                  const c10::OperatorHandle& gradient_op_, const c10::OperatorHandle& reference_op_)
+      : RowsBackward(arguments_, places), gradient_op(gradient_op_), reference_op(reference_op_) {}
 
   // What differs: a gradient that is there already, and the coefficients.
   virtual Tensor finished_gradient(const Tensor&, const Tensor&, const Stack&) { return {}; }
@@ -238,7 +242,9 @@ struct ForwardBackward : RowsBackward {
   }
 
   Tensor gradient(const Tensor& upstream, const Tensor& kept_, const Stack& inputs, bool unscaled) const {
-    Stack stack{IValue(upstream), IValue(kept_), IValue(unscaled)};
+    Stack stack;
+    stack.reserve(kBeforeArguments + inputs.size());
+    torch::jit::push(stack, upstream, kept_, unscaled);
     stack.insert(stack.end(), inputs.begin(), inputs.end());
     gradient_op.callBoxed(stack);
     return stack.back().toTensor();

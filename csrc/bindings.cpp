@@ -1,6 +1,7 @@
 // The ops' schemas. Their derivatives are in autograd.cpp, their kernels in bindings_cpu.cpp and bindings_cuda.cpp,
-// over the arguments that batch.h parses; no other file sees a tensor. The pybind11 module at the end carries none:
-// build facts, and scalar doors through which tests hold objective.h against terms.py.
+// over the arguments that batch.h parses; default_call.cpp is a short way to them. No other file sees a tensor. The
+// pybind11 module at the end carries build facts, and scalar doors through which tests hold objective.h against
+// terms.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -16,6 +17,7 @@
 #include "build_facts.h"
 #include "cpu/buffers.h"
 #include "cpu/kernels.h"
+#include "default_call.h"
 #include "objective.h"
 #ifdef OBJKERN_HAS_CUDA
 #include "cuda/kernels.h"
@@ -79,6 +81,10 @@ std::optional<std::string> text(const char* characters) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts and scalar doors of objkern's C++ core; tensors go through torch.ops.objkern.";
+  static PyMethodDef of_default_call{"default_call",
+                                     reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(default_call)),
+                                     METH_FASTCALL, "The mean loss of a call without options; see default_call.h."};
+  m.attr("default_call") = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&of_default_call, nullptr));
   m.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = __VERSION__;

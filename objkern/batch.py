@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 REDUCTIONS = ("none", "mean", "sum")
 
 _validation = "cpu"
@@ -23,6 +23,11 @@ def set_validation(mode: str) -> None:
     if mode not in ("cpu", "always"):
         raise ValueError(f'validation: expected "cpu" or "always" but got {mode!r}')
     _validation = mode
+
+
+def validates(logits: Tensor) -> bool:
+    """Whether bad labels of these logits raise, unless the call says otherwise."""
+    return logits.is_cpu or _validation == "always"
 
 
 class Batch(NamedTuple):
@@ -84,6 +89,8 @@ def flatten(
     logits = _check_logits(logits, class_dim)
     size = logits.shape
     shape, classes = size[:-1], size[-1]
+    if classes == 0:
+        raise ValueError(f"logits: expected at least one class but got shape {tuple(size)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
     if empty not in ("nan", "zero"):
@@ -124,7 +131,7 @@ def flatten(
         None if type(logit_scale) is float and logit_scale == 1.0 else _scalar_tensor("logit_scale", logit_scale, 1.0),
         0.0 if softcap is None else float(softcap),
         ignore_index, reduction, empty == "zero", masked,
-        logits.is_cpu or (_validation == "always" if validate is None else validate),
+        logits.is_cpu or bool(validate) or (validate is None and validates(logits)),
         shape,
         {name: _check_row(name, value, shape, logits) for name, value in rows.items()} if rows else {},
     )  # fmt: skip
@@ -150,8 +157,6 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
             raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
         if class_dim != logits.dim() - 1:
             logits = logits.movedim(class_dim, -1)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected at least one class but got shape {tuple(logits.shape)}")
     return logits
 
 

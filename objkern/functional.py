@@ -107,6 +107,11 @@ def cross_entropy(
         terms += (ZLoss.kind, 0.0, z_loss)
     if entropy:
         terms += (Entropy.kind, 0.0, entropy)
+    dtype = torch.promote_types(input.dtype, target.dtype) if dense else input.dtype
+    program = ops.Program(terms)
+    loss = ops.default_call(program, input, target, (weight, ignore_index, reduction), _DEFAULTS, masked=False)
+    if loss is not None:
+        return _as_torch(loss, dtype)
     try:
         batch = flatten(
             input, target.long() if target.dtype is torch.uint8 else target, reduction=reduction,
@@ -118,13 +123,18 @@ def cross_entropy(
             _check_labels(input, target)  # the errors that torch raises
         raise
     run = ops.backend_for("auto", batch.logits)
-    loss, _ = run.objective(batch, ops.Program(terms), False, False)
+    loss, _ = run.objective(batch, program, False, False)
     if reduction == "none" and len(batch.shape) != 1:
         loss = loss.view(batch.shape)
-    dtype = torch.promote_types(input.dtype, target.dtype) if dense else input.dtype
-    if loss.dtype is dtype or torch.is_autocast_enabled(input.device.type):
-        return loss  # torch's autocast runs cross-entropy in float32
-    return loss.to(dtype)
+    return _as_torch(loss, dtype)
+
+
+_DEFAULTS = tuple(cross_entropy.__defaults__[place] for place in (0, 2, 4))  # weight, ignore_index, reduction
+
+
+def _as_torch(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """In torch's dtype; its autocast runs cross-entropy in float32."""
+    return loss if loss.dtype is dtype or torch.is_autocast_enabled(loss.device.type) else loss.to(dtype)
 
 
 def _check_labels(input: Tensor, target: Tensor) -> None:

@@ -190,19 +190,28 @@ class Objective(nn.Module):
             ValueError, TypeError: names the argument, what was expected and what came.
         """
         try:
+            terms = self.weighted_terms
+            class_weight = _class_weight(terms)
+            program = ops.Program.of(terms)
+            if class_weight is None:
+                loss = ops.default_call(program, logits, target, (
+                    reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, class_dim, gradient, empty,
+                    return_parts, validate, backend,
+                ), _DEFAULTS)  # fmt: skip
+                if loss is not None:
+                    return loss
             batch = flatten(
                 logits, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
-                validate=validate, class_weight=self._class_weight(),
+                validate=validate, class_weight=class_weight,
             )  # fmt: skip
-            terms = self.weighted_terms
             built_in = _check_call(terms, batch, gradient)
             run = ops.backend_for(backend, batch.logits)
         except (ValueError, TypeError, NotImplementedError) as error:
             where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
             raise type(error)(f"{error} [{where}]") from None
         if built_in:
-            loss, parts = run.objective(batch, ops.Program.of(terms), gradient == "forward", return_parts)
+            loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
         else:
             loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
         if reduction == "none" and len(batch.shape) != 1:
@@ -211,21 +220,6 @@ class Objective(nn.Module):
             return loss
         # Cloned: autograd may have kept them, and a logger may add to them in place.
         return loss, self._named_parts(loss, [part.detach().clone() for part in parts], batch)
-
-    def _class_weight(self) -> Tensor | None:
-        """The one class weight of the pass, or none."""
-        # _buffers, because looking an attribute up through the module takes as long as all the other checks.
-        found = [term._buffers["weight"] for _, _, term in self._summands if term.reads_class_weight]
-        if found.count(None) == len(found):
-            return None
-        weights = [weight for weight in found if weight is not None]
-        # A shared tensor is one object until .to() makes a copy for each term.
-        if len(weights) < len(found) or not all(w is weights[0] or torch.equal(w, weights[0]) for w in weights[1:]):
-            raise ValueError(
-                "class weight: the cross-entropy terms of one objective share one class weight tensor; "
-                "evaluate objectives with different weights separately and add their losses"
-            )
-        return weights[0]
 
     def _named_parts(self, loss: Tensor, parts: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
@@ -246,6 +240,26 @@ class Objective(nn.Module):
         else:
             named = {name: value.view(batch.shape) for name, value in named.items()}
         return named
+
+
+_DEFAULTS = tuple(Objective.forward.__kwdefaults__.values())
+
+
+def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
+    """The one class weight of the pass, or none."""
+    weight, found = None, False
+    for _, term in terms:
+        if not term.reads_class_weight:
+            continue
+        own = term._buffers["weight"]  # through the module, the look-up takes as long as all the other checks
+        # A shared tensor is one object until .to() makes a copy for each term.
+        if found and own is not weight and (own is None or weight is None or not torch.equal(own, weight)):
+            raise ValueError(
+                "class weight: the cross-entropy terms of one objective share one class weight tensor; "
+                "evaluate objectives with different weights separately and add their losses"
+            )
+        weight, found = own, True
+    return weight
 
 
 def _check_call(terms: list[tuple[float | Tensor, Term]], batch: Batch, gradient: str) -> bool:

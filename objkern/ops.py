@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _C, cuda, reference, triton
-from .batch import REDUCTIONS, Batch
+from .batch import REDUCTIONS, Batch, validates
 from .statistics import Statistics
 
 FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
@@ -34,7 +34,8 @@ class Program(NamedTuple):
         numbers = True
         for coefficient, term in weighted_terms:
             terms += (term.kind, term.parameter, coefficient)
-            numbers = numbers and (type(coefficient) is float or not isinstance(coefficient, Tensor))
+            if type(coefficient) is not float and isinstance(coefficient, Tensor):
+                numbers = False
         if numbers:
             return cls(terms)
         coefficients = terms[2::3]
@@ -80,6 +81,22 @@ def backend_for(name: str, logits: Tensor) -> Backend:
     return NATIVE[name]
 
 
+def default_call(
+    program: Program, logits: Tensor, target: Tensor | None, options: tuple[Any, ...], defaults: tuple[Any, ...],
+    masked: bool = True,
+) -> Tensor | None:  # fmt: skip
+    """The mean loss by the short way (csrc/default_call.cpp), or None for a call that has to go the general way.
+
+    The short way is for rows of logits with class labels where `options` are the very objects of `defaults`.
+    """
+    if program.tensor is not None or type(logits) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if not logits.is_cpu and validates(logits):
+        return None
+    run = backend_for("auto", logits)
+    return _C.default_call(run is NATIVE["triton"], logits, target, program.terms, masked, options, defaults)
+
+
 def why_not(name: str, device_type: str, index: int | None) -> str | None:
     """Why a backend cannot run on a device, or None."""
     if name == "cpu":
@@ -109,7 +126,7 @@ def _native(name: str, family: Any, checks_labels: bool = False) -> Backend:
     objective_op, fused_op, statistics_op = family.objective.default, family.fused.default, family.statistics.default
 
     def objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
-        if batch.validate and checks_labels:
+        if checks_labels and batch.validate:
             reference.check_labels(batch)
         options = _options(batch)
         terms, tensor = program
@@ -127,7 +144,7 @@ def _native(name: str, family: Any, checks_labels: bool = False) -> Backend:
         return found[0], found[1]
 
     def statistics(batch: Batch) -> Statistics:
-        if batch.validate and checks_labels:
+        if checks_labels and batch.validate:
             reference.check_labels(batch)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return Statistics(*found.unbind(0))
