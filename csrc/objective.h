@@ -442,6 +442,7 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
     }
     g.target_grad = g.target_grad + share * (c.target_weight * o.p_others - c.sum_w * o.p_target);
   }
+  g.exp_1 = L::select(L::equal(c.sum_e, R(0)), R(0), g.exp_1);  // no other class is left: it may be NaN
   return g;
 }
 

@@ -7,7 +7,7 @@ loss.backward()
 
 from .batch import set_validation
 from .buffers import buffer_limit, release_buffers, set_buffer_limit
-from .functional import cross_entropy, row_statistics
+from .functional import cross_entropy, linear_cross_entropy, linear_row_statistics, row_statistics
 from .objective import Objective, parse
 from .statistics import Statistics
 from .terms import (
@@ -42,6 +42,8 @@ __all__ = [
     "buffer_limit",
     "cross_entropy",
     "custom",
+    "linear_cross_entropy",
+    "linear_row_statistics",
     "parse",
     "release_buffers",
     "row_statistics",

@@ -146,6 +146,8 @@ def _integer(name: str, value: object) -> int:
 def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor but got {describe(logits)}")
+    if logits.layout is not torch.strided or logits.is_nested:
+        raise TypeError(f"logits: expected a dense tensor but got a {_layout(logits)} one")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
     if logits.dim() == 0:
@@ -160,10 +162,16 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     return logits
 
 
+def _layout(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+
+
 def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: int) -> Tensor:
     """`logits` has its classes last and rows of `shape`; a dense target comes with its classes at `class_dim`."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor but got {describe(target)}")
+    if target.layout is not torch.strided or target.is_nested:
+        raise TypeError(f"target: expected a dense tensor but got a {_layout(target)} one")
     if not (target.is_cpu and logits.is_cpu):
         _check_same_device("target", target, logits)
     if target.dtype is torch.int64:
@@ -215,11 +223,20 @@ def _scalar_tensor(name: str, value: float | Tensor | None, neutral: float | Non
         return None
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
-    return torch.tensor(float(value), dtype=torch.float64)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number but got {str(value)[:40]}...") from None
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of the device; there is none for meta tensors."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def describe(value: object) -> str:

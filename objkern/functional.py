@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .batch import describe, flatten
+from . import linear, ops
+from .batch import Batch, describe, flatten, is_autocast
 from .statistics import Statistics
-from .terms import CrossEntropy, Entropy, ZLoss
+from .terms import CrossEntropy, Entropy, ZLoss, checked_number
 
 
 def row_statistics(
@@ -46,11 +47,56 @@ def row_statistics(
         logits, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
         class_dim=class_dim, validate=validate, reduction="none",
     )  # fmt: skip
-    found = ops.backend_for(backend, batch.logits).statistics(batch)
+    return _per_row(ops.backend_for(backend, batch.logits).statistics(batch), batch)
+
+
+def _per_row(found: Statistics, batch: Batch) -> Statistics:
     found = Statistics(*(field.to(batch.result_dtype).view(batch.shape) for field in found))
     if batch.target is None:
         return found._replace(logprob=None, other_logprob=None, target_logit=None)
     return found._replace(other_logprob=None, target_logit=None) if batch.dense else found
+
+
+def linear_row_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    shift: int = 0,
+    validate: bool | None = None,
+    backend: str = "auto",
+    chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+) -> Statistics:
+    """``objkern.row_statistics(hidden @ weight.T + bias, target)``, the logits never materialised
+
+    Every field is differentiable; the backward pass projects each chunk of rows anew.
+
+    Args:
+        hidden: (..., D) float32, float64, bfloat16 or float16.
+        weight: (V, D) of hidden's dtype.
+        target: (...) int64 labels, or (..., V) probabilities, or None.
+        bias: (V) of hidden's dtype.
+        ignore_index, logit_scale, softcap, shift, validate, backend: as in `Objective.forward`.
+        chunk_rows, memory_budget: as in `Objective.linear`.
+
+    Returns:
+        `Statistics` of shape (...), as `row_statistics`.
+
+    Raises:
+        IndexError: a label outside [0, V) that is not ``ignore_index``.
+    """
+    layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+    batch = flatten(
+        proxy, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
+        validate=validate, reduction="none",
+    )  # fmt: skip
+    found, _ = linear.statistics(ops.backend_for(backend, batch.logits), layer, batch)
+    return _per_row(found, batch)
 
 
 def cross_entropy(
@@ -89,26 +135,10 @@ def cross_entropy(
     if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         name, got = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"cross_entropy: {name}: expected a tensor but got {describe(got)}")
-    dense = input.shape == target.shape
     class_dim = 0 if input.dim() == 1 else 1
-    if dense and not target.is_floating_point():
-        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
-    if dense and ignore_index >= 0:
-        raise RuntimeError("ignore_index is not supported for floating point target")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if weight is not None and weight.shape != (input.shape[class_dim],):
-        raise RuntimeError(
-            f"cross_entropy: weight tensor should be defined either for all {input.shape[class_dim]} classes or no "
-            f"classes but got weight tensor of shape: {list(weight.shape)}"
-        )
-    terms = [CrossEntropy.kind, label_smoothing, 1.0]
-    if z_loss:
-        terms += (ZLoss.kind, 0.0, z_loss)
-    if entropy:
-        terms += (Entropy.kind, 0.0, entropy)
+    dense = input.shape == target.shape
+    program = _program(input, target, weight, class_dim, ignore_index, label_smoothing, z_loss, entropy)
     dtype = torch.promote_types(input.dtype, target.dtype) if dense else input.dtype
-    program = ops.Program(terms)
     loss = ops.default_call(program, input, target, (weight, ignore_index, reduction), _DEFAULTS, masked=False)
     if loss is not None:
         return _as_torch(loss, dtype)
@@ -129,12 +159,130 @@ def cross_entropy(
     return _as_torch(loss, dtype)
 
 
+def _program(
+    input: Tensor, target: Tensor, weight: Tensor | None, class_dim: int, ignore_index: int, label_smoothing: float,
+    z_loss: float, entropy: float,
+) -> ops.Program:  # fmt: skip
+    """The terms, once the arguments that both drop-ins share are what torch takes."""
+    dense = input.shape == target.shape
+    if dense and not target.is_floating_point():
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
+    if dense and ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    if type(label_smoothing) is not float:
+        label_smoothing = checked_number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        raise TypeError(f"weight: expected a floating-point tensor or None but got {describe(weight)}")
+    if weight is not None and weight.shape != (input.shape[class_dim],):
+        raise RuntimeError(
+            f"cross_entropy: weight tensor should be defined either for all {input.shape[class_dim]} classes or no "
+            f"classes but got weight tensor of shape: {list(weight.shape)}"
+        )
+    terms = [CrossEntropy.kind, label_smoothing, 1.0]
+    for name, kind, coefficient in (("z_loss", ZLoss.kind, z_loss), ("entropy", Entropy.kind, entropy)):
+        if type(coefficient) is not float or coefficient != 0.0:
+            terms += (kind, 0.0, checked_number(name, coefficient))
+    return ops.Program(terms)
+
+
 _DEFAULTS = tuple(cross_entropy.__defaults__[place] for place in (0, 2, 4))  # weight, ignore_index, reduction
 
 
 def _as_torch(loss: Tensor, dtype: torch.dtype) -> Tensor:
     """In torch's dtype; its autocast runs cross-entropy in float32."""
-    return loss if loss.dtype is dtype or torch.is_autocast_enabled(loss.device.type) else loss.to(dtype)
+    return loss if loss.dtype is dtype or is_autocast(loss.device) else loss.to(dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    entropy: float = 0.0,
+) -> Tensor:
+    """``torch.nn.functional.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+    reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)``, plus ``z_loss * lse.square()``
+    and ``entropy * H(p)`` over the same rows; the logits never materialised
+
+    The same semantics in every corner: the dtype of the result is the input's, −inf logits are numbers.
+
+    Args:
+        input: (D) or (N, D) float32, float64, bfloat16 or float16.
+        linear_weight: (C, D), or (C, d1, ..., D) for K-dimensional losses, whose logits are materialised.
+        target: labels int64 of shape () or (N) or (N, d1, ...), or probabilities of the logits' shape.
+        linear_bias: (C), or (C, d1, ...).
+        weight: (C) class weights.
+        ignore_index: of labels; None is -100.
+        options: torch's chunking strategy; objkern chunks by its own rule (`objkern.linear.choose_chunk_rows`), so
+            this only has to be what torch takes.
+        z_loss, entropy: coefficients of the regularizers, as in `cross_entropy`.
+
+    Raises:
+        As torch: RuntimeError or ValueError for shapes, dtypes and options, IndexError for a label out of range.
+    """
+    for name, x in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"linear_cross_entropy: {name}: expected a tensor but got {describe(x)}")
+    if not 1 <= input.dim() <= 2:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    classes, *places = linear_weight.shape[:-1]
+    if places and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    shape = (*input.shape[:-1], classes, *places)
+    dense = target.shape == shape
+    if dense and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if places or classes == 0:
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = linear.eager_logits(input, linear_weight.flatten(0, -2), bias).view(shape)
+        loss = cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            z_loss=z_loss, entropy=entropy,
+        )  # fmt: skip
+        return _as_torch(loss, torch.promote_types(input.dtype, target.dtype) if dense else input.dtype)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    program = _program(input.new_empty(()).expand(shape), target, weight, 0 if len(shape) == 1 else 1, ignore_index,
+                       label_smoothing, z_loss, entropy)  # fmt: skip
+    layer, proxy = linear.layer(input, linear_weight, linear_bias, None, None)
+    try:
+        batch = flatten(
+            proxy, target.long() if target.dtype is torch.uint8 else target, reduction=reduction,
+            ignore_index=ignore_index, class_weight=weight, masked=False,
+        )  # fmt: skip
+    except (ValueError, TypeError):
+        if not dense:
+            _check_labels(proxy, target)
+        raise
+    loss, _ = linear.objective(ops.backend_for("auto", proxy), layer, batch, program, "auto", False)
+    if len(batch.shape) != 1 and reduction == "none":
+        loss = loss.view(batch.shape)
+    dtype = torch.promote_types(layer.hidden.dtype, target.dtype) if dense else layer.hidden.dtype
+    return _as_torch(loss, dtype)
 
 
 def _check_labels(input: Tensor, target: Tensor) -> None:

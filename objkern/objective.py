@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import linear, ops, reference
 from .batch import Batch, describe, flatten
 from .statistics import Statistics
 
@@ -205,7 +205,7 @@ class Objective(nn.Module):
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
                 validate=validate, class_weight=class_weight,
             )  # fmt: skip
-            built_in = _check_call(terms, batch, gradient)
+            built_in = _check_call(terms, batch, gradient, return_parts)
             run = ops.backend_for(backend, batch.logits)
         except (ValueError, TypeError, NotImplementedError) as error:
             where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
@@ -214,7 +214,92 @@ class Objective(nn.Module):
             loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
         else:
             loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
-        if reduction == "none" and len(batch.shape) != 1:
+        return self._result(loss, parts, batch, return_parts)
+
+    def linear(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        normalizer: float | Tensor | None = None,
+        logit_scale: float | Tensor = 1.0,
+        softcap: float | None = None,
+        rows: dict[str, Tensor] | None = None,
+        shift: int = 0,
+        gradient: str = "backward",
+        empty: str = "nan",
+        return_parts: bool = False,
+        validate: bool | None = None,
+        backend: str = "auto",
+        mode: str = "auto",
+        chunk_rows: int | None = None,
+        memory_budget: int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """``objective(torch.nn.functional.linear(hidden, weight, bias), target)``, the logits never materialised
+
+        Logits exist a chunk of rows at a time, in float32 (float64 for float64 inputs), also where hidden states and
+        weight are half precision: as accurate as ``F.linear(hidden.float(), weight.float())``.
+
+        Args:
+            hidden: (..., D) float32, float64, bfloat16 or float16. Under autocast it, weight and bias are cast as
+                those of F.linear.
+            weight: (V, D) of hidden's dtype; a frozen one gets no gradient, and no memory for it.
+            target: as in `forward`, for logits of shape (..., V).
+            bias: (V) of hidden's dtype.
+            gradient: "forward" is another word for ``mode="forward"``.
+            mode: "forward" makes the gradients with the loss, a chunk at a time, and holds them until the backward
+                pass: three GEMMs in all; for scalar reductions of built-in terms. "recompute" projects each chunk once
+                more in the backward pass: four GEMMs, no memory between the passes, any upstream gradient. "auto" takes
+                "forward" where it can: not for ``reduction="none"``, custom terms, or a logit scale that learns.
+            chunk_rows: rows of a chunk; by default a function of shape and device, `objkern.linear.choose_chunk_rows`.
+            memory_budget: bytes that a chunk's logits and their gradient may take, in the place of `chunk_rows`.
+            reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, empty, return_parts, validate,
+                backend: as in `forward`. "reference" is eager torch, which does materialise the logits.
+
+        Returns:
+            As `forward`: the loss, float32 (float64 for float64 inputs), and the parts if asked for.
+
+        Raises:
+            As `forward`; and ValueError for ``mode="forward"`` where gradients are only known in the backward pass.
+
+        Second derivatives, and those of a probability target, are taken through eager torch with all logits at once.
+        """
+        try:
+            if mode not in linear.MODES:
+                raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {mode!r}')
+            if gradient == "forward":
+                if mode == "recompute":
+                    raise ValueError('gradient="forward" contradicts mode="recompute"')
+                mode = "forward"
+            terms = self.weighted_terms
+            layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+            batch = flatten(
+                proxy, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
+                logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, empty=empty, validate=validate,
+                class_weight=_class_weight(terms),
+            )  # fmt: skip
+            built_in = _check_call(terms, batch, "forward" if mode == "forward" else gradient, return_parts)
+            run = ops.backend_for(backend, proxy)
+            if built_in:
+                linear.check_mode(mode, batch)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            where = f"{self!r}.linear on hidden states {tuple(getattr(hidden, 'shape', ()))}"
+            raise type(error)(f"{error} [{where}]") from None
+        if built_in:
+            loss, parts = linear.objective(run, layer, batch, ops.Program.of(terms), mode, return_parts)
+        else:
+            statistics, first_maximum = linear.statistics(run, layer, batch)
+            loss, parts = reference.evaluate(statistics, batch, terms, first_maximum)
+        return self._result(loss, parts, batch, return_parts)
+
+    def _result(
+        self, loss: Tensor, parts: Tensor | list[Tensor], batch: Batch, return_parts: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if batch.reduction == "none" and len(batch.shape) != 1:
             loss = loss.view(batch.shape)
         if not return_parts:
             return loss
@@ -262,8 +347,10 @@ def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
     return weight
 
 
-def _check_call(terms: list[tuple[float | Tensor, Term]], batch: Batch, gradient: str) -> bool:
+def _check_call(terms: list[tuple[float | Tensor, Term]], batch: Batch, gradient: str, return_parts: bool) -> bool:
     """What the terms ask of a call; returns whether all of them are built in, so that kernels know them."""
+    if not isinstance(return_parts, bool):
+        raise TypeError(f"return_parts: expected True or False but got {describe(return_parts)}")
     if gradient not in ("backward", "forward"):
         raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
     if gradient == "forward" and batch.reduction == "none":

@@ -17,7 +17,7 @@ from .batch import REDUCTIONS, Batch, validates
 from .statistics import Statistics
 
 FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
-_CENTRED = 14  # fields of Centred in csrc/objective.h
+CENTRED = 14  # fields of Centred in csrc/objective.h
 _FREE = len(reference.FREE_STATISTICS)
 
 
@@ -55,6 +55,7 @@ class Backend(NamedTuple):
     name: str
     objective: Callable[[Batch, Program, bool, bool], tuple[Tensor, Tensor]]
     statistics: Callable[[Batch], Statistics]
+    family: str | None = None  # the namespace of its ops, if it has any
 
 
 def backend_for(name: str, logits: Tensor) -> Backend:
@@ -73,7 +74,7 @@ def backend_for(name: str, logits: Tensor) -> Backend:
             f'backend: none runs on {device} but backend="reference", which runs anywhere: '
             + "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
         )
-    if name not in NATIVE:
+    if not isinstance(name, str) or name not in NATIVE:
         raise ValueError(f'backend: expected "auto", "reference" or one of {", ".join(NATIVE)} but got {name!r}')
     reason = why_not(name, device.type, device.index)
     if reason is not None:
@@ -118,11 +119,12 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _REDUCTION = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
-def _native(name: str, family: Any, checks_labels: bool = False) -> Backend:
+def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend:
     """The backend that runs a family of ops; csrc/bindings.cpp says which there are.
 
     checks_labels: the labels are checked here, where that is asked for, because the kernels make NaN of bad ones.
     """
+    family = getattr(torch.ops, family_name)
     objective_op, fused_op, statistics_op = family.objective.default, family.fused.default, family.statistics.default
 
     def objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ def _native(name: str, family: Any, checks_labels: bool = False) -> Backend:
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return Statistics(*found.unbind(0))
 
-    return Backend(name, objective, statistics)
+    return Backend(name, objective, statistics, family_name)
 
 
 def _options(batch: Batch) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def _terms(program: Program) -> list[tuple[float | Tensor, _BuiltIn]]:
 # Ops as the reference computes them, from the same arguments, with the same defaults.
 
 
-def _objective_forward(
+def objective_forward(
     terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
     coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
@@ -217,7 +219,7 @@ def _objective_forward(
     return reference.objective(batch, _terms(Program(terms, coefficient_tensor)))[0]
 
 
-def _statistics_forward(
+def statistics_forward(
     logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
 ) -> Tensor:  # fmt: skip
@@ -235,15 +237,15 @@ class _Family(NamedTuple):
     differentiable: tuple[int, ...]
 
 
-_OBJECTIVE = _Family(_objective_forward, (2, 3, 4, 9))
-_STATISTICS = _Family(_statistics_forward, (0, 1, 2))
+_OBJECTIVE = _Family(objective_forward, (2, 3, 4, 9))
+_STATISTICS = _Family(statistics_forward, (0, 1, 2))
 
 
 def _reference_gradient(family: _Family, upstream: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs, wanted = _apart(arguments, family.differentiable, needed)
-        return _grad(family.forward(*inputs), wanted, upstream, create_graph)
+        inputs, wanted = apart(arguments, family.differentiable, needed)
+        return gradients(family.forward(*inputs), wanted, upstream, create_graph)
 
 
 def _reference_second_order(
@@ -252,13 +254,13 @@ def _reference_second_order(
     """Derivatives of the gradient to the logits: to the upstream gradient, and to the differentiable arguments."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        (upstream,), wanted = _apart((upstream,), (0,), needed[:1])
-        inputs, others = _apart(arguments, family.differentiable, [True, *needed[2:]])
-        (gradient,) = _grad(family.forward(*inputs), others[:1], upstream, True)
-        return _grad(gradient, wanted + others[0 if needed[1] else 1 :], grad, create_graph)
+        (upstream,), wanted = apart((upstream,), (0,), needed[:1])
+        inputs, others = apart(arguments, family.differentiable, [True, *needed[2:]])
+        (gradient,) = gradients(family.forward(*inputs), others[:1], upstream, True)
+        return gradients(gradient, wanted + others[0 if needed[1] else 1 :], grad, create_graph)
 
 
-def _apart(arguments: Sequence[Any], places: Sequence[int], needed: Sequence[bool]) -> tuple[list[Any], list[Tensor]]:
+def apart(arguments: Sequence[Any], places: Sequence[int], needed: Sequence[bool]) -> tuple[list[Any], list[Tensor]]:
     """The arguments, and those among them to differentiate by, which stand apart from their history.
 
     One may have been computed from another; what the caller's graph makes of that is the caller's.
@@ -272,7 +274,7 @@ def _apart(arguments: Sequence[Any], places: Sequence[int], needed: Sequence[boo
     return inputs, wanted
 
 
-def _grad(output: Tensor, inputs: list[Tensor], upstream: Tensor, create_graph: bool) -> list[Tensor]:
+def gradients(output: Tensor, inputs: list[Tensor], upstream: Tensor, create_graph: bool) -> list[Tensor]:
     """torch.autograd.grad, with 0 for what the output does not read (a target under label_smoothing=1)."""
     if not output.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
@@ -318,8 +320,13 @@ def _fake_objective(
         found = logits.new_empty(rows, **like), logits.new_empty((parts if with_parts else 0, rows), **like)
     else:
         found = logits.new_empty((), **like), logits.new_empty(parts + 1 if with_parts else 0, **like)
+    return *found, logits.new_empty((row_gradient_fields(terms, class_weight, target), rows), **like)
+
+
+def row_gradient_fields(terms: list[float], class_weight: Tensor | None, target: Tensor | None) -> int:
+    """How many numbers a row keeps for its gradient."""
     dense = target is not None and target.is_floating_point()
-    return *found, logits.new_empty((_C.row_gradient_fields(terms, class_weight is not None, dense), rows), **like)
+    return _C.row_gradient_fields(terms, class_weight is not None, dense)
 
 
 def _fake_fused(terms: list[float], reduction: int, logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, ...]:
@@ -333,7 +340,7 @@ def _fake_statistics(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _no_meta_beside(logits, target=target, logit_scale=logit_scale, class_weight=class_weight)
     rows, double = logits.shape[0], {"dtype": torch.float64}
-    return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((_CENTRED, rows), **double)
+    return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((CENTRED, rows), **double)
 
 
 def _fake_gradient(
@@ -371,7 +378,7 @@ for _family_name in FAMILIES:
 # ---- vmap -----------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+def one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """vmap as a loop: each sample has a mean, and rows to ignore, of its own."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -402,14 +409,14 @@ _REFERENCE_OPS = (
 for _family_name in FAMILIES:
     for _name in (*(_FAKES.keys() - {"rescale"}), *(_REFERENCE_OPS if _family_name == "objkern" else ())):
         _op = getattr(getattr(torch.ops, _family_name), _name)
-        torch.library.register_vmap(f"{_family_name}::{_name}", _one_by_one(_op))
+        torch.library.register_vmap(f"{_family_name}::{_name}", one_by_one(_op))
 
 
-CPU = _native("cpu", torch.ops.objkern)
+CPU = _native("cpu", "objkern")
 NATIVE = {
     "cpu": CPU,
-    "cuda": _native("cuda", torch.ops.objkern, checks_labels=True),
-    "triton": _native("triton", torch.ops.objkern_triton, checks_labels=True),
+    "cuda": _native("cuda", "objkern", checks_labels=True),
+    "triton": _native("triton", "objkern_triton", checks_labels=True),
 }
 AUTOMATIC = ("cuda", "triton")  # of a device other than the CPU, in this order
 REFERENCE = Backend("reference", _reference_objective, reference.statistics)

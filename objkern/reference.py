@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .batch import Batch
 from .statistics import Statistics
@@ -30,6 +32,9 @@ def objective(batch: Batch, terms: list[tuple[float | Tensor, Term]]) -> tuple[T
 def transformed(batch: Batch) -> tuple[Tensor, Tensor]:
     """z = c·tanh(s·x / c) in the result's dtype, and where x is −inf; there z is −inf, whatever s and c."""
     x = batch.logits.to(batch.result_dtype)
+    counted = batch.counted()
+    if counted is not None:  # whatever an ignored row holds, nothing comes of it
+        x = x.masked_fill(~counted[:, None], 0.0)
     excluded = x == -torch.inf
     z = x.masked_fill(excluded, 0.0)
     if batch.logit_scale is not None:
@@ -70,7 +75,7 @@ def statistics(batch: Batch) -> Statistics:
     else:
         # Not z.gather: torch 2.13's inductor fuses the scatter of its gradient with what must come after it.
         z_target = z.masked_fill(~own, 0.0).sum(-1)
-        d = (maximum - z_target + log_s).masked_fill(alone, -torch.inf)
+        d = (maximum - z_target + log_s).masked_fill(alone & (z_target == z_target), -torch.inf)
         has_target = z_target != -torch.inf
 
     # −log p_y and −log(1 − p_y). A target that is not there leaves the others no derivative, and 0·∞ is NaN.
@@ -119,7 +124,7 @@ def statistics(batch: Batch) -> Statistics:
         mean_logprob=mean_logprob,
     )
     hopeless = excluded.all(-1)  # no class is left, so there is no distribution
-    found = Statistics(*(field.masked_fill(hopeless, torch.nan) for field in found))
+    found = Statistics(*(field.masked_fill(hopeless, torch.nan) for field in found))._replace(target_logit=z_target)
     counted = batch.counted()
     if counted is not None:
         found = Statistics(*(torch.where(counted, field, torch.zeros_like(field)) for field in found))
@@ -145,8 +150,8 @@ def _bad_labels(batch: Batch) -> Tensor:
 
 def check_labels(batch: Batch) -> None:
     """Raise an IndexError that names the first bad label and its row; this waits for the device."""
-    # A compiled graph cannot stop to look: there the row's loss is NaN.
-    if batch.target is None or batch.dense or torch.compiler.is_compiling() or batch.target.is_meta:
+    # A graph cannot stop to look: there the row's loss is NaN.
+    if batch.target is None or batch.dense or _has_no_numbers(batch.target):
         return
     bad = _bad_labels(batch)
     if bool(bad.any()):
@@ -157,8 +162,23 @@ def check_labels(batch: Batch) -> None:
         )
 
 
-def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term]]) -> tuple[Tensor, list[Tensor]]:
+def _has_no_numbers(x: Tensor) -> bool:
+    """Whether x stands for tensors to come: compiled, traced, fake, or one of a batch under vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or is_fake(x)
+        or get_proxy_mode() is not None
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def evaluate(
+    s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term]], first_maximum: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """From statistics to the loss: each term's rows, reduced over its own denominator, times its coefficient.
+
+    first_maximum: (N) bool, whether the label is the first maximum of its row; by default the logits tell.
 
     Returns the loss, 0-dim or (N), and the parts: every term, the free statistics, and the number of rows that count
     (not for ``reduction="none"``).
@@ -188,7 +208,9 @@ def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term
         parts.append(value)
         loss = loss + coefficient * value
 
-    free = (s.lse, _is_first_maximum(batch).to(s.lse.dtype), s.logprob.exp())
+    if first_maximum is None:
+        first_maximum = is_first_maximum(batch)
+    free = (s.lse, first_maximum.to(s.lse.dtype), s.logprob.exp())
     if counted is not None:
         free = tuple(torch.where(counted, value, torch.zeros_like(value)) for value in free)
     if batch.reduction == "none":
@@ -199,10 +221,10 @@ def evaluate(s: Statistics, batch: Batch, terms: list[tuple[float | Tensor, Term
     return loss.to(dtype), [part.to(dtype) for part in parts]
 
 
-def _is_first_maximum(batch: Batch) -> Tensor:
+def is_first_maximum(batch: Batch) -> Tensor:
     """(N) whether the label is the first maximum of its row; False where there is no label."""
     if batch.target is None or batch.dense:
         return torch.zeros(batch.logits.shape[0], dtype=torch.bool, device=batch.logits.device)
     with torch.no_grad():
         z, _ = transformed(batch)
-        return (z.argmax(-1) == batch.target) & batch.counted()
+        return (z.argmax(-1) == batch.target) & (z.amax(-1) > -torch.inf) & batch.counted()

@@ -35,7 +35,7 @@ class CrossEntropy(Term):
 
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.parameter = _number("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.parameter = checked_number("label_smoothing", label_smoothing, 0.0, 1.0)
         if weight is not None and not (isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point()):
             raise ValueError(f"weight: expected a floating-point tensor of shape (V,) but got {describe(weight)}")
         self.register_buffer("weight", weight)
@@ -106,7 +106,7 @@ class Focal(Term):
 
     def __init__(self, gamma: float) -> None:
         super().__init__()
-        self.parameter = _number("gamma", gamma, 0.0)
+        self.parameter = checked_number("gamma", gamma, 0.0)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -135,7 +135,7 @@ class Poly1(Term):
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
-        self.parameter = _number("epsilon", epsilon)
+        self.parameter = checked_number("epsilon", epsilon)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -161,7 +161,7 @@ class GeneralizedCrossEntropy(Term):
 
     def __init__(self, q: float) -> None:
         super().__init__()
-        self.parameter = _number("q", q, 0.0, 1.0)
+        self.parameter = checked_number("q", q, 0.0, 1.0)
         if self.parameter == 0.0:
             raise ValueError("q: expected 0 < q <= 1 but got 0; the limit is CrossEntropy()")
 
@@ -202,7 +202,7 @@ class Margin(Term):
 
     def __init__(self, m: float) -> None:
         super().__init__()
-        self.parameter = _number("m", m)
+        self.parameter = checked_number("m", m)
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
@@ -286,13 +286,17 @@ def custom(fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: 
     return Custom(fn, needs, name)
 
 
-def _number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+def checked_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number but got {describe(value)}")
-    if not (math.isfinite(value) and low <= value <= high):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and low <= number <= high):
         bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}" if math.isfinite(low) else "finite"
-        raise ValueError(f"{name}: expected a number {bounds} but got {value}")
-    return float(value)
+        raise ValueError(f"{name}: expected a number {bounds} but got {str(value)[:40]}")
+    return number
 
 
 def _snake_case(name: str) -> str:

@@ -112,7 +112,8 @@ def run_problems(wheel: Path, cuda: build_cuda.Build | None, scratch: Path) -> l
     python = str(scratch / "venv" / "bin" / "python")
     output([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", str(wheel)])
     (site,) = (scratch / "venv" / "lib").glob("python*/site-packages")
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    of_torch = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
+    (site / "torch.pth").write_text("\n".join(of_torch))  # torch's own dependencies may lie in another one
     (scratch / "empty").mkdir()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     problems = []

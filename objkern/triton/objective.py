@@ -293,6 +293,7 @@ def chain(c, o, s, f, READS: tl.constexpr, DENSE: tl.constexpr, WEIGHTED: tl.con
         else:
             const_1 += share
         target_grad += share * (c.target_weight * o.p_others - c.sum_w * o.p_target)
+    exp_1 = tl.where(c.sum_e == 0, 0.0, exp_1)  # no other class is left: it may be NaN
     return RowGradient(
         max=c.max, target_grad=target_grad, exp_1=exp_1, exp_t=exp_t, const_1=const_1, const_z=const_z,
         const_t=const_t, const_w=const_w, const_q=const_q, max_grad=max_grad,
@@ -351,8 +352,9 @@ def centre(piece, target, has_label, label_weight, V, MASKED: tl.constexpr, SUMS
     alone = piece.e == 0
     own = tl.where(has_label, 1.0, 0.0).to(piece.e.dtype)
     top = tl.where(alone, 0.0, piece.max)
-    is_max = has_label & (alone | (target > piece.max) | ((target == piece.max) & (piece.before == 0)))
     absent = target == float("-inf")
+    first = (target == piece.max) & (piece.before == 0) & (absent == 0)
+    is_max = has_label & (piece.e == piece.e) & ((target > piece.max) | first)
     sum_e, sum_wt = piece.e, piece.t
     if MASKED:
         classes = piece.n + tl.where(absent, 0.0, 1.0)

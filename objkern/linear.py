@@ -1,0 +1,812 @@
+"""The fused linear path: hidden states and a weight in, loss and gradients out; one chunk of logits at a time.
+
+    rows of hidden ──project──▶ logits of a chunk ──kernels of the backend──▶ their gradient ──GEMMs──▶ ∂hidden, ∂weight
+
+Two modes. "forward": the gradients are made with the loss, three GEMMs in all; the backward pass only scales them.
+"recompute": the forward pass keeps a few numbers per row, the backward pass projects each chunk anew; four GEMMs, exact
+for any upstream gradient. Everything else (which rows, which chunk, which dtype) is the same code for both, and for
+every backend: the kernels see a chunk as they see any logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops, reference
+from .batch import REDUCTIONS, Batch, describe, is_autocast
+from .statistics import Statistics
+
+MODES = ("auto", "forward", "recompute")
+
+# ---- how many rows a chunk has --------------------------------------------------------------------------------------
+
+_CPU_ROWS = 512  # GEMMs are at full speed from a few hundred rows on; measured, see docs/linear.md
+_GPU_ROWS = 2000  # below, the product with the hidden states starves the device
+_GPU_LEAST_ROWS = 1024  # and so does that for the weight's gradient
+_GPU_FROZEN_ROWS = 512
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a GEMM's block
+
+
+def chunk_bytes(rows: int, classes: int, logits_bytes: int, gradient_bytes: int) -> int:
+    """What a chunk of so many rows takes: its logits and their gradient."""
+    return rows * classes * (logits_bytes + gradient_bytes)
+
+
+def choose_chunk_rows(
+    rows: int,
+    features: int,
+    classes: int,
+    *,
+    logits_bytes: int,
+    gradient_bytes: int,
+    multiprocessors: int | None,
+    trains_weight: bool,
+    memory_budget: int | None = None,
+) -> int:
+    """Rows of a chunk, from the shape and the device alone, so that results are the same from run to run.
+
+    On a GPU the GEMM that gives the hidden gradient of a chunk, C × features, should fill whole waves of blocks of
+    128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of about 2000 rows is taken
+    (1024 where the weight is frozen). On a CPU GEMMs need less, and a chunk that the caches help with is better.
+
+    Args:
+        multiprocessors: of the GPU; None on a CPU.
+        memory_budget: bytes that a chunk's logits and their gradient may take; the chunk shrinks to fit.
+
+    Raises:
+        ValueError: a budget that a single row does not fit in.
+    """
+    if multiprocessors is None:
+        wanted = _CPU_ROWS
+    else:
+        enough = _GPU_ROWS if trains_weight else _GPU_FROZEN_ROWS
+        columns = math.ceil(features / _TILE_COLUMNS)
+        waves = math.ceil(enough / _TILE_ROWS * columns / multiprocessors)
+        wanted = _TILE_ROWS * (multiprocessors * waves // columns)
+        if trains_weight:
+            wanted = max(wanted, _GPU_LEAST_ROWS)
+    if memory_budget is not None:
+        of_row = chunk_bytes(1, classes, logits_bytes, gradient_bytes)
+        if memory_budget < of_row:
+            raise ValueError(
+                f"memory_budget: expected at least {of_row} bytes, one row of {classes} logits and their gradient, "
+                f"but got {memory_budget}"
+            )
+        wanted = min(wanted, memory_budget // of_row)
+    return max(1, min(wanted, rows))
+
+
+# ---- the linear layer -----------------------------------------------------------------------------------------------
+
+_PANEL = 4096  # classes of a half-precision weight that are widened at a time
+
+
+def _has_half_matrix_units(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+class _Head:
+    """Products with the weight, (V, D), and the sums of its gradient.
+
+    Logits are made in float32 (float64 for float64 inputs), for half-precision logits would dominate the error. On a
+    GPU the GEMMs take half-precision inputs as they are; on a CPU the weight is widened panel by panel, because there
+    float32 GEMMs are faster.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.classes, self.features = weight.shape
+        self.dtype = hidden.dtype
+        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.half = hidden.dtype != self.wide
+        self.panels = self.half and not _has_half_matrix_units(hidden.device)
+        self.panel = (
+            weight.new_empty(min(_PANEL, self.classes), self.features, dtype=self.wide) if self.panels else None
+        )
+        self.weight_sum: Tensor | None = None
+        self.bias_sum: Tensor | None = None
+
+    def panels_of_weight(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the logits, a panel of classes at a time."""
+        for begin in range(0, self.classes, _PANEL):
+            columns = slice(begin, min(begin + _PANEL, self.classes))
+            assert self.panel is not None
+            yield columns, self.panel[: columns.stop - begin].copy_(self.weight[columns])
+
+    def rows(self, chunk: Tensor | slice) -> Tensor:
+        """Hidden states of a chunk, as the GEMMs take them."""
+        h = self.hidden[chunk] if isinstance(chunk, slice) else self.hidden.index_select(0, chunk)
+        return h.to(self.wide) if self.panels else h
+
+    def project(self, h: Tensor, out: Tensor) -> Tensor:
+        """Logits of the rows h."""
+        if self.panels:
+            for columns, panel in self.panels_of_weight():
+                torch.mm(h, panel.t(), out=out[:, columns])
+        elif self.half:
+            torch.mm(h, self.weight.t(), out_dtype=self.wide, out=out)
+        else:
+            torch.mm(h, self.weight.t(), out=out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def accumulate(self, g: Tensor, h: Tensor, needs: Sequence[bool]) -> Tensor | None:
+        """Adds the gradient g of a chunk's logits to the sums of weight and bias; returns that of the hidden states."""
+        of_hidden, of_weight, of_bias = needs
+        if of_bias:
+            share = g.sum(0)
+            self.bias_sum = share if self.bias_sum is None else self.bias_sum.add_(share)
+        if self.half and not self.panels:
+            g = g.to(self.dtype)
+        first = self.weight_sum is None
+        if of_weight and first:
+            self.weight_sum = self.weight.new_empty(self.weight.shape, dtype=self.wide)
+        if self.panels:
+            found = h.new_empty(h.shape) if of_hidden else None
+            for columns, panel in self.panels_of_weight() if of_hidden else ():
+                torch.mm(g[:, columns], panel, out=found) if columns.start == 0 else found.addmm_(g[:, columns], panel)
+            if of_weight:
+                self._add_to_weight(g, h, first)
+            return found
+        if of_weight:
+            self._add_to_weight(g, h, first)
+        if not of_hidden:
+            return None
+        return torch.mm(g, self.weight, out_dtype=self.wide) if self.half else torch.mm(g, self.weight)
+
+    def _add_to_weight(self, g: Tensor, h: Tensor, first: bool) -> None:
+        total = self.weight_sum
+        assert total is not None
+        if g.dtype == total.dtype:
+            torch.mm(g.t(), h, out=total) if first else total.addmm_(g.t(), h)
+        elif first:
+            torch.mm(g.t(), h, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, g.t(), h, out_dtype=total.dtype, out=total)
+
+    def finished(self, needs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias, empty where none is needed; zeros where there was no chunk."""
+        nothing = self.hidden.new_empty(0, dtype=dtype)
+        weight, bias = nothing, nothing.clone()
+        if needs[1]:
+            total = self.weight_sum
+            weight = self.weight.new_zeros(self.weight.shape, dtype=dtype) if total is None else total.to(dtype)
+        if needs[2]:
+            total = self.bias_sum
+            bias = self.weight.new_zeros(self.classes, dtype=dtype) if total is None else total.to(dtype)
+        return weight, bias
+
+
+# ---- chunks of rows -------------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """What the ops know of the rows, without their logits; in the order of the schemas."""
+
+    target: Tensor | None
+    logit_scale: Tensor | None
+    class_weight: Tensor | None
+    ignore_index: int
+    softcap: float
+    masked: bool
+
+
+class _Chunks:
+    """The rows in chunks: all of them, or those that are not ignored."""
+
+    def __init__(self, head: _Head, rows: _Rows, chunk_rows: int, skip_ignored: bool) -> None:
+        self.head, self.rows, self.chunk_rows = head, rows, chunk_rows
+        self.count = head.hidden.shape[0]
+        self.kept: Tensor | None = None
+        target = rows.target
+        if skip_ignored and target is not None and not target.is_floating_point():
+            kept = (target != rows.ignore_index).nonzero().view(-1)
+            if len(kept) < self.count:
+                self.kept, self.count = kept, len(kept)
+        self.buffer = head.hidden.new_empty(min(chunk_rows, self.count), head.classes, dtype=head.wide)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, dict[str, Any]]]:
+        """Of each chunk: which rows, their hidden states, their logits, and the arguments of an op on them."""
+        for begin in range(0, self.count, self.chunk_rows):
+            chunk: Tensor | slice = slice(begin, min(begin + self.chunk_rows, self.count))
+            if self.kept is not None:
+                chunk = self.kept[chunk]
+            h = self.head.rows(chunk)
+            logits = self.head.project(h, self.buffer[: h.shape[0]])
+            row_arguments = self.rows._asdict()
+            if self.rows.target is not None:
+                row_arguments["target"] = _take(self.rows.target, 0, chunk)
+            yield chunk, h, logits, row_arguments
+
+    def hidden_gradient(self, needed: bool, dtype: torch.dtype) -> Tensor:
+        """Room for it, with zeros in the rows that no chunk has."""
+        hidden = self.head.hidden
+        if not needed:
+            return hidden.new_empty(0, dtype=dtype)
+        return (hidden.new_empty if self.kept is None else hidden.new_zeros)(hidden.shape, dtype=dtype)
+
+
+def _take(x: Tensor, dim: int, chunk: Tensor | slice) -> Tensor:
+    if isinstance(chunk, slice):
+        return x.narrow(dim, chunk.start, chunk.stop - chunk.start)
+    return x.index_select(dim, chunk)
+
+
+def _put(x: Tensor, dim: int, chunk: Tensor | slice, values: Tensor) -> None:
+    if isinstance(chunk, slice):
+        x.narrow(dim, chunk.start, chunk.stop - chunk.start).copy_(values)
+    else:
+        x.index_copy_(dim, chunk, values.to(x.dtype))
+
+
+def _family(name: str) -> Any:
+    return getattr(torch.ops, name)
+
+
+class _Denominators(NamedTuple):
+    of_terms: Tensor  # (terms) float64
+    rows: Tensor  # () float64, how many count
+
+
+def _denominators(rows: _Rows, count: int, terms: list[float], reduction: str, normalizer: Tensor | None,
+                  empty_zero: bool, like: Tensor) -> _Denominators:  # fmt: skip
+    """Cross-entropy divides by the sum of its labels' weights, every other term by the number of rows that count."""
+    number, weights = like.new_full((), float(count), dtype=torch.float64), None
+    target = rows.target
+    if target is not None and not target.is_floating_point():
+        counted = target != rows.ignore_index
+        number = counted.sum(dtype=torch.float64)
+        if rows.class_weight is not None:
+            labels = target.clamp(0, rows.class_weight.shape[0] - 1)
+            weights = rows.class_weight.to(torch.float64).gather(0, labels).mul(counted).sum()
+    one = torch.ones_like(number)
+    found = []
+    for kind in terms[::3]:
+        if reduction != "mean":
+            found.append(one)
+        elif normalizer is not None:
+            found.append(normalizer.to(number))
+        else:
+            mean = weights if weights is not None and kind == 0 else number
+            found.append(torch.where(number == 0, one, mean) if empty_zero else mean)
+    return _Denominators(torch.stack(found), number)
+
+
+# ---- the ops --------------------------------------------------------------------------------------------------------
+
+_HEAD_SCHEMA = "str family, Tensor hidden, Tensor weight, Tensor? bias"
+_ROWS_SCHEMA = "Tensor? target, Tensor? logit_scale, Tensor? class_weight, int ignore_index, float softcap, bool masked"
+_TERMS_SCHEMA = (
+    "float[] terms, int reduction, Tensor? coefficient_tensor, Tensor? normalizer, bool empty_zero, bool with_parts"
+)
+_CHUNKS_SCHEMA = "bool[] needs, int chunk_rows, bool skip_ignored"
+
+
+def _linear_objective(
+    family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+    logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
+    with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, parts, row_gradient, and the gradients of hidden, weight and bias, or empty tensors)
+
+    Gradients stay in the accumulation type until the upstream gradient is known: they are rounded once, and in float16
+    after loss scaling.
+    """
+    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    head = _Head(hidden, weight, bias)
+    chunks = _Chunks(head, rows, chunk_rows, skip_ignored)
+    n, size, kind = hidden.shape[0], len(terms) // 3, REDUCTIONS[reduction]
+    denominators = _denominators(rows, n, terms, kind, normalizer, empty_zero, hidden)
+    factors = 1.0 / denominators.of_terms
+    if coefficient_tensor is not None:
+        factors = factors * coefficient_tensor.to(factors)
+
+    op = _family(family).fused.default if with_gradient else _family(family).objective.default
+    inner = REDUCTIONS.index("none" if kind == "none" else "sum")
+    fields = ops.row_gradient_fields(terms, class_weight, target)
+    row_gradient = hidden.new_zeros((fields, n), dtype=head.wide)
+    of_hidden = chunks.hidden_gradient(needs[0] and with_gradient, head.wide)
+    parts_size = size + len(reference.FREE_STATISTICS) if with_parts else 0
+    losses, all_parts = [], []
+    if kind == "none":
+        loss = hidden.new_zeros(n, dtype=head.wide)
+        parts = hidden.new_zeros((parts_size, n), dtype=head.wide)
+    for chunk, h, logits, row_arguments in chunks:
+        found = op(
+            terms, inner, logits, **row_arguments, coefficient_tensor=factors, with_parts=with_parts
+        )  # fmt: skip
+        _put(row_gradient, 1, chunk, found[2])
+        if kind == "none":
+            _put(loss, 0, chunk, found[0])
+            if with_parts:
+                _put(parts, 1, chunk, found[1])
+        else:
+            losses.append(found[0])
+            all_parts.append(found[1])
+        if with_gradient:
+            share = head.accumulate(found[3], h, needs)
+            if share is not None:
+                _put(of_hidden, 0, chunk, share)
+    if kind != "none":
+        # Over no rows a mean is 0/0.
+        nothing = torch.where(denominators.rows == 0, (0.0 / denominators.of_terms).sum(), 0.0)
+        total = torch.stack(losses).sum(dtype=torch.float64) if losses else torch.zeros_like(nothing)
+        loss = (total + nothing).to(head.wide)
+        parts = _parts_of_chunks(all_parts, size, denominators, head.wide) if with_parts else loss.new_empty(0)
+    of_weight, of_bias = head.finished([with_gradient and need for need in needs], head.wide)
+    return loss, parts, row_gradient, of_hidden, of_weight, of_bias
+
+
+def _parts_of_chunks(parts: list[Tensor], size: int, denominators: _Denominators, dtype: torch.dtype) -> Tensor:
+    """Sums of terms over their denominators, means of the free statistics, and the number of rows."""
+    free = len(reference.FREE_STATISTICS)
+    if not parts:
+        parts = [denominators.of_terms.new_zeros(size + free + 1)]
+    of_chunks = torch.stack(parts).to(torch.float64)
+    terms, means, counts = of_chunks.split([size, free, 1], dim=1)
+    sums = torch.where(counts == 0, 0.0, means * counts).sum(0)
+    return torch.cat([terms.sum(0) / denominators.of_terms, sums / counts.sum(), counts.sum(0)]).to(dtype)
+
+
+def _fake_linear_objective(
+    family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+    logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
+    with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    n, size = hidden.shape[0], len(terms) // 3 + len(reference.FREE_STATISTICS)
+    if REDUCTIONS[reduction] == "none":
+        loss, parts = hidden.new_empty(n, dtype=wide), hidden.new_empty((size if with_parts else 0, n), dtype=wide)
+    else:
+        loss, parts = hidden.new_empty((), dtype=wide), hidden.new_empty(size + 1 if with_parts else 0, dtype=wide)
+    fields = ops.row_gradient_fields(terms, class_weight, target)
+    gradients = _fake_gradients(hidden, weight, [with_gradient and need for need in needs], wide)
+    return loss, parts, hidden.new_empty((fields, n), dtype=wide), *gradients
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, needs: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    of_hidden, of_weight, of_bias = (
+        hidden.new_empty(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, needs, strict=True)
+    )
+    return of_hidden, of_weight, of_bias
+
+
+def _gradients(
+    chunks: _Chunks, needs: list[bool], needs_scale: bool, gradient: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and logit scale, from `gradient(chunk, unscaled, logits, row_arguments)`."""
+    head, scale = chunks.head, chunks.rows.logit_scale
+    of_hidden = chunks.hidden_gradient(needs[0], head.dtype)
+    of_scale = of_hidden.new_zeros((), dtype=torch.float64)
+    for chunk, h, logits, row_arguments in chunks:
+        g = gradient(chunk, needs_scale, logits, row_arguments)
+        if needs_scale:  # g is the gradient to s·x; what has none (an excluded class) may be infinite
+            assert scale is not None
+            of_scale += torch.where(g == 0, g, g * logits).sum(dtype=torch.float64)
+            g = g.mul_(scale.to(g))
+        share = head.accumulate(g, h, needs)
+        if share is not None:
+            _put(of_hidden, 0, chunk, share)
+    return of_hidden, *head.finished(needs, head.dtype), of_scale
+
+
+def _linear_objective_gradient(
+    upstream: Tensor, row_gradient: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
+    masked: bool, terms: list[float], needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
+    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
+    op = _family(family).gradient.default
+
+    def gradient(chunk: Tensor | slice, unscaled: bool, logits: Tensor, row_arguments: dict[str, Any]) -> Tensor:
+        u = upstream if upstream.dim() == 0 else _take(upstream, 0, chunk)
+        kept = _take(row_gradient, 1, chunk).contiguous()
+        return op(u, kept, unscaled, terms, REDUCTIONS.index("sum"), logits, **row_arguments)
+
+    return _gradients(chunks, needs, needs_scale, gradient)
+
+
+def _fake_linear_objective_gradient(
+    upstream: Tensor, row_gradient: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    needs = others[7]
+    return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
+
+
+def _linear_statistics(
+    family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+    logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    chunk_rows: int, skip_ignored: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(statistics, centred sums) of every row, as `objkern::statistics` has them"""
+    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
+    op, n = _family(family).statistics.default, hidden.shape[0]
+    statistics = hidden.new_zeros((len(Statistics._fields), n), dtype=torch.float64)
+    centred = hidden.new_zeros((ops.CENTRED, n), dtype=torch.float64)
+    for chunk, _, logits, row_arguments in chunks:
+        found = op(logits, **row_arguments)
+        _put(statistics, 1, chunk, found[0])
+        _put(centred, 1, chunk, found[1])
+    return statistics, centred
+
+
+def _fake_linear_statistics(family: str, hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[0]
+    make = [hidden.new_empty((size, n), dtype=torch.float64) for size in (len(Statistics._fields), ops.CENTRED)]
+    return make[0], make[1]
+
+
+def _linear_statistics_gradient(
+    partials: Tensor, centred: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
+    masked: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
+    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
+    op = _family(family).statistics_gradient.default
+
+    def gradient(chunk: Tensor | slice, unscaled: bool, logits: Tensor, row_arguments: dict[str, Any]) -> Tensor:
+        return op(
+            _take(partials, 1, chunk), _take(centred, 1, chunk).contiguous(), unscaled, logits, **row_arguments
+        )  # fmt: skip
+
+    return _gradients(chunks, needs, needs_scale, gradient)
+
+
+def _fake_linear_statistics_gradient(
+    partials: Tensor, centred: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    needs = others[6]
+    return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast chose the dtypes of an op's arguments; inside, they stay what they are."""
+
+    def run(*arguments: Any) -> Any:
+        device = next(a for a in arguments if isinstance(a, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
+_GRADIENTS = "(Tensor hidden, Tensor weight, Tensor bias, Tensor logit_scale)"
+_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+    "linear_objective": (
+        f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_TERMS_SCHEMA}, {_CHUNKS_SCHEMA}, bool with_gradient) -> (Tensor loss, "
+        "Tensor parts, Tensor row_gradient, Tensor hidden, Tensor weight, Tensor bias)",
+        _linear_objective, _fake_linear_objective,
+    ),
+    "linear_objective_gradient": (
+        f"(Tensor upstream, Tensor row_gradient, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, float[] terms, {_CHUNKS_SCHEMA}, "
+        f"bool needs_scale) -> {_GRADIENTS}",
+        _linear_objective_gradient, _fake_linear_objective_gradient,
+    ),
+    "linear_statistics": (
+        f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, int chunk_rows, bool skip_ignored) -> (Tensor statistics, Tensor centred)",
+        _linear_statistics, _fake_linear_statistics,
+    ),
+    "linear_statistics_gradient": (
+        f"(Tensor partials, Tensor centred, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, bool needs_scale) "
+        f"-> {_GRADIENTS}",
+        _linear_statistics_gradient, _fake_linear_statistics_gradient,
+    ),
+}  # fmt: skip
+for _name, (_schema, _function, _fake) in _OPS.items():
+    torch.library.define(f"objkern::{_name}", _schema)
+    torch.library.impl(f"objkern::{_name}", "CompositeExplicitAutograd", _without_autocast(_function))
+    torch.library.register_fake(f"objkern::{_name}", _fake)
+    torch.library.register_vmap(f"objkern::{_name}", ops.one_by_one(getattr(torch.ops.objkern, _name)))
+
+
+# ---- derivatives ----------------------------------------------------------------------------------------------------
+
+# Places of arguments. Both forward ops begin with the family, the head and what is known of the rows.
+_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _CLASS_WEIGHT = range(1, 7)
+_TERMS, _REDUCTION, _COEFFICIENTS, _NORMALIZER = 10, 11, 12, 13
+_HEAD_AND_ROWS = 10  # how many there are of those
+
+
+class _Kept:
+    """What a forward op leaves for its backward pass: its arguments, and what else is named."""
+
+    def __init__(self, ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
+        self.tensors = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+        self.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(inputs[place] for place in self.tensors), *results)
+
+    def of(self, ctx: Any) -> tuple[list[Any], list[Tensor]]:
+        """The arguments and the results, read once: a checkpoint computes what it unpacks anew."""
+        saved, arguments = ctx.saved_tensors, list(self.others)
+        for place, value in zip(self.tensors, saved, strict=False):
+            arguments[place] = value
+        return arguments, list(saved[len(self.tensors) :])
+
+
+def _through_reference(
+    forward: Callable[..., Tensor], arguments: list[Any], places: list[int], needed: list[bool], upstream: Tensor
+) -> dict[int, Tensor]:
+    """Gradients from eager torch, all logits at once: second derivatives, and those of a probability target."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs, wanted = ops.apart(arguments, places, needed)
+        found = ops.gradients(forward(*inputs), wanted, upstream, create_graph)
+    return dict(zip([place for place, need in zip(places, needed, strict=True) if need], found, strict=True))
+
+
+def eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+
+def _eager_objective(
+    family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+    logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
+    *_: Any,
+) -> Tensor:  # fmt: skip
+    return ops.objective_forward(
+        terms, reduction, eager_logits(hidden, weight, bias), target, logit_scale, class_weight, ignore_index, softcap,
+        masked, coefficient_tensor, normalizer, empty_zero,
+    )  # fmt: skip
+
+
+def _eager_statistics(family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rows: Any) -> Tensor:
+    return ops.statistics_forward(eager_logits(hidden, weight, bias), *rows[:6])
+
+
+def _keep_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, parts, row_gradient, *gradients = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.kept = _Kept(ctx, inputs, parts, row_gradient)
+    # Handed over once, scaled in place; a second backward pass makes its own. Detached: no way back to this node.
+    ctx.finished = [g.detach() for g in gradients] if inputs[19] else None
+
+
+def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    arguments, (parts, row_gradient) = ctx.kept.of(ctx)
+    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _COEFFICIENTS]
+    needed = [ctx.needs_input_grad[place] for place in places]
+    found: dict[int, Tensor | None] = {}
+    if torch.is_grad_enabled():
+        found.update(_through_reference(_eager_objective, arguments, places, needed, upstream))
+        return tuple(found.get(place) for place in range(len(arguments)))
+    if ctx.needs_input_grad[_TARGET]:
+        found.update(_through_reference(_eager_objective, arguments, [_TARGET], [True], upstream))
+    if ctx.needs_input_grad[_COEFFICIENTS]:
+        found[_COEFFICIENTS] = _coefficient_gradient(arguments, parts, upstream)
+    needs, needs_scale = needed[:3], needed[4]
+    if any(needs) or needs_scale:
+        finished, ctx.finished = ctx.finished, None
+        if finished is not None and all(made or not need for made, need in zip(arguments[16], needs, strict=True)):
+            gradients = [_scaled(g, upstream, arguments[_HIDDEN].dtype) if need else g
+                         for g, need in zip(finished, needs, strict=True)]  # fmt: skip
+        else:
+            *gradients, of_scale = torch.ops.objkern.linear_objective_gradient(
+                upstream, row_gradient, *arguments[:_HEAD_AND_ROWS], arguments[_TERMS], needs, *arguments[17:19],
+                needs_scale,
+            )  # fmt: skip
+            if needs_scale:
+                found[_SCALE] = of_scale.to(arguments[_SCALE])
+        found.update({place: g for place, g, need in zip(places[:3], gradients, needs, strict=True) if need})
+    return tuple(found.get(place) for place in range(len(arguments)))
+
+
+def _coefficient_gradient(arguments: list[Any], parts: Tensor, upstream: Tensor) -> Tensor:
+    """d loss / d coefficient is the term itself."""
+    terms, like = arguments[_TERMS], arguments[_COEFFICIENTS]
+    numbers = torch.tensor(terms[2::3], dtype=torch.float64, device=parts.device)
+    values = parts[: len(numbers)].to(torch.float64)
+    if upstream.dim() != 0:
+        values, upstream = (values * upstream).sum(-1), upstream.new_ones(())
+    return (values * numbers * upstream).to(like)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · upstream, in place where nobody else can see it."""
+    if gradient.dtype != dtype or type(gradient) is not Tensor or _is_traced(gradient) or _is_traced(upstream):
+        return (gradient * upstream).to(dtype)
+    if upstream.is_cpu and float(upstream) == 1.0:
+        return gradient
+    return gradient.mul_(upstream)
+
+
+def _is_traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.kept = _Kept(ctx, inputs, output[1])
+
+
+def _statistics_backward(ctx: Any, partials: Tensor, *_: Any) -> tuple[Any, ...]:
+    arguments, (centred,) = ctx.kept.of(ctx)
+    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE]
+    needed = [ctx.needs_input_grad[place] for place in places]
+    found: dict[int, Tensor | None] = {}
+    if torch.is_grad_enabled():
+        found.update(_through_reference(_eager_statistics, arguments, places, needed, partials))
+        return tuple(found.get(place) for place in range(len(arguments)))
+    if ctx.needs_input_grad[_TARGET]:
+        found.update(_through_reference(_eager_statistics, arguments, [_TARGET], [True], partials))
+    needs, needs_scale = needed[:3], needed[4]
+    if any(needs) or needs_scale:
+        *gradients, of_scale = torch.ops.objkern.linear_statistics_gradient(
+            partials, centred, *arguments[:_HEAD_AND_ROWS], needs, *arguments[_HEAD_AND_ROWS:], needs_scale
+        )
+        found.update({place: g for place, g, need in zip(places[:3], gradients, needs, strict=True) if need})
+        if needs_scale:
+            found[_SCALE] = of_scale.to(arguments[_SCALE])
+    return tuple(found.get(place) for place in range(len(arguments)))
+
+
+torch.library.register_autograd(
+    "objkern::linear_objective", _objective_backward, setup_context=_keep_objective
+)  # fmt: skip
+torch.library.register_autograd("objkern::linear_statistics", _statistics_backward, setup_context=_keep_statistics)
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """The last layer of a call, checked: what stands in the place of logits."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V)
+    chunk_rows: int
+    skip_ignored: bool
+
+    @property
+    def needs(self) -> list[bool]:
+        if not torch.is_grad_enabled():
+            return [False] * 3
+        return [x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
+
+
+def layer(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, memory_budget: int | None
+) -> tuple[Layer, Tensor]:
+    """The layer, and logits without memory: their shape, dtype and device, for `flatten` to check a target against."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(x, Tensor) and (x is not None or name != "bias"):
+            raise TypeError(f"{name}: expected a tensor but got {describe(x)}")
+    if is_autocast(hidden.device):  # as F.linear under autocast
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (
+            x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (hidden, weight, bias)
+        )
+    if hidden.dim() == 0:
+        raise ValueError("hidden: expected shape (..., D) but got a 0-dim tensor")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}) but got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight: expected at least one class but got none")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},) but got {tuple(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected {hidden.dtype}, as the hidden states, but got {x.dtype}")
+        if x is not None and x.device != hidden.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {hidden.device}, as the hidden states, but got one on {x.device}"
+            )
+    for name, number in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{name}: expected a positive int or None but got {describe(number)}")
+    proxy = hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
+    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden
+    if chunk_rows is None:
+        chunk_rows = _chunk_rows(rows, weight, memory_budget)
+    elif memory_budget is not None:
+        raise ValueError("memory_budget: has no meaning beside chunk_rows; give one of them")
+    return Layer(rows, weight, bias, chunk_rows, skip_ignored=hidden.is_cpu), proxy
+
+
+_CPU_BUDGET = 256 << 20  # bytes; beyond, a chunk only costs memory
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> int:
+    wide = 8 if hidden.dtype == torch.float64 else 4
+    on_cpu = hidden.device.type in ("cpu", "meta")
+    least = 2 * wide * weight.shape[0]
+    return choose_chunk_rows(
+        hidden.shape[0], hidden.shape[1], weight.shape[0], logits_bytes=wide, gradient_bytes=wide,
+        multiprocessors=None if on_cpu else _multiprocessors(hidden.device.index or 0),
+        trains_weight=weight.requires_grad,
+        memory_budget=max(_CPU_BUDGET, least) if on_cpu and memory_budget is None else memory_budget,
+    )  # fmt: skip
+
+
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_mode(mode: str, batch: Batch) -> None:
+    reason = _why_not_in_forward(batch)
+    if mode == "forward" and reason is not None:
+        raise ValueError(f'mode: "forward" cannot serve {reason}: its gradients are only known in the backward pass')
+
+
+def _why_not_in_forward(batch: Batch) -> str | None:
+    """What keeps the gradients from being made with the loss, or None."""
+    if batch.reduction == "none":
+        return 'reduction="none"'
+    if batch.logit_scale is not None and batch.logit_scale.requires_grad and torch.is_grad_enabled():
+        return "a logit scale that requires grad"
+    return None
+
+
+def objective(
+    run: ops.Backend, layer: Layer, batch: Batch, program: ops.Program, mode: str, with_parts: bool
+) -> tuple[Tensor, Tensor | list[Tensor]]:
+    """The loss of built-in terms and, if asked for, their parts."""
+    if run.family is None:
+        return _reference_objective(layer, batch, program, with_parts)
+    if batch.validate:
+        reference.check_labels(batch)
+    needs = layer.needs
+    _no_transform(needs)
+    in_forward = any(needs) and mode != "recompute" and _why_not_in_forward(batch) is None
+    terms, tensor = program
+    loss, parts, *_ = torch.ops.objkern.linear_objective(
+        run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
+        batch.ignore_index, batch.softcap, batch.masked, terms, REDUCTIONS.index(batch.reduction), tensor,
+        batch.normalizer, batch.empty_zero, with_parts or tensor is not None, needs, layer.chunk_rows,
+        layer.skip_ignored, in_forward,
+    )  # fmt: skip
+    return loss, parts
+
+
+def _no_transform(needs: list[bool]) -> None:
+    if any(needs) and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "linear: derivatives under torch.func (grad, vjp, jacrev) are not implemented; use torch.autograd, or "
+            'backend="reference", or the objective on logits'
+        )
+
+
+def _reference_objective(
+    layer: Layer, batch: Batch, program: ops.Program, with_parts: bool
+) -> tuple[Tensor, Tensor | list[Tensor]]:
+    logits = eager_logits(layer.hidden, layer.weight, layer.bias)
+    return ops.REFERENCE.objective(batch._replace(logits=logits), program, False, with_parts)
+
+
+def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics, Tensor | None]:
+    """The statistics of every row, and whether its label is the first maximum (None: not known apart from logits)."""
+    if run.family is None:
+        logits = eager_logits(layer.hidden, layer.weight, layer.bias)
+        whole = batch._replace(logits=logits)
+        return run.statistics(whole), reference.is_first_maximum(whole)
+    if batch.validate:
+        reference.check_labels(batch)
+    _no_transform(layer.needs)
+    found, centred = torch.ops.objkern.linear_statistics(
+        run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
+        batch.ignore_index, batch.softcap, batch.masked, layer.chunk_rows, layer.skip_ignored,
+    )  # fmt: skip
+    return Statistics(*found.unbind(0)), centred[-1] > 0

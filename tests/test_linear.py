@@ -1,0 +1,662 @@
+"""The fused linear path: the same values and gradients as the logits path, whatever the mode and the chunks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+
+import objkern
+from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss
+from objkern.linear import choose_chunk_rows, chunk_bytes
+
+from .conftest import DTYPES, EVERY_TERM, NATIVE, assert_within_budget
+
+N, D, V = 252, 123, 507
+REGULARIZED = CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss() - 0.1 * Entropy() + 1e-2 * LogitL2()
+MODES = ["forward", "recompute"]
+
+Loss = Callable[..., Tensor]
+
+
+def inputs(dtype: torch.dtype, rows: int = N, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, bias and labels, the same for every dtype up to rounding; one row in seven is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, weight, bias = make(rows, D), 3 * make(V, D) / D**0.5, make(V)
+    labels = torch.randint(V, (rows,), generator=generator)
+    labels[::7] = -100
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels
+
+
+def upstream_for(loss: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return (torch.rand(loss.shape, generator=generator, dtype=torch.float64) + 0.5).to(loss.dtype)
+
+
+def results(loss: Loss, *tensors: Tensor) -> list[Tensor]:
+    """The loss and its gradients under an upstream gradient that is not 1."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves, upstream_for(value))]
+
+
+def assert_as_logits(objective: objkern.Objective, dtype: torch.dtype, options: dict[str, Any],
+                     linear_options: dict[str, Any], target: Tensor | None = None) -> None:  # fmt: skip
+    hidden, weight, bias, labels = inputs(dtype)
+    labels = labels.masked_fill(labels == -100, options.get("ignore_index", -100)) if target is None else target
+    ours = results(lambda h, w, b: objective.linear(h, w, labels, b, **options, **linear_options), hidden, weight, bias)
+    eager = results(lambda h, w, b: objective(F.linear(h, w, b), labels, **options), hidden, weight, bias)
+    exact = results(
+        lambda h, w, b: copy.deepcopy(objective).double()(F.linear(h, w, b), labels, backend="reference", **options),
+        hidden.double(), weight.double(), bias.double(),
+    )  # fmt: skip
+    for name, one, other, truth in zip(("loss", "hidden", "weight", "bias"), ours, eager, exact, strict=True):
+        assert_within_budget(one, other, truth, dtype, name)
+
+
+def modes_and_reductions() -> list[tuple[str, str]]:
+    return [(m, r) for m, r in itertools.product(MODES, ("mean", "sum", "none")) if (m, r) != ("forward", "none")]
+
+
+# ---- values and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mode", "reduction"), modes_and_reductions())
+@pytest.mark.parametrize("term", [*NATIVE, EVERY_TERM], ids=lambda text: text if len(text) < 40 else "every term")
+def test_every_term(term: str, mode: str, reduction: str, dtype: torch.dtype) -> None:
+    assert_as_logits(objkern.parse(term), dtype, {"reduction": reduction}, {"mode": mode, "chunk_rows": 100})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 251, 252, 10_000])
+def test_any_chunk(chunk_rows: int, mode: str, dtype: torch.dtype) -> None:
+    """Pitfall 8: half-precision sums of the weight's gradient get worse with every chunk."""
+    assert_as_logits(REGULARIZED, dtype, {}, {"mode": mode, "chunk_rows": chunk_rows})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [
+    {"softcap": 5.0},
+    {"logit_scale": 0.7},
+    {"logit_scale": torch.tensor(-1.3), "softcap": 20.0},
+    {"ignore_index": 3},
+    {"normalizer": 17.0},
+    {"normalizer": torch.tensor(3.5)},
+    {"empty": "zero"},
+], ids=str)  # fmt: skip
+def test_options(options: dict[str, Any], mode: str, dtype: torch.dtype) -> None:
+    assert_as_logits(REGULARIZED, dtype, options, {"mode": mode, "chunk_rows": 90})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_weights(mode: str, reduction: str) -> None:
+    """The weights' sum is that of the whole batch, not of a chunk."""
+    objective = CrossEntropy(weight=torch.rand(V) + 0.1, label_smoothing=0.1) + 1e-2 * ZLoss()
+    assert_as_logits(objective, torch.float32, {"reduction": reduction}, {"mode": mode, "chunk_rows": 50})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_probability_targets(mode: str) -> None:
+    target = torch.randn(N, V).softmax(-1)
+    objective = CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss()
+    assert_as_logits(objective, torch.float32, {}, {"mode": mode, "chunk_rows": 50}, target)
+
+    hidden, weight, _, _ = inputs(torch.float32)
+    ours, theirs = (
+        results(loss, hidden, weight, target)
+        for loss in (lambda h, w, q: objective.linear(h, w, q, mode=mode), lambda h, w, q: objective(F.linear(h, w), q))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_coefficients_that_learn(mode: str) -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    a, b = torch.tensor(0.7), torch.tensor(0.2)
+
+    def loss(linear: bool) -> Loss:
+        def run(h: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            objective = a * CrossEntropy() - 0.5 * b * Entropy()
+            if linear:
+                return objective.linear(h, w, labels, bias, mode=mode, chunk_rows=60)
+            return objective(F.linear(h, w, bias), labels)
+
+        return run
+
+    torch.testing.assert_close(results(loss(True), hidden, weight, a, b), results(loss(False), hidden, weight, a, b))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_logit_scale_that_learns(reduction: str) -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+
+    def loss(linear: bool) -> Loss:
+        def run(h: Tensor, w: Tensor, s: Tensor) -> Tensor:
+            options = {"logit_scale": s, "softcap": 8.0, "reduction": reduction}
+            if linear:
+                return REGULARIZED.linear(h, w, labels, bias, chunk_rows=60, **options)
+            return REGULARIZED(F.linear(h, w, bias), labels, **options)
+
+        return run
+
+    scale = torch.tensor(0.6)
+    torch.testing.assert_close(results(loss(True), hidden, weight, scale), results(loss(False), hidden, weight, scale),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_custom_terms(reduction: str) -> None:
+    def surprise(s: objkern.Statistics, advantage: Tensor) -> Tensor:
+        return advantage * s.logprob.exp() + 0.1 * s.max_logit
+
+    objective = CrossEntropy() + 0.3 * objkern.custom(surprise, needs=("logprob", "max_logit"))
+    rows = {"advantage": torch.randn(N, dtype=torch.float64).float()}
+    hidden, weight, bias, labels = inputs(torch.float32)
+    ours, theirs = (
+        results(loss, hidden, weight, bias)
+        for loss in (
+            lambda h, w, b: objective.linear(h, w, labels, b, rows=rows, reduction=reduction, chunk_rows=70),
+            lambda h, w, b: objective(F.linear(h, w, b), labels, rows=rows, reduction=reduction),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_statistics(dtype: torch.dtype) -> None:
+    """A policy loss on top: every statistic is differentiable, with an upstream gradient of each row's own."""
+    hidden, weight, bias, labels = inputs(dtype)
+    factors = torch.randn(10, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def loss(statistics: Callable[..., objkern.Statistics]) -> Loss:
+        def run(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            found = statistics(h, w, b)
+            return sum((f.to(x) * x).sum() for f, x in zip(factors, found, strict=True))
+
+        return run
+
+    ours = results(loss(lambda h, w, b: objkern.linear_row_statistics(h, w, labels, bias=b, chunk_rows=80)),
+                   hidden, weight, bias)  # fmt: skip
+    eager = results(loss(lambda h, w, b: objkern.row_statistics(F.linear(h, w, b), labels)), hidden, weight, bias)
+    exact = results(loss(lambda h, w, b: objkern.row_statistics(F.linear(h, w, b), labels, backend="reference")),
+                    hidden.double(), weight.double(), bias.double())  # fmt: skip
+    for one, other, truth in zip(ours, eager, exact, strict=True):
+        assert_within_budget(one, other, truth, dtype)
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sequences_and_shift(mode: str) -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    hidden, labels = hidden.view(4, 63, D), labels.view(4, 63)
+    ours, theirs = (
+        results(loss, hidden, weight, bias)
+        for loss in (
+            lambda h, w, b: REGULARIZED.linear(h, w, labels, b, shift=1, mode=mode, chunk_rows=50),
+            lambda h, w, b: REGULARIZED(F.linear(h, w, b)[:, :-1], labels[:, 1:]),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    loss = REGULARIZED.linear(hidden, weight, labels, bias, reduction="none")
+    assert loss.shape == labels.shape
+
+
+def test_one_row_and_no_row() -> None:
+    hidden, weight, _, labels = inputs(torch.float32)
+    torch.testing.assert_close(CrossEntropy().linear(hidden[1], weight, labels[1]),
+                               F.cross_entropy(F.linear(hidden[1], weight), labels[1]))  # fmt: skip
+    for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
+        h, w = hidden[:0].clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = CrossEntropy().linear(h, w, labels[:0], reduction=reduction)
+        torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
+        loss.backward()
+        assert h.grad.shape == (0, D)
+        assert not w.grad.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("empty", "expected"), [("nan", torch.nan), ("zero", 0.0)])
+def test_all_ignored(empty: str, expected: float, mode: str) -> None:
+    """Pitfall 12: a documented value, zero gradients, and the graph is kept."""
+    hidden, weight, bias, labels = (x.clone() for x in inputs(torch.float32))
+    labels[:] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    loss, parts = REGULARIZED.linear(hidden, weight, labels, bias, empty=empty, mode=mode, return_parts=True)
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
+    assert parts["rows"] == 0
+    loss.backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+def test_strided_hidden_states() -> None:
+    """Pitfall 11: transposed, sliced and expanded hidden states and weights."""
+    hidden, weight, _, labels = inputs(torch.float32)
+    plain = results(lambda h, w: REGULARIZED.linear(h, w, labels), hidden, weight)
+    wide = torch.zeros(N, 2 * D)
+    wide[:, ::2] = hidden
+    turned = weight.t().contiguous().t()
+    for h, w in ((hidden.t().contiguous().t(), weight), (wide[:, ::2], weight), (hidden, turned)):
+        found = results(lambda h, w: REGULARIZED.linear(h, w, labels), h, w)
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    one = hidden[:1].expand(N, D)
+    torch.testing.assert_close(REGULARIZED.linear(one, weight, labels), REGULARIZED(F.linear(one, weight), labels))
+
+
+# ---- which gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_who_requires_grad(needs: tuple[bool, ...], mode: str) -> None:
+    """Pitfall 23: frozen weights get no gradient and no memory for one; frozen hidden states do not cut the weight off."""
+    hidden, weight, bias, labels = inputs(torch.float32)
+    tensors = (hidden, weight, bias)
+    expected = results(lambda h, w, b: REGULARIZED(F.linear(h, w, b), labels), *tensors)[1:]
+    leaves = [x.clone().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
+    loss = REGULARIZED.linear(leaves[0], leaves[1], labels, leaves[2], mode=mode)
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        loss.backward(upstream_for(loss))
+    for leaf, need, gradient in zip(leaves, needs, expected, strict=True):
+        assert (leaf.grad is not None) == need
+        if need:
+            torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_nothing_is_allocated_for_the_frozen(needs: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        """The shapes of everything that an op returns."""
+
+        shapes: ClassVar[set[tuple[int, ...]]] = set()
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = op(*args, **(kwargs or {}))
+            for x in found if isinstance(found, (tuple, list)) else (found,):
+                if isinstance(x, Tensor) and x._base is None:
+                    Largest.shapes.add(tuple(x.shape))
+            return found
+
+    hidden, weight, bias, labels = inputs(torch.float32)
+    arguments = (None, None, -100, 0.0, True, [0.0, 0.0, 1.0], 1, None, None, False, False, list(needs), 50, True, True)
+    Largest.shapes = set()
+    with Largest():
+        torch.ops.objkern.linear_objective("objkern", hidden, weight, bias, labels, *arguments)
+    for shape, need in zip(((N, D), (V, D), (V,)), needs, strict=True):
+        assert (shape in Largest.shapes) == need, shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tied_embeddings(mode: str) -> None:
+    labels = torch.randint(V, (60,))
+    tokens = torch.randint(V, (60,))
+    weight = torch.randn(V, D) / D**0.5
+
+    def loss(linear: bool) -> Loss:
+        def run(w: Tensor) -> Tensor:
+            h = torch.tanh(F.embedding(tokens, w))
+            return REGULARIZED.linear(h, w, labels, mode=mode) if linear else REGULARIZED(F.linear(h, w), labels)
+
+        return run
+
+    torch.testing.assert_close(results(loss(True), weight), results(loss(False), weight), rtol=1e-4, atol=1e-6)
+
+
+# ---- the backward pass ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_several_backward_passes(mode: str, dtype: torch.dtype) -> None:
+    """Pitfall 2: the gradient of the forward pass is scaled in place once, and not once more."""
+    hidden, weight, bias, labels = inputs(dtype)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    loss = REGULARIZED.linear(hidden, weight, labels, bias, mode=mode)
+    found = [torch.autograd.grad(loss, leaves, torch.tensor(u), retain_graph=True) for u in (1.0, 4.0, -0.5, 1.0)]
+    for factor, gradients in zip((1.0, 4.0, -0.5, 1.0), found, strict=True):
+        for one, first in zip(gradients, found[0], strict=True):
+            torch.testing.assert_close(one, first * factor)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bitwise_the_same_and_inputs_unchanged(mode: str) -> None:
+    """Pitfalls 1 and 30."""
+    tensors = inputs(torch.float32)
+    before = [x.clone() for x in tensors]
+    run = lambda: results(lambda h, w, b: REGULARIZED.linear(h, w, tensors[3], b, mode=mode), *tensors[:3])  # noqa: E731
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float16_under_loss_scaling(mode: str) -> None:
+    """The upstream gradient of a scaler comes before the rounding: gradients of 1e-9 do not underflow."""
+    hidden, weight, _, labels = inputs(torch.float16)
+    h = hidden.clone().requires_grad_()
+    loss = 1e-6 * CrossEntropy()
+    loss.linear(h, weight, labels, mode=mode).backward(torch.tensor(2.0**16))
+    exact = hidden.double().requires_grad_()
+    (2.0**16 * 1e-6 * F.cross_entropy(F.linear(exact, weight.double()), labels)).backward()
+    assert (exact.grad.abs() / 2**16 < 2.0**-25).all()  # without the scaling everything would be 0
+    torch.testing.assert_close(h.grad.double(), exact.grad, rtol=2e-2, atol=1e-7)
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    hidden, weight, _, labels = inputs(torch.float32)
+    loss = CrossEntropy().linear(hidden.requires_grad_(), weight, labels, mode="recompute")
+    weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_graph_holds_the_gradients() -> None:
+    """No cycle: what the forward pass made is freed with the loss, not by the garbage collector."""
+    import gc
+    import weakref
+
+    hidden, weight, _, labels = inputs(torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = CrossEntropy().linear(hidden.requires_grad_(), weight.requires_grad_(), labels)
+        node = weakref.ref(loss.grad_fn)
+        finished = [weakref.ref(g) for g in loss.grad_fn.finished]
+        del loss
+        assert node() is None
+        assert all(g() is None for g in finished)
+    finally:
+        gc.enable()
+
+
+def test_second_derivatives() -> None:
+    hidden, weight, bias, labels = (x.double() if x.is_floating_point() else x for x in inputs(torch.float64, rows=6))
+    weight, bias = weight[:9, :].clone(), bias[:9].clone()
+    labels = labels.clamp(max=8)
+    for mode in MODES:
+        run = lambda h, w, b, m=mode: (REGULARIZED + 0.1 * MaxZLoss()).linear(h, w, labels, b, mode=m, chunk_rows=4)  # noqa: E731
+        leaves = [x.clone().requires_grad_() for x in (hidden[:, :5].contiguous(), weight[:, :5].contiguous(), bias)]
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("custom", [False, True])
+def test_parts(custom: bool, reduction: str) -> None:
+    """Pitfall 27: detached, and those of the logits path."""
+    objective = REGULARIZED + 0.1 * objkern.custom(lambda s: s.entropy, name="mine") if custom else REGULARIZED
+    hidden, weight, bias, labels = inputs(torch.float32)
+    _, ours = objective.linear(hidden.requires_grad_(), weight, labels, bias, reduction=reduction, return_parts=True,
+                               chunk_rows=40)  # fmt: skip
+    _, theirs = objective(F.linear(hidden, weight, bias), labels, reduction=reduction, return_parts=True)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert not ours[name].requires_grad
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+# ---- backends and torch ---------------------------------------------------------------------------------------------
+
+
+def test_the_reference_backend() -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    for objective in (REGULARIZED, REGULARIZED + 0.1 * objkern.custom(lambda s: s.entropy)):
+        ours, theirs = (
+            results(lambda h, w, b, o=objective, n=name: o.linear(h, w, labels, b, backend=n), hidden, weight, bias)
+            for name in ("cpu", "reference")
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode: str, with_bias: bool, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Pitfall 19: the dtypes of F.linear under autocast; the loss is float32, gradients have their leaves' dtypes."""
+    hidden, weight, bias, labels = inputs(torch.float32)
+    leaves = [hidden.to(hidden_dtype), weight.to(weight_dtype), *([bias.to(weight_dtype)] if with_bias else [])]
+    rounded = [x.to(torch.bfloat16) for x in leaves]
+    exact = results(lambda h, w, *b: REGULARIZED(F.linear(h, w, *b), labels), *(x.double() for x in rounded))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(lambda h, w, *b: REGULARIZED.linear(h, w, labels, *b, mode=mode), *leaves)
+        eager = results(lambda h, w, *b: REGULARIZED(F.linear(h, w, *b), labels), *leaves)
+    assert found[0].dtype == torch.float32
+    for ours, theirs, truth, leaf in zip(found[1:], eager[1:], exact[1:], leaves, strict=True):
+        assert ours.dtype == leaf.dtype
+        assert_within_budget(ours, theirs, truth, torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_without_a_break(mode: str, reduction: str) -> None:
+    if (mode, reduction) == ("forward", "none"):
+        return
+    hidden, weight, bias, labels = inputs(torch.float32, rows=30)
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return REGULARIZED.linear(2.0 * h, w, labels, b, mode=mode, reduction=reduction).square()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(results(compiled, hidden, weight, bias), results(loss, hidden, weight, bias))
+
+
+def test_opcheck() -> None:
+    hidden, weight, bias, labels = inputs(torch.float32, rows=20)
+    h, w, b = (x.requires_grad_() for x in (hidden, weight, bias))
+    rows = (None, None, -100, 0.0, True)
+    terms = ([0.0, 0.1, 1.0, 1.0, 0.0, 0.01], 1, None, None, False, True)
+    for needs, in_forward in (([True] * 3, True), ([True] * 3, False), ([False, True, False], True)):
+        torch.library.opcheck(torch.ops.objkern.linear_objective.default,
+                              ("objkern", h, w, b, labels, *rows, *terms, needs, 8, True, in_forward))  # fmt: skip
+    torch.library.opcheck(torch.ops.objkern.linear_statistics.default, ("objkern", h, w, b, labels, *rows, 8, True))
+    with torch.no_grad():
+        found = torch.ops.objkern.linear_objective(
+            "objkern", h, w, b, labels, *rows, *terms, [True] * 3, 8, True, False
+        )
+        statistics, centred = torch.ops.objkern.linear_statistics("objkern", h, w, b, labels, *rows, 8, True)
+        torch.library.opcheck(
+            torch.ops.objkern.linear_objective_gradient.default,
+            (torch.tensor(2.0), found[2], "objkern", h.detach(), w.detach(), b.detach(), labels, *rows, terms[0],
+             [True] * 3, 8, True, False),
+        )  # fmt: skip
+        torch.library.opcheck(
+            torch.ops.objkern.linear_statistics_gradient.default,
+            (torch.randn_like(statistics), centred, "objkern", h.detach(), w.detach(), b.detach(), labels, *rows,
+             [True] * 3, 8, True, False),
+        )  # fmt: skip
+
+
+def test_torch_func() -> None:
+    """vmap works, and torch.autograd through it; the derivatives of torch.func say that they are not implemented."""
+    hidden, weight, _, labels = inputs(torch.float32, rows=24)
+    batches = hidden.view(4, 6, D), labels.view(4, 6)
+    each = lambda h, w: torch.func.vmap(lambda h, y: CrossEntropy().linear(h, w, y))(h, batches[1])  # noqa: E731
+    expected = [CrossEntropy()(F.linear(h, weight), y) for h, y in zip(*batches, strict=True)]
+    torch.testing.assert_close(each(batches[0], weight), torch.stack(expected))
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda h: CrossEntropy().linear(h, weight, labels))(hidden)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointed(mode: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    hidden, weight, bias, labels = inputs(torch.float32)
+    loss = lambda h, w, b: REGULARIZED.linear(torch.tanh(h), w, labels, b, mode=mode)  # noqa: E731
+    kept = results(lambda *x: checkpoint(loss, *x, use_reentrant=False), hidden, weight, bias)
+    torch.testing.assert_close(kept, results(loss, hidden, weight, bias))
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_label_is_named() -> None:
+    """Pitfall 13: by its row in the batch, not in a chunk."""
+    hidden, weight, _, labels = inputs(torch.float32)
+    for bad in (-1, V, V + 1, 2**62, -(2**63)):
+        labels[201] = bad
+        with pytest.raises(IndexError, match=f"row 201 holds label {bad}"):
+            CrossEntropy().linear(hidden, weight, labels, chunk_rows=50)
+        with pytest.raises(IndexError, match="row 201"):
+            objkern.linear_row_statistics(hidden, weight, labels, chunk_rows=50)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor"),
+    ({"hidden": torch.zeros(())}, ValueError, "hidden: expected shape"),
+    ({"hidden": torch.zeros(4, D, dtype=torch.int64), "weight": torch.zeros(V, D, dtype=torch.int64)}, TypeError, "int64"),
+    ({"weight": None}, TypeError, "weight: expected a tensor"),
+    ({"weight": torch.zeros(V, D + 1)}, ValueError, r"weight: expected shape \(V, 123\)"),
+    ({"weight": torch.zeros(D)}, ValueError, "weight: expected shape"),
+    ({"weight": torch.zeros(0, D)}, ValueError, "at least one class"),
+    ({"weight": torch.zeros(V, D, dtype=torch.float64)}, TypeError, "weight: expected torch.float32"),
+    ({"bias": torch.zeros(V + 1)}, ValueError, r"bias: expected shape \(507,\)"),
+    ({"bias": torch.zeros(V, dtype=torch.float16)}, TypeError, "bias: expected torch.float32"),
+    ({"weight": torch.zeros(V, D, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
+    ({"target": torch.zeros(N - 1, dtype=torch.int64)}, ValueError, "target: expected"),
+    ({"target": None}, ValueError, "target: .* needs one"),
+    ({"mode": "fastest"}, ValueError, "mode: expected"),
+    ({"mode": "forward", "reduction": "none"}, ValueError, "scalar reduction"),
+    ({"mode": "recompute", "gradient": "forward"}, ValueError, "contradicts"),
+    ({"mode": "forward", "logit_scale": torch.tensor(1.0, requires_grad=True)}, ValueError, "logit scale that requires"),
+    ({"chunk_rows": 0}, ValueError, "chunk_rows: expected a positive int"),
+    ({"chunk_rows": 2.5}, ValueError, "chunk_rows: expected a positive int"),
+    ({"memory_budget": 100}, ValueError, "memory_budget: expected at least"),
+    ({"memory_budget": 10**6, "chunk_rows": 4}, ValueError, "give one of them"),
+    ({"backend": "cuda"}, ValueError, "cannot run on cpu"),
+], ids=str)  # fmt: skip
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    arguments = {"hidden": hidden, "weight": weight, "target": labels, "bias": bias, **change}
+    with pytest.raises(error, match=message):
+        CrossEntropy().linear(**arguments)
+
+
+# ---- the choice of chunks -------------------------------------------------------------------------------------------
+
+H200 = {"multiprocessors": 132, "logits_bytes": 4, "gradient_bytes": 2}
+
+
+@pytest.mark.parametrize(("features", "trains_weight", "expected"), [
+    (2304, True, 128 * (132 * 2 // 9)),  # one wave is 1792 rows: two are 3712
+    (4096, True, 2048),  # two waves, of which an eighth of a row of blocks is idle
+    (768, True, 5632),  # one wave
+    (4096, False, 1024),  # one wave
+    (16384, True, 2048),
+])  # fmt: skip
+def test_chunks_fill_waves(features: int, trains_weight: bool, expected: int) -> None:
+    found = choose_chunk_rows(1 << 20, features, 128256, trains_weight=trains_weight, **H200)
+    assert found == expected
+    blocks = found / 128 * -(-features // 256)
+    assert blocks % 132 == 0 or 132 - blocks % 132 < -(-features // 256)  # less than a row of blocks is idle
+
+
+def test_chunks_keep_to_the_budget_and_to_the_rows() -> None:
+    kwargs = {"features": 4096, "classes": 128256, "trains_weight": True, **H200}
+    for budget in (1 << 20, 1 << 24, 1 << 30):
+        rows = choose_chunk_rows(8192, memory_budget=budget, **kwargs)
+        assert chunk_bytes(rows, 128256, 4, 2) <= budget < chunk_bytes(rows + 1, 128256, 4, 2) or rows == 2048
+    assert choose_chunk_rows(100, **kwargs) == 100
+    assert choose_chunk_rows(0, **kwargs) == 1
+    with pytest.raises(ValueError, match="expected at least 769536 bytes"):
+        choose_chunk_rows(8192, memory_budget=769535, **kwargs)
+
+
+# ---- the drop-in ----------------------------------------------------------------------------------------------------
+
+OPINFOS = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+needs_torch_2_13 = pytest.mark.skipif(
+    not OPINFOS, reason="torch.nn.functional.linear_cross_entropy came with torch 2.13"
+)
+
+
+@needs_torch_2_13
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opinfo_samples(dtype: torch.dtype) -> None:
+    count = 0
+    for op in OPINFOS:
+        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+            count += 1
+            with warnings.catch_warnings():  # torch says where its own chunked path does not go
+                warnings.simplefilter("ignore", UserWarning)
+                assert_same(op.op, (sample.input, *sample.args), sample.kwargs, dtype)
+    assert count >= 100
+
+
+def assert_same(function: Loss, arguments: tuple[Tensor, ...], options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Value, dtype, shape and gradients as torch's; in half precision as near to float64 as torch is."""
+
+    def run(loss: Loss, cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves: list[Tensor] = []
+
+        def leaf(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            copied = cast(x.detach().clone()).requires_grad_(x.requires_grad)
+            leaves.extend([copied] if x.requires_grad else [])
+            return copied
+
+        value = loss(*map(leaf, arguments), **{name: leaf(x) for name, x in options.items()})
+        upstream = upstream_for(value.to(dtype)).to(value.dtype)
+        found = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
+        return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))]
+
+    ours, theirs = run(objkern.linear_cross_entropy, lambda x: x), run(function, lambda x: x)
+    whole = lambda *x, options=None, **kwargs: function(*x, **kwargs)  # noqa: E731  torch's chunks know no float64 here
+    exact = run(whole, Tensor.double) if dtype == torch.bfloat16 else theirs
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        if dtype == torch.bfloat16 and torch.isfinite(truth).all():
+            assert_within_budget(one, other, truth, dtype)
+        else:
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@needs_torch_2_13
+def test_opinfo_errors() -> None:
+    count = 0
+    for op in OPINFOS:
+        for sample in op.error_inputs("cpu") if op.error_inputs_func else ():
+            count += 1
+            inputs_ = sample.sample_input
+            with pytest.raises(sample.error_type):
+                objkern.linear_cross_entropy(inputs_.input, *inputs_.args, **inputs_.kwargs)
+    assert count or not any(op.error_inputs_func for op in OPINFOS)
+
+
+def test_the_drop_in_with_regularizers() -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    ours, theirs = (
+        results(loss, hidden, weight, bias)
+        for loss in (
+            lambda h, w, b: objkern.linear_cross_entropy(h, w, labels, linear_bias=b, z_loss=0.1, entropy=-0.2),
+            lambda h, w, b: objkern.cross_entropy(F.linear(h, w, b), labels, z_loss=0.1, entropy=-0.2),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
