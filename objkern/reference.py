@@ -54,7 +54,7 @@ def statistics(batch: Batch) -> Statistics:
     z, excluded = transformed(batch)
     rows, classes = z.shape
     labels, bad = _labels(batch)
-    own = torch.zeros_like(excluded) if labels is None else F.one_hot(labels, classes).bool()
+    own = torch.zeros_like(excluded) if labels is None else labels[:, None] == torch.arange(classes, device=z.device)
 
     hidden = own | excluded
     others = z.masked_fill(hidden, -torch.inf)

@@ -203,3 +203,123 @@ def test_more_bad_algebra() -> None:
         custom(lambda s: s.logprob * 2)(torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="expected at least one class"):
         torch.ops.objkern.statistics(torch.zeros(2, 0), None, None, None, -100, 0.0, True)
+
+
+# ---- rows without finite logits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("classes", [1, 3, 33, 200, 1500, 20000])
+@pytest.mark.parametrize("objective", [CrossEntropy(), CrossEntropy() + ZLoss() - Entropy()], ids=repr)
+def test_a_row_without_a_finite_logit(objective: objkern.Objective, classes: int, backend: str) -> None:
+    """The loss is NaN, nothing is accurate, and excluded classes have no gradient."""
+    for label in (0, classes - 1):
+        x = torch.full((2, classes), -INF)
+        x[1] = 0.0
+        x[1, label] = 9.0
+        x.requires_grad_()
+        y = torch.tensor([label, label])
+        loss, parts = objective(x, y, reduction="none", return_parts=True, backend=backend)
+        assert loss.isnan().tolist() == [True, False]
+        assert parts["accuracy"].tolist() == [0.0, 1.0]
+        loss.sum().backward()
+        assert not x.grad[0].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("row", [[math.nan], [INF], [math.nan, -INF], [3.0, math.nan]])
+def test_nan_and_infinity_beside_no_other_class(row: list[float], backend: str) -> None:
+    loss, parts = CrossEntropy()(torch.tensor([row]), torch.tensor([0]), backend=backend, return_parts=True)
+    assert loss.isnan()
+    assert parts["accuracy"] == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+def test_whatever_an_ignored_row_holds(value: float, backend: str) -> None:
+    """Nothing comes of it, in second derivatives neither."""
+    x = torch.tensor([[value, 1.0], [1.0, 2.0]], requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    y = torch.tensor([-100, 1])
+    first = torch.autograd.grad(CrossEntropy()(x, y, logit_scale=scale, backend=backend), (x, scale))
+    again = torch.autograd.grad(CrossEntropy()(x, y, logit_scale=scale, backend=backend), (x, scale), create_graph=True)
+    torch.testing.assert_close(again, first)
+    assert first[0][0].tolist() == [0.0, 0.0]
+    (second,) = torch.autograd.grad(again[0].square().sum() + again[1], x)
+    assert second[0].tolist() == [0.0, 0.0]
+    assert second.isfinite().all()
+
+
+# ---- what surrounds a call ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_drop_in_on_meta_tensors(dtype: torch.dtype) -> None:
+    x, y = torch.empty(5, 7, dtype=dtype, device="meta"), torch.empty(5, dtype=torch.long, device="meta")
+    assert objkern.cross_entropy(x, y).dtype == F.cross_entropy(x, y).dtype
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_numbers_do_not_follow_the_default_device(default: str) -> None:
+    x, y = torch.randn(5, 7), torch.randint(7, (5,))
+    expected = CrossEntropy()(x, y, logit_scale=2.0, normalizer=3)
+    try:
+        torch.set_default_device(default)
+        for backend in ("auto", "reference"):
+            found = CrossEntropy()(x, y, logit_scale=2.0, normalizer=3, backend=backend)
+            torch.testing.assert_close(found, expected)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_labels_are_not_looked_at_while_a_graph_is_traced() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, y = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    loss = lambda a, b: CrossEntropy()(a, b, backend="reference")  # noqa: E731
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(x, y), torch.stack([loss(a, b) for a, b in zip(x, y, strict=True)])
+    )
+    assert torch.func.hessian(lambda a: loss(a, y[0]))(x[0]).shape == (5, 7, 5, 7)
+    with FakeTensorMode():
+        assert loss(torch.randn(5, 7), torch.zeros(5, dtype=torch.long)).shape == ()
+    graph = make_fx(loss)(x[0], y[0])
+    torch.testing.assert_close(graph(x[0], y[0]), loss(x[0], y[0]))
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"z_loss": torch.tensor(0.5, requires_grad=True)}, TypeError, "z_loss: expected a number"),
+    ({"entropy": "x"}, TypeError, "entropy: expected a number"),
+    ({"z_loss": True}, TypeError, "z_loss: expected a number"),
+    ({"z_loss": math.nan}, ValueError, "z_loss: expected a number finite"),
+    ({"z_loss": 10**400}, ValueError, "z_loss"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing: expected a number"),
+    ({"weight": [1.0] * 7}, TypeError, "weight: expected a floating-point tensor"),
+    ({"weight": torch.ones(7, dtype=torch.long)}, TypeError, "weight: expected a floating-point tensor"),
+], ids=str)  # fmt: skip
+def test_bad_numbers_of_the_drop_in(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        objkern.cross_entropy(torch.randn(5, 7), torch.randint(7, (5,)), **options)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"return_parts": "none"}, TypeError, "return_parts: expected True or False"),
+    ({"backend": []}, ValueError, "backend: expected"),
+    ({"logit_scale": 10**400}, ValueError, "logit_scale: expected a finite number"),
+    ({"normalizer": 10**400}, ValueError, "normalizer: expected a finite number"),
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_bad_options_of_an_objective(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        CrossEntropy()(torch.randn(5, 7), torch.randint(7, (5,)), **options)
+
+
+def test_tensors_that_are_not_dense() -> None:
+    x, y = torch.randn(5, 7), torch.randint(7, (5,))
+    nested = torch.nested.nested_tensor([torch.randn(2, 7), torch.randn(3, 7)], layout=torch.jagged)
+    for logits, name in ((x.to_sparse(), "sparse_coo"), (nested, "nested")):
+        with pytest.raises(TypeError, match=f"logits: expected a dense tensor but got a {name} one"):
+            CrossEntropy()(logits, y)
+    with pytest.raises(TypeError, match="target: expected a dense tensor"):
+        CrossEntropy()(x, x.softmax(-1).to_sparse())

@@ -230,6 +230,7 @@ struct Narrow {
         V::blendv(target, V(std::numeric_limits<A>::quiet_NaN()), target == V(std::numeric_limits<A>::infinity()));
     const V tie = V::blendv(one, zero, before == high);
     c.target_is_max = V::blendv(V::blendv(V::blendv(zero, tie, target == high), one, high < target), zero, y < zero);
+    c.target_is_max = V::blendv(zero, c.target_is_max, c.target == c.target);
     if (in.masked) {
       c.target_weight = V::blendv(own, zero, no_target);
       c.classes = found + V::blendv(one, zero, no_target);

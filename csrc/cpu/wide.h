@@ -264,7 +264,7 @@ struct Wide {
     const double z = target_z(row);
     c.target = z == kInfinity ? std::numeric_limits<double>::quiet_NaN() : z;  // as for any other class of +inf
     const bool no_target = z == -kInfinity;
-    if (y >= 0 && !no_target && z == z && others.sum_e == others.sum_e)
+    if (y >= 0 && !no_target && !std::isnan(c.target) && !std::isnan(others.sum_e))
       c.target_is_max = alone || z > others.max || (z == others.max && first_other_of(row, others.max) > y);
     const double own = y >= 0;
     const bool infinite_terms = !in.masked && others.classes + own != static_cast<double>(n);

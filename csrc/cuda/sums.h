@@ -270,7 +270,8 @@ OBJKERN_DEVICE Centred<A> centred(const Rows& rows, const Sums<A, kDepth>& other
   c.sum_zz = others.zz;
   c.target = z == A(kInfinity) ? std::numeric_limits<A>::quiet_NaN() : z;  // as for any other class of +inf
   const bool tie = z == others.max && others.first > target && !no_target;
-  c.target_is_max = target >= 0 && others.e == others.e && (z > others.max || tie) ? A(1) : A(0);
+  c.target_is_max =
+      target >= 0 && others.e == others.e && c.target == c.target && (z > others.max || tie) ? A(1) : A(0);
   const bool infinite_terms = !rows.masked && others.classes + own != n;
   c.target_weight = target < 0 || (rows.masked && no_target) ? A(0) : weight;
   c.classes = rows.masked ? others.classes + (no_target ? A(0) : A(1)) : n;

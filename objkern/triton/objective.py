@@ -354,7 +354,7 @@ def centre(piece, target, has_label, label_weight, V, MASKED: tl.constexpr, SUMS
     top = tl.where(alone, 0.0, piece.max)
     absent = target == float("-inf")
     first = (target == piece.max) & (piece.before == 0) & (absent == 0)
-    is_max = has_label & (piece.e == piece.e) & ((target > piece.max) | first)
+    is_max = has_label & (piece.e == piece.e) & (target < float("inf")) & ((target > piece.max) | first)
     sum_e, sum_wt = piece.e, piece.t
     if MASKED:
         classes = piece.n + tl.where(absent, 0.0, 1.0)

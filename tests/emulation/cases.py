@@ -374,6 +374,53 @@ def test_a_bad_label_is_a_row_of_nan(label: int, plan: Plan) -> None:
     assert run(CrossEntropy(weight), z, y, plan, gradient="forward", validate=False).loss.isnan()
 
 
+@every_plan
+@pytest.mark.parametrize("label", [0, 64, 129])
+def test_rows_without_a_finite_logit(label: int, plan: Plan) -> None:
+    """No class is left: the loss is NaN, nothing is accurate, and excluded classes have no gradient."""
+    z, _ = batch(130, torch.float32)
+    z = z.clone()
+    z[1] = -float("inf")
+    y = torch.full((ROWS,), label)
+    z[3, label] = 50.0
+    for objective in (PLAIN, REGULARIZED, SQUARE):
+        found = run(objective, z, y, plan, reduction="none")
+        assert found.loss.isnan().tolist() == [row == 1 for row in range(ROWS)]
+        assert not found.gradient[1].any()
+        assert found.parts["accuracy"][1] == 0
+        assert found.parts["accuracy"][3] == 1
+
+
+@every_plan
+def test_accuracy_of_rows_with_nan(plan: Plan) -> None:
+    z = torch.tensor([[3.0, 1.0, 2.0, float("nan")]] * 3)
+    found = run(PLAIN, z, torch.tensor([0, 3, 1]), plan, reduction="none")
+    assert found.parts["accuracy"].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("name", [*OBJECTIVES, "custom"])
+def test_the_linear_path(name: str, mode: str) -> None:
+    """Chunks of logits go to the same kernels."""
+    objective = OBJECTIVES.get(name, PLAIN + 0.1 * custom(lambda s: s.lse * s.entropy))
+    if (name, mode) == ("custom", "forward"):
+        mode = "auto"
+    hidden, weight = torch.randn(11, 6), torch.randn(37, 6)
+    labels = torch.randint(37, (11,))
+    labels[4] = -100
+
+    def results(h: Tensor, w: Tensor, **options) -> list[Tensor]:
+        leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+        loss = objective.linear(leaves[0], leaves[1], labels, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(UPSTREAM, dtype=loss.dtype))]
+
+    control.seed(1)
+    found = results(hidden, weight, mode=mode, chunk_rows=4)
+    assert control.launches() > 0
+    for ours, exact in zip(found, results(hidden.double(), weight.double(), backend="reference"), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows() -> None:
     z, y = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
     for plan in (None, Plan(2, True), Plan(lanes=4)):

@@ -457,3 +457,35 @@ def test_custom_terms_and_second_derivatives(kind: str) -> None:
     loss = (CrossEntropy() + LogitL2())(again, y, backend="reference")
     (first,) = torch.autograd.grad(loss, again, create_graph=True)
     torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), again)[0])
+
+
+def test_rows_without_a_finite_logit(kind: str) -> None:
+    """No class is left: the loss is NaN, nothing is accurate, and excluded classes have no gradient."""
+    z, _ = random_rows(4, 9, torch.float32)
+    z[1] = -INF
+    z[2, 5] = float("nan")
+    z[3, 8] = 50.0
+    for label in (0, 8):
+        y = torch.full((4,), label)
+        for objective in (CrossEntropy(), REGULARIZED):
+            loss, parts = objective(z, y, reduction="none", backend="triton", return_parts=True)
+            assert loss.isnan().tolist() == [False, True, True, False]
+            assert parts["accuracy"][1:].tolist() == [0.0, 0.0, float(label == 8)]
+            _, gradient = run(objective, z, y, reduction="none")
+            assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+def test_the_linear_path(mode: str) -> None:
+    """Chunks of logits go to the same kernels."""
+    hidden, weight, y = torch.randn(5, 3), torch.randn(9, 3), torch.tensor([0, 8, -100, 3, 3])
+    results = []
+    for dtype, options in (
+        (torch.float32, {"mode": mode, "chunk_rows": 2, "backend": "triton"}),
+        (torch.float64, {"backend": "reference"}),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = REGULARIZED.linear(*leaves, y, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(0.7, dtype=loss.dtype))])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
