@@ -25,6 +25,9 @@ TARGETS = {
     "copy": Target(True, "objkern's bytes per second / a copy's"),
     "avx2": Target(True, "speed with AVX2 / with AVX-512"),
     "forward_mb": Target(False, "MB that the forward pass adds"),
+    "chunked": Target(True, "the time of torch's chunked op / objkern's"),
+    "memory_share": Target(False, "objkern's memory / eager torch's"),
+    "beyond_gradients_mb": Target(False, "MB that a step adds beyond the gradients"),
 }
 
 
@@ -39,7 +42,18 @@ def figure(entry: Entry, name: str) -> Interval | None:
         return inverse(ratio["avx2"]) if "avx2" in ratio else None
     if name == "forward_mb":
         return [entry["bytes"]["objkern"][0] / 1e6] * 3
+    if name == "chunked":
+        return ratio.get("torch, chunked")
+    if name == "memory_share":
+        return [entry["bytes"]["objkern"] / entry["bytes"]["eager"]] * 3
+    if name == "beyond_gradients_mb":
+        return [beyond_gradients(entry, "objkern") / 1e6] * 3
     return ratio.get(name)
+
+
+def beyond_gradients(entry: Entry, name: str) -> float:
+    """Bytes that a step adds to the gradients of the linear layer and its inputs."""
+    return entry["bytes"][name] - entry["gradient_bytes"]
 
 
 def inverse(interval: Interval) -> Interval:
@@ -90,7 +104,8 @@ def disturbed(entries: list[Entry], cores: float = 0.1) -> list[str]:
 
 
 def label(entry: Entry) -> str:
-    return f"{entry['kind']}, {entry['rows']} × {entry['classes']} {entry['dtype']} {entry['workload']}"
+    shape = [entry[name] for name in ("rows", "features", "classes") if name in entry]
+    return f"{entry['kind']}, {' × '.join(map(str, shape))} {entry['dtype']} {entry['workload']}"
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:

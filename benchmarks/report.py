@@ -38,6 +38,9 @@ by `make docs` from the files in `benchmarks/results`; `make bench` measures ane
 - **Gradient in the forward pass**: objkern with `gradient="forward"`, which reads the logits once.
 - **Instruction sets**: objkern alone, its kernels for AVX2 and for any processor (`OBJKERN_CPU_CAPABILITY`), as a share
   of the speed of those for AVX-512. A process chooses once; each has its own, and they take turns.
+- **The fused linear path**: `objective.linear(hidden, weight, labels)`, in its two modes, against eager torch's
+  `F.linear` and the same losses, `torch.compile` of those, torch's own chunked `F.linear_cross_entropy`, and the three
+  GEMMs alone; [linear.md](linear.md) says when to use which mode.
 - GPUs have a page of their own: [gpu-status.md](gpu-status.md).
 
 ## How it is measured

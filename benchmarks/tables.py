@@ -30,6 +30,12 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
         yield "Memory", memory(chosen)
     if chosen := of_kind(entries, "linearity"):
         yield "Time over size", linearity(chosen)
+    if chosen := of_kind(entries, "linear"):
+        yield "The fused linear path", linear(chosen)
+    if chosen := of_kind(entries, "linear memory"):
+        yield "Memory of the fused linear path", linear_memory(chosen)
+    if chosen := of_kind(entries, "linear memory law"):
+        yield "Memory of the fused linear path over the number of rows", linear_law(chosen)
     if steps:
         yield "Errors against float64", errors(steps)
 
@@ -140,6 +146,44 @@ def errors(entries: list[Entry]) -> str:
     ])  # fmt: skip
 
 
+def linear(entries: list[Entry]) -> str:
+    names = ["eager", "compiled", "torch, chunked", "objkern", "objkern, recompute", "GEMMs alone"]
+    return table(["rows × features × classes", "objective", *names, "eager / objkern", "chunked / objkern"], [
+        [
+            layer(entry), entry["workload"], *(time(entry, name) for name in names),
+            ratio(entry, "eager"), ratio(entry, "chunked"),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def linear_memory(entries: list[Entry]) -> str:
+    header = ["rows × features × classes", "objective", "contestant", "forward and backward", "beyond the gradients"]
+    return table(header, [
+        [
+            layer(entry), entry["workload"], name,
+            megabytes(count) + (marked(entry, "memory_share") if name == "objkern" else ""),
+            megabytes(figures.beyond_gradients(entry, name)),
+        ]
+        for entry in entries for name, count in entry["bytes"].items()
+    ])  # fmt: skip
+
+
+def linear_law(entries: list[Entry]) -> str:
+    """Beyond the gradients, in forward and in recompute mode: a line for each number of classes."""
+    rows = sorted({entry["rows"] for entry in entries})
+    lines = []
+    for classes in sorted({entry["classes"] for entry in entries}):
+        found = {entry["rows"]: entry for entry in entries if entry["classes"] == classes}
+        cells = [
+            " / ".join(megabytes(figures.beyond_gradients(found[n], name)) for name in found[n]["bytes"])
+            + marked(found[n], "beyond_gradients_mb")
+            for n in rows
+        ]
+        lines.append([str(classes), *cells])
+    return table(["classes", *(f"{n} rows" for n in rows)], lines)
+
+
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +196,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def logits(entry: Entry) -> str:
     return f"{entry['rows']} × {entry['classes']} {entry['dtype']}"
+
+
+def layer(entry: Entry) -> str:
+    return f"{entry['rows']} × {entry['features']} × {entry['classes']} {entry['dtype']}"
 
 
 def logits_bytes(entry: Entry) -> int:

@@ -271,7 +271,7 @@ def _denominators(rows: _Rows, count: int, terms: list[float], reduction: str, n
         if reduction != "mean":
             found.append(one)
         elif normalizer is not None:
-            found.append(normalizer.to(number))
+            found.append(one * normalizer)
         else:
             mean = weights if weights is not None and kind == 0 else number
             found.append(torch.where(number == 0, one, mean) if empty_zero else mean)
@@ -305,8 +305,12 @@ def _linear_objective(
     n, size, kind = hidden.shape[0], len(terms) // 3, REDUCTIONS[reduction]
     denominators = _denominators(rows, n, terms, kind, normalizer, empty_zero, hidden)
     factors = 1.0 / denominators.of_terms
-    if coefficient_tensor is not None:
-        factors = factors * coefficient_tensor.to(factors)
+    if coefficient_tensor is not None:  # numbers of the CPU go to a device one by one, without waiting for it
+        coefficients = coefficient_tensor.to(torch.float64)
+        if coefficients.device == factors.device:
+            factors = factors * coefficients
+        else:
+            factors = torch.stack([factors[k] * coefficients[k] for k in range(size)])
 
     op = _family(family).fused.default if with_gradient else _family(family).objective.default
     inner = REDUCTIONS.index("none" if kind == "none" else "sum")
@@ -334,6 +338,7 @@ def _linear_objective(
             share = head.accumulate(found[3], h, needs)
             if share is not None:
                 _put(of_hidden, 0, chunk, share)
+        del found  # before the next chunk wants as much memory
     if kind != "none":
         # Over no rows a mean is 0/0.
         nothing = torch.where(denominators.rows == 0, (0.0 / denominators.of_terms).sum(), 0.0)
@@ -396,6 +401,7 @@ def _gradients(
             of_scale += torch.where(g == 0, g, g * logits).sum(dtype=torch.float64)
             g = g.mul_(scale.to(g))
         share = head.accumulate(g, h, needs)
+        del g  # before the next chunk wants as much memory
         if share is not None:
             _put(of_hidden, 0, chunk, share)
     return of_hidden, *head.finished(needs, head.dtype), of_scale

@@ -660,3 +660,31 @@ def test_the_drop_in_with_regularizers() -> None:
         )
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_causal_language_model(tied: bool) -> None:
+    """docs/linear.md: one line in the place of a Hugging Face model's head and loss."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    input_ids = torch.randint(97, (3, 11))
+    labels = input_ids.clone()
+    labels[0, :6] = -100
+    gradients = []
+    for ours in (False, True):
+        model.zero_grad()
+        if ours:
+            hidden = model.model(input_ids).last_hidden_state
+            loss = CrossEntropy().linear(hidden, model.lm_head.weight, labels, shift=1)
+        else:
+            loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -71,6 +71,14 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("bitwise the same in every run and every process (30)",
               ("autograd::bitwise_the_same_in_every_run", "autograd::bitwise_the_same_in_every_process")),
     ],
+    "The fused linear path": [
+        Claim("values and gradients of both modes, every dtype, at most twice as far from float64 as torch's own",
+              ("linear::as_the_logits_path", "linear::row_statistics_and_custom_terms")),
+        Claim("nothing waits for the device; a CUDA graph captures forward and backward (20)",
+              ("linear::nothing_waits_for_the_device", "linear::a_graph_captures_and_replays")),
+        Claim("memory is a chunk and the gradients, flat in the rows; none for a frozen weight (23)",
+              ("linear::memory_is_a_chunk_and_the_gradients",)),
+    ],
     "Memory and layout": [
         Claim("more than 2^31 and 2^32 logits: the last rows are right (10)",
               ("large::more_logits_than_32_bits_count",)),

@@ -1,0 +1,156 @@
+"""The last layer of a language model with its loss: what is timed and measured of `Objective.linear`.
+
+python -m benchmarks.heads plain 2048 768 32000 float32 objkern    # bytes that a step adds, in a process of its own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import objkern
+
+from .memory import forget_peak, status
+from .pairing import Step
+from .workloads import PLAIN, WORKLOADS, Targets, Workload
+
+HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels
+ROOT = Path(__file__).parent.parent
+OURS = "objkern"
+RECOMPUTE = "objkern, recompute"
+CHUNKED = "torch, chunked"  # F.linear_cross_entropy with its options; since torch 2.13
+GEMMS = "GEMMs alone"
+
+
+@dataclass(frozen=True)
+class Head:
+    """(N, D) hidden states and a (V, D) weight."""
+
+    rows: int
+    features: int
+    classes: int
+    dtype: torch.dtype
+    why: str
+    rounds: int
+    targets: dict[str, Targets] = field(default_factory=dict, hash=False)  # by workload
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.features}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states N(0, 1), and a weight that makes logits N(0, 3²); random labels."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(self.rows, self.features, generator=generator).to(self.dtype)
+        weight = torch.randn(self.classes, self.features, generator=generator).mul_(3 / self.features**0.5)
+        labels = torch.randint(0, self.classes, (self.rows,), generator=generator)
+        return hidden.requires_grad_(), weight.to(self.dtype).requires_grad_(), labels
+
+
+HEADS = [
+    Head(2048, 768, 32000, torch.float32, "GPT-2's width, T5's vocabulary", 7, {
+        "plain": {"eager": 1.0, "chunked": 1.0}, "regularized": {"eager": 1.5},
+    }),
+    Head(2048, 768, 32000, torch.bfloat16, "the same in bfloat16", 7, {
+        "plain": {"eager": 1.0}, "regularized": {"eager": 1.5},
+    }),
+    Head(1024, 512, 32000, torch.float32, "small enough to try", 9, {
+        "plain": {"eager": 1.0, "chunked": 2.0}, "regularized": {"eager": 1.5},
+    }),
+]  # fmt: skip
+MEMORY_HEAD = HEADS[0]
+LAW_FEATURES, LAW_ROWS, LAW_CLASSES = 64, (1024, 2048, 4096, 8192), (8192, 32768, 131072, 262144)
+
+
+def losses(workload: Workload) -> dict[str, HeadLoss]:
+    objective, eager = workload.objective, workload.eager
+    found: dict[str, HeadLoss] = {
+        "eager": lambda h, w, y: eager(F.linear(h, w), y),
+        RECOMPUTE: lambda h, w, y: objective.linear(h, w, y, mode="recompute"),
+        OURS: objective.linear,
+    }
+    if workload is PLAIN and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found[CHUNKED] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    return found
+
+
+def compiled(loss: HeadLoss, head: Head) -> HeadLoss:
+    torch._dynamo.reset()
+    function = torch.compile(loss, dynamic=False, fullgraph=True)
+    function(*head.inputs()).backward()
+    return function
+
+
+def step(loss: HeadLoss, hidden: Tensor, weight: Tensor, labels: Tensor) -> Step:
+    """A training step's share: drop the old gradients, forward, backward."""
+
+    def run() -> float:
+        start = perf_counter()
+        hidden.grad = weight.grad = None
+        loss(hidden, weight, labels).backward()
+        return perf_counter() - start
+
+    return run
+
+
+def gemms(hidden: Tensor, weight: Tensor) -> Step:
+    """The three products that no implementation can avoid, whole and into memory that exists already."""
+    h, w = hidden.detach(), weight.detach()
+    logits = torch.empty(h.shape[0], w.shape[0], dtype=h.dtype)
+    of_hidden, of_weight = torch.empty_like(h), torch.empty_like(w)
+
+    def run() -> float:
+        start = perf_counter()
+        torch.mm(h, w.t(), out=logits)
+        torch.mm(logits, w, out=of_hidden)
+        torch.mm(logits.t(), h, out=of_weight)
+        return perf_counter() - start
+
+    return run
+
+
+def gradients(loss: HeadLoss, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    value = loss(hidden, weight, labels)
+    return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def measure(workload: str, rows: int, features: int, classes: int, dtype: str, contestant: str) -> int:
+    """Bytes that forward and backward add to the peak of the resident set, the gradients included."""
+    arguments = [workload, str(rows), str(features), str(classes), dtype, contestant]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.heads", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: the process ended with {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main(workload: str, rows: str, features: str, classes: str, dtype: str, contestant: str) -> None:
+    loss = losses(WORKLOADS[workload])[contestant]
+    small = Head(64, int(features), 4096, getattr(torch, dtype), "", 1)
+    step(loss, *small.inputs())()  # brings in code and threads
+    hidden, weight, labels = Head(int(rows), int(features), int(classes), getattr(torch, dtype), "", 1).inputs()
+    objkern.release_buffers()
+    forget_peak()
+    before = status("VmRSS")
+    loss(hidden, weight, labels).backward()
+    print(json.dumps(status("VmHWM") - before))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

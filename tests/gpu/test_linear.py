@@ -1,0 +1,126 @@
+"""The fused linear path on a device: the kernels see chunks of float32 logits, the GEMMs half-precision inputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import objkern
+
+from ..conftest import assert_within_budget
+from .rows import REGULARIZED
+from .test_streams import no_waiting
+
+ROWS, FEATURES, CLASSES = 300, 64, 1003
+MODES = ["forward", "recompute"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, bias, labels."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, FEATURES, generator=generator)
+    weight = 3 * torch.randn(CLASSES, FEATURES, generator=generator) / FEATURES**0.5
+    bias = torch.randn(CLASSES, generator=generator)
+    labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+    labels[::7] = -100
+    return *(x.to(device, dtype) for x in (hidden, weight, bias)), labels.to(device)
+
+
+def results(loss: object, *tensors: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, 0.7))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk_rows", [64, 1000])
+def test_as_the_logits_path(chunk_rows: int, mode: str, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    hidden, weight, bias, labels = inputs(device, dtype)
+    options = {"mode": mode, "chunk_rows": chunk_rows, "backend": backend}
+    ours = results(lambda h, w, b: REGULARIZED.linear(h, w, labels, b, **options), hidden, weight, bias)
+    eager = results(lambda h, w, b: REGULARIZED(F.linear(h, w, b), labels, backend="reference"), hidden, weight, bias)
+    doubles = [x.cpu().double() for x in (hidden, weight, bias)]
+    exact = results(lambda h, w, b: REGULARIZED(F.linear(h, w, b), labels.cpu(), backend="reference"), *doubles)
+    for one, other, truth in zip(ours, eager, exact, strict=True):
+        assert_within_budget(one.cpu(), other.cpu(), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_statistics_and_custom_terms(dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    hidden, weight, bias, labels = inputs(device, dtype)
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, backend: str) -> Tensor:
+        s = objkern.linear_row_statistics(h, w, labels.to(h.device), bias=b, backend=backend)
+        return (s.logprob * s.entropy + 0.1 * s.max_logit).sum()
+
+    ours = results(lambda h, w, b: loss(h, w, b, backend), hidden, weight, bias)
+    exact = results(lambda h, w, b: loss(h, w, b, "reference"), *(x.cpu().double() for x in (hidden, weight, bias)))
+    for one, truth in zip(ours, exact, strict=True):
+        size = truth.abs().max().item()
+        torch.testing.assert_close(one.cpu().double(), truth, rtol=2e-2, atol=2e-2 * size if one.dim() else 1e-3 * size)
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("normalizer", [None, 17.0])
+def test_nothing_waits_for_the_device(normalizer: float | None, mode: str, device: torch.device, backend: str) -> None:
+    hidden, weight, bias, labels = inputs(device, torch.bfloat16)
+    objective = torch.tensor(0.3) * REGULARIZED
+    options = {"mode": mode, "chunk_rows": 64, "backend": backend, "normalizer": normalizer}
+    run = lambda: results(lambda h, w, b: objective.linear(h, w, labels, b, **options), hidden, weight, bias)  # noqa: E731
+    run()
+    with no_waiting():
+        run()
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_captures_and_replays(mode: str, device: torch.device, backend: str) -> None:
+    hidden, weight, _, labels = inputs(device, torch.bfloat16)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+
+    def run() -> list[Tensor]:
+        loss = REGULARIZED.linear(h, w, labels, mode=mode, chunk_rows=64, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, (h, w), torch.full_like(loss, 0.7))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (0, 5):
+        for old, new in zip((h.data, w.data, labels), (*inputs(device, torch.bfloat16, seed)[:2], labels.roll(seed)),
+                            strict=True):  # fmt: skip
+            old.copy_(new)
+        graph.replay()
+        for a, b in zip(captured, run(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.real_device
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_a_chunk_and_the_gradients(mode: str, device: torch.device, backend: str) -> None:
+    """Flat in the number of rows, but for the gradient of the hidden states; a frozen weight has none (23)."""
+    classes, chunk = 50257, 256
+    weight = torch.randn(classes, FEATURES, device=device, dtype=torch.bfloat16)
+    found = {}
+    for rows in (1024, 8192):
+        for trains in (False, True):
+            h = torch.randn(rows, FEATURES, device=device, dtype=torch.bfloat16, requires_grad=True)
+            w = weight.clone().requires_grad_(trains)
+            labels = torch.randint(classes, (rows,), device=device)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            REGULARIZED.linear(h, w, labels, mode=mode, chunk_rows=chunk, backend=backend).backward()
+            found[rows, trains] = torch.cuda.max_memory_allocated() - before
+    of_chunk = chunk * classes * (4 + 4 + 2)
+    for (rows, trains), count in found.items():
+        gradients = 6 * FEATURES * (rows + (classes if trains else 0))
+        assert count <= of_chunk + gradients + 200 * rows + (8 << 20), (rows, trains, count)
