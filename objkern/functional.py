@@ -286,13 +286,13 @@ def linear_cross_entropy(
 
 
 def _check_labels(input: Tensor, target: Tensor) -> None:
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input expected to have at least one dimension but got none")
     if input.dim() > 1 and (target.dim() == 0 or target.shape[0] != input.shape[0]):
         size = target.shape[0] if target.dim() else "no dimension"
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({size}).")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
     expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     if target.shape != expected:
         raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")

@@ -639,6 +639,50 @@ def assert_same(function: Loss, arguments: tuple[Tensor, ...], options: dict[str
 
 
 @needs_torch_2_13
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_module_inputs(dtype: torch.dtype) -> None:
+    """The samples of torch.nn.LinearCrossEntropyLoss, a thousand for each dtype."""
+    from torch.testing._internal import common_modules
+
+    make = common_modules.module_inputs_torch_nn_LinearCrossEntropyLoss
+    count = 0
+    for sample in make(None, "cpu", dtype, requires_grad=True, training=True):
+        count += 1
+        module = torch.nn.LinearCrossEntropyLoss(*sample.constructor_input.args, **sample.constructor_input.kwargs)
+        weight, *bias = (p.detach() for p in module.parameters())
+        shape = (module.num_classes, *module.out_features)
+        hidden, target = sample.forward_input.args
+        options = {
+            "linear_bias": bias[0].reshape(shape).requires_grad_() if bias else None, "weight": module.weight,
+            "reduction": module.reduction, "ignore_index": module.ignore_index,
+            "label_smoothing": module.label_smoothing, "options": module.options,
+        }  # fmt: skip
+        arguments = (hidden, weight.reshape(*shape, -1).requires_grad_(), target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            assert_same(F.linear_cross_entropy, arguments, options, dtype)
+    assert count >= 300
+
+
+@needs_torch_2_13
+def test_module_error_inputs() -> None:
+    from torch.testing._internal import common_modules
+
+    count = 0
+    make = common_modules.module_error_inputs_torch_nn_LinearCrossEntropyLoss
+    for sample in make(None, "cpu", torch.float32, requires_grad=False, training=True):
+        inputs_ = sample.module_error_input
+        if sample.error_on != common_modules.ModuleErrorEnum.FORWARD_ERROR:
+            continue
+        count += 1
+        module = torch.nn.LinearCrossEntropyLoss(*inputs_.constructor_input.args, **inputs_.constructor_input.kwargs)
+        hidden, target = inputs_.forward_input.args
+        with pytest.raises(sample.error_type, match=sample.error_regex):
+            objkern.linear_cross_entropy(hidden, module.linear.weight.detach(), target)
+    assert count >= 3
+
+
+@needs_torch_2_13
 def test_opinfo_errors() -> None:
     count = 0
     for op in OPINFOS:

@@ -31,6 +31,15 @@ TARGETS = {
     "liger": Target("Liger-Kernel: its time / the best of objkern", 1.0),
     "price": Target("four terms: time / that of plain cross-entropy, the same backend and way", 1.03, at_least=False),
     "small": Target("small logits, F.cross_entropy in eager torch: its time / the best of objkern", 1.0),
+    "linear": Target("fused linear, forward and backward: time / that of its three GEMMs alone", 1.12, at_least=False),
+    "linear, recompute": Target(
+        'fused linear, `mode="recompute"`: time / that of its four GEMMs alone', 1.2, at_least=False
+    ),
+    "linear, rivals": Target(
+        "fused linear: the time of the quickest of eager torch, torch.compile, Liger-Kernel, cut-cross-entropy and "
+        "torch's chunked op / the best of objkern",
+        1.0,
+    ),
     "host": Target("512 × 32, the host's time for forward and backward / F.cross_entropy's", 1.1, at_least=False),
 }
 
@@ -76,7 +85,7 @@ def best(entry: Entry, *words: str) -> str | None:
 
 
 def findings(result: Result) -> list[Finding]:
-    return [*bandwidths(result), *speeds(result), *prices(result), *hosts(result)]
+    return [*bandwidths(result), *speeds(result), *prices(result), *linears(result), *hosts(result)]
 
 
 def bandwidths(result: Result) -> Iterator[Finding]:
@@ -115,6 +124,25 @@ def prices(result: Result) -> Iterator[Finding]:
                 yield Finding("price", f"{where(entry)}, {way}", 1 / ratio[1], name)
 
 
+def linears(result: Result) -> Iterator[Finding]:
+    for entry in entries(result, "linear"):
+        if "seconds" not in entry:
+            continue
+        place = f"{entry['rows']} × {entry['features']} × {entry['classes']} {entry['workload']}"
+        for target, way, gemms in (
+            ("linear", "forward", "three GEMMs"), ("linear, recompute", "recompute", "four GEMMs"),
+        ):  # fmt: skip
+            name = best(entry, way)
+            if name is not None and (ratio := entry["ratio"].get(f"{gemms} / {name}")) is not None:
+                yield Finding(target, place, 1 / ratio[1], name)
+        name = best(entry)
+        others = [
+            ratio[1] for pair, ratio in entry["ratio"].items() if pair.endswith(f" / {name}") and "GEMM" not in pair
+        ]
+        if name is not None and others:
+            yield Finding("linear, rivals", place, min(others), name)
+
+
 def hosts(result: Result) -> Iterator[Finding]:
     for entry in entries(result, "host"):
         if entry["what"] != "forward and backward":
@@ -129,7 +157,7 @@ def hosts(result: Result) -> Iterator[Finding]:
 def wrong(result: Result) -> list[str]:
     """Contestants whose gradient is much further from float64 than eager torch's: their times mean nothing."""
     found = []
-    for kind in ("objective", "small"):
+    for kind in ("objective", "small", "linear"):
         for entry in entries(result, kind):
             errors = entry.get("errors", {})
             eager = errors.get("eager")

@@ -42,6 +42,7 @@ STEPS = [
     Step("sanitizer", "compute-sanitizer over every kernel", 180, 60, "sanitizer", times=False),
     Step("ceilings", "copy bandwidth, matrix products", 40, 10, "ceilings"),
     Step("objectives", "large logits against eager, compiled, Liger-Kernel", 170, 110, "objectives"),
+    Step("linear", "the fused linear path against everyone and the bare GEMMs", 80, 45, "linear"),
     Step("small", "small logits", 60, 30, "small"),
     Step("host", "what a call costs the host", 50, 20, "host"),
     Step("variants", "forward, gradient and fused apart", 50, 25, "variants"),

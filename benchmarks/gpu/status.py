@@ -62,7 +62,9 @@ bfloat16 logits of 8192 rows with vocabularies of 32000 to 256000 classes, and f
 with `torch.autograd.grad`; caches flushed, contestants in turns, the device's own time between events. "The best" is
 the quicker of the CUDA and the Triton backend, and where no way is named also of `gradient="forward"` and `"backward"`.
 Four terms: label smoothing, z-loss, entropy and logit L2 beside cross-entropy. Liger-Kernel overwrites its input with
-the gradient, and gets a fresh copy outside of the timed part."""
+the gradient, and gets a fresh copy outside of the timed part. The fused linear path: bfloat16 hidden states and
+weights of 4096 × 4096 × 128256 and 8192 × 2304 × 256000 (rows, features, classes).
+"""
 
 
 def runs(files: list[File]) -> str:
