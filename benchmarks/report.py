@@ -75,6 +75,11 @@ its target, and the tables mark it: ✗ with the bound.
 
 REMARKS = {
     "Gradient in the forward pass": "Bytes: read once, written once.",
+    "The fused linear path": "GEMMs alone: the three products, whole, into memory that exists already.",
+    "Memory of the fused linear path": "Growth of the peak resident set in a process of its own. Gradients: those of "
+    "hidden states and weight.",
+    "Memory of the fused linear path over the number of rows": "Beyond the gradients, `mode=\"forward\"` / "
+    "`mode=\"recompute\"`; 64 features, regularized, float32.",
     "What reuse of the gradient's memory buys": "Fresh pages: `objkern.set_buffer_limit(0)`.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",
 }
@@ -82,11 +87,15 @@ REMARKS = {
 
 def page(files: list[tuple[Path, dict[str, Any]]]) -> str:
     shown = plotted(files)
-    sections = [section(path, result, result["entries"] is shown) for path, result in files]
+    sections = [
+        section(path, result, {kind for kind, entries in shown.items() if entries is result["entries"]})
+        for path, result in files
+    ]
     return "\n\n".join([INTRODUCTION.strip(), *(sections or ["No result is recorded."])]) + "\n"
 
 
-def section(path: Path, result: dict[str, Any], with_plot: bool) -> str:
+def section(path: Path, result: dict[str, Any], drawn: set[str]) -> str:
+    """drawn: the kinds of entries whose plot shows this run."""
     machine, entries = result["machine"], result["entries"]
     regime = "glibc keeps its pages" if machine["keeps_pages"] else "the system's allocator as it is"
     blocks = [
@@ -109,7 +118,9 @@ def section(path: Path, result: dict[str, Any], with_plot: bool) -> str:
         if title in REMARKS:
             blocks.append(REMARKS[title])
         if title == "Time over size":
-            blocks.append(linearity(entries, with_plot))
+            blocks.append(linearity(entries, "linearity" in drawn))
+        if title == "Memory of the fused linear path over the number of rows" and "linear memory law" in drawn:
+            blocks.append("![memory over rows](images/linear-memory.svg)")
         blocks.append(table)
     return "\n\n".join(blocks)
 
@@ -136,9 +147,14 @@ def linearity(entries: list[Entry], with_plot: bool) -> str:
     return "\n\n".join([*image, words, "\n".join(lines)])
 
 
-def plotted(files: list[tuple[Path, dict[str, Any]]]) -> list[Entry] | None:
-    """The newest run that measured the time over the size."""
-    return next((result["entries"] for _, result in files if tables.of_kind(result["entries"], "linearity")), None)
+def plotted(files: list[tuple[Path, dict[str, Any]]]) -> dict[str, list[Entry]]:
+    """By the kind of entries that a plot shows: those of the newest run that has them."""
+    found = {}
+    for kind in plot.PLOTS:
+        runs = (result["entries"] for _, result in files if tables.of_kind(result["entries"], kind))
+        if (entries := next(runs, None)) is not None:
+            found[kind] = entries
+    return found
 
 
 def problems() -> list[str]:
@@ -146,8 +162,9 @@ def problems() -> list[str]:
     files = results.load()
     current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     found = [] if page(files) == current else [f"{PAGE.name} is stale: run make docs"]
-    if (entries := plotted(files)) is not None and not plot.is_current(entries):
-        found.append(f"{plot.IMAGE.name} is stale: run make docs")
+    for kind, entries in plotted(files).items():
+        if not plot.PLOTS[kind].is_current(entries):
+            found.append(f"{plot.PLOTS[kind].path.name} is stale: run make docs")
     return found
 
 
@@ -160,8 +177,8 @@ def main() -> int:
         return 1 if found else 0
     files = results.load()
     PAGE.write_text(page(files), encoding="utf-8")
-    if (entries := plotted(files)) is not None:
-        plot.IMAGE.write_text(plot.draw(entries), encoding="utf-8")
+    for kind, entries in plotted(files).items():
+        plot.PLOTS[kind].path.write_text(plot.PLOTS[kind].draw(entries), encoding="utf-8")
     return 0
 
 

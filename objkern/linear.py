@@ -696,6 +696,8 @@ def layer(
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{name}: expected a tensor but got {describe(x)}")
+        if hasattr(x, "full_tensor"):
+            raise TypeError(f"{name}: expected a whole tensor but got a DTensor; gather it first: {name}.full_tensor()")
     if is_autocast(hidden.device):  # as F.linear under autocast
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (
@@ -704,10 +706,13 @@ def layer(
         )
     if hidden.dim() == 0:
         raise ValueError("hidden: expected shape (..., D) but got a 0-dim tensor")
+    if weight.numel() == 0 and weight.shape != (weight.shape[0], 0):
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[-1]}) with at least one class but got {tuple(weight.shape)}; "
+            "one that FSDP or ZeRO-3 has sharded is only there within the forward pass of its module, or gathered"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}) but got {tuple(weight.shape)}")
-    if weight.shape[0] == 0:
-        raise ValueError("weight: expected at least one class but got none")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape ({weight.shape[0]},) but got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):

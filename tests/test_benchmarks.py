@@ -131,7 +131,7 @@ def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert files == [(path, results.rounded(HEADER | {"entries": [ENTRY, *LINEAR]}))]
 
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
-    monkeypatch.setattr(plot, "IMAGE", tmp_path / "linearity.svg")
+    monkeypatch.setattr(plot, "IMAGES", tmp_path)
     monkeypatch.setattr(results, "load", lambda: files)
     monkeypatch.setattr(sys, "argv", ["report"])
     assert len(report.problems()) == 2
@@ -140,7 +140,8 @@ def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     page = report.PAGE.read_text(encoding="utf-8")
     assert "- step, 25 × 10 float32 regularized: torch.compile's time / objkern's is 1, expected ≥ 1.5" in page
     assert "- objkern, plain: 1.00 where rows grow" in page
-    assert plot.draw(files[0][1]["entries"]) == plot.IMAGE.read_text(encoding="utf-8")  # the same, drawn twice
+    drawn = plot.PLOTS["linearity"]
+    assert drawn.draw(files[0][1]["entries"]) == drawn.path.read_text(encoding="utf-8")  # the same, drawn twice
 
     files[0][1]["entries"][-1]["seconds"]["eager"][1] *= 2
     assert [problem.partition(" ")[0] for problem in report.problems()] == ["performance.md", "linearity.svg"]

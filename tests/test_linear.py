@@ -534,6 +534,7 @@ def test_a_bad_label_is_named() -> None:
     ({"weight": torch.zeros(V, D + 1)}, ValueError, r"weight: expected shape \(V, 123\)"),
     ({"weight": torch.zeros(D)}, ValueError, "weight: expected shape"),
     ({"weight": torch.zeros(0, D)}, ValueError, "at least one class"),
+    ({"weight": torch.zeros(0)}, ValueError, "FSDP or ZeRO-3"),
     ({"weight": torch.zeros(V, D, dtype=torch.float64)}, TypeError, "weight: expected torch.float32"),
     ({"bias": torch.zeros(V + 1)}, ValueError, r"bias: expected shape \(507,\)"),
     ({"bias": torch.zeros(V, dtype=torch.float16)}, TypeError, "bias: expected torch.float32"),
