@@ -78,8 +78,8 @@ REMARKS = {
     "The fused linear path": "GEMMs alone: the three products, whole, into memory that exists already.",
     "Memory of the fused linear path": "Growth of the peak resident set in a process of its own. Gradients: those of "
     "hidden states and weight.",
-    "Memory of the fused linear path over the number of rows": "Beyond the gradients, `mode=\"forward\"` / "
-    "`mode=\"recompute\"`; 64 features, regularized, float32.",
+    "Memory of the fused linear path over the number of rows": 'Beyond the gradients, `mode="forward"` / '
+    '`mode="recompute"`; 64 features, regularized, float32.',
     "What reuse of the gradient's memory buys": "Fresh pages: `objkern.set_buffer_limit(0)`.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",
 }
