@@ -6,12 +6,9 @@ python -m benchmarks.heads plain 2048 768 32000 float32 objkern    # bytes that 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -20,12 +17,11 @@ from torch import Tensor
 
 import objkern
 
-from .memory import forget_peak, status
+from .memory import forget_peak, in_a_process, status
 from .pairing import Step
 from .workloads import PLAIN, WORKLOADS, Targets, Workload
 
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels
-ROOT = Path(__file__).parent.parent
 OURS = "objkern"
 RECOMPUTE = "objkern, recompute"
 CHUNKED = "torch, chunked"  # F.linear_cross_entropy with its options; since torch 2.13
@@ -129,15 +125,7 @@ def gradients(loss: HeadLoss, hidden: Tensor, weight: Tensor, labels: Tensor) ->
 
 def measure(workload: str, rows: int, features: int, classes: int, dtype: str, contestant: str) -> int:
     """Bytes that forward and backward add to the peak of the resident set, the gradients included."""
-    arguments = [workload, str(rows), str(features), str(classes), dtype, contestant]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.heads", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: the process ended with {done.returncode}\n{done.stderr}")
-    return json.loads(done.stdout)
+    return in_a_process("benchmarks.heads", workload, rows, features, classes, dtype, contestant)
 
 
 def main(workload: str, rows: str, features: str, classes: str, dtype: str, contestant: str) -> None:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,15 +27,20 @@ def measure(contestants: list[str], workload: str, rows: int, classes: int, dtyp
     Args:
         contestants: names in `contestants.losses`.
     """
-    arguments = [workload, str(rows), str(classes), dtype, *contestants]
+    found = in_a_process("benchmarks.memory", workload, rows, classes, dtype, *contestants)
+    return {name: tuple(counts) for name, counts in found.items()}
+
+
+def in_a_process(module: str, *arguments: object) -> Any:
+    """What a module prints as JSON, in a process of its own with the system's allocator as it is."""
+    words = [str(argument) for argument in arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: the process ended with {done.returncode}\n{done.stderr}")
-    return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
+        raise RuntimeError(f"{module} {' '.join(words)}: the process ended with {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
 def main(workload: str, rows: str, classes: str, dtype: str, *contestants: str) -> None:

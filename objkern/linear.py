@@ -87,10 +87,6 @@ def choose_chunk_rows(
 _PANEL = 4096  # classes of a half-precision weight that are widened at a time
 
 
-def _has_half_matrix_units(device: torch.device) -> bool:
-    return device.type != "cpu"
-
-
 class _Head:
     """Products with the weight, (V, D), and the sums of its gradient.
 
@@ -106,7 +102,7 @@ class _Head:
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.bias = None if bias is None else bias.to(self.wide)
         self.half = hidden.dtype != self.wide
-        self.panels = self.half and not _has_half_matrix_units(hidden.device)
+        self.panels = self.half and hidden.is_cpu
         self.panel = (
             weight.new_empty(min(_PANEL, self.classes), self.features, dtype=self.wide) if self.panels else None
         )
@@ -525,9 +521,10 @@ for _name, (_schema, _function, _fake) in _OPS.items():
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 # Places of arguments. Both forward ops begin with the family, the head and what is known of the rows.
-_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _CLASS_WEIGHT = range(1, 7)
-_TERMS, _REDUCTION, _COEFFICIENTS, _NORMALIZER = 10, 11, 12, 13
+_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE = range(1, 6)
 _HEAD_AND_ROWS = 10  # how many there are of those
+_TERMS, _COEFFICIENTS = 10, 12  # of linear_objective
+_NEEDS, _CHUNK_ROWS, _SKIP_IGNORED, _WITH_GRADIENT = range(16, 20)
 
 
 class _Kept:
@@ -583,7 +580,7 @@ def _keep_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.mark_non_differentiable(*output[1:])
     ctx.kept = _Kept(ctx, inputs, parts, row_gradient)
     # Handed over once, scaled in place; a second backward pass makes its own. Detached: no way back to this node.
-    ctx.finished = [g.detach() for g in gradients] if inputs[19] else None
+    ctx.finished = [g.detach() for g in gradients] if inputs[_WITH_GRADIENT] else None
 
 
 def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -601,13 +598,13 @@ def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     needs, needs_scale = needed[:3], needed[4]
     if any(needs) or needs_scale:
         finished, ctx.finished = ctx.finished, None
-        if finished is not None and all(made or not need for made, need in zip(arguments[16], needs, strict=True)):
+        if finished is not None and all(made or not need for made, need in zip(arguments[_NEEDS], needs, strict=True)):
             gradients = [_scaled(g, upstream, arguments[_HIDDEN].dtype) if need else g
                          for g, need in zip(finished, needs, strict=True)]  # fmt: skip
         else:
             *gradients, of_scale = torch.ops.objkern.linear_objective_gradient(
-                upstream, row_gradient, *arguments[:_HEAD_AND_ROWS], arguments[_TERMS], needs, *arguments[17:19],
-                needs_scale,
+                upstream, row_gradient, *arguments[:_HEAD_AND_ROWS], arguments[_TERMS], needs,
+                arguments[_CHUNK_ROWS], arguments[_SKIP_IGNORED], needs_scale,
             )  # fmt: skip
             if needs_scale:
                 found[_SCALE] = of_scale.to(arguments[_SCALE])
@@ -618,11 +615,11 @@ def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
 def _coefficient_gradient(arguments: list[Any], parts: Tensor, upstream: Tensor) -> Tensor:
     """d loss / d coefficient is the term itself."""
     terms, like = arguments[_TERMS], arguments[_COEFFICIENTS]
-    numbers = torch.tensor(terms[2::3], dtype=torch.float64, device=parts.device)
-    values = parts[: len(numbers)].to(torch.float64)
+    values = parts.to(torch.float64) * upstream
     if upstream.dim() != 0:
-        values, upstream = (values * upstream).sum(-1), upstream.new_ones(())
-    return (values * numbers * upstream).to(like)
+        values = values.sum(-1)
+    # One by one, for a tensor of the numbers would have to be copied to the device.
+    return torch.stack([values[k] * number for k, number in enumerate(terms[2::3])]).to(like)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -664,9 +661,7 @@ def _statistics_backward(ctx: Any, partials: Tensor, *_: Any) -> tuple[Any, ...]
     return tuple(found.get(place) for place in range(len(arguments)))
 
 
-torch.library.register_autograd(
-    "objkern::linear_objective", _objective_backward, setup_context=_keep_objective
-)  # fmt: skip
+torch.library.register_autograd("objkern::linear_objective", _objective_backward, setup_context=_keep_objective)
 torch.library.register_autograd("objkern::linear_statistics", _statistics_backward, setup_context=_keep_statistics)
 
 
@@ -807,8 +802,8 @@ def _reference_objective(
     return ops.REFERENCE.objective(batch._replace(logits=logits), program, False, with_parts)
 
 
-def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics, Tensor | None]:
-    """The statistics of every row, and whether its label is the first maximum (None: not known apart from logits)."""
+def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics, Tensor]:
+    """The statistics of every row, and whether its label is the first maximum."""
     if run.family is None:
         logits = eager_logits(layer.hidden, layer.weight, layer.bias)
         whole = batch._replace(logits=logits)

@@ -9,11 +9,12 @@ import objkern
 
 from ..conftest import assert_within_budget
 from .rows import REGULARIZED
-from .test_streams import no_waiting
+from .test_streams import capture, no_waiting
 
 ROWS, FEATURES, CLASSES = 300, 64, 1003
 MODES = ["forward", "recompute"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 def inputs(device: torch.device, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,8 +59,9 @@ def test_row_statistics_and_custom_terms(dtype: torch.dtype, device: torch.devic
     ours = results(lambda h, w, b: loss(h, w, b, backend), hidden, weight, bias)
     exact = results(lambda h, w, b: loss(h, w, b, "reference"), *(x.cpu().double() for x in (hidden, weight, bias)))
     for one, truth in zip(ours, exact, strict=True):
-        size = truth.abs().max().item()
-        torch.testing.assert_close(one.cpu().double(), truth, rtol=2e-2, atol=2e-2 * size if one.dim() else 1e-3 * size)
+        # The gradient of a chunk's logits is rounded once to half precision, and so is the result.
+        far = (one.cpu().double() - truth).norm() / truth.norm()
+        assert far <= (TOLERANCE[dtype] if one.dim() else 1e-5)
 
 
 @pytest.mark.real_device
@@ -85,15 +87,7 @@ def test_a_graph_captures_and_replays(mode: str, device: torch.device, backend: 
         loss = REGULARIZED.linear(h, w, labels, mode=mode, chunk_rows=64, backend=backend)
         return [loss.detach(), *torch.autograd.grad(loss, (h, w), torch.full_like(loss, 0.7))]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for seed in (0, 5):
         for old, new in zip((h.data, w.data, labels), (*inputs(device, torch.bfloat16, seed)[:2], labels.roll(seed)),
                             strict=True):  # fmt: skip

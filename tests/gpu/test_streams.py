@@ -44,6 +44,20 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def capture(run: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A graph of what runs, warmed up on a side stream as torch asks, and the tensors that a replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
 @each_call
 def test_nothing_waits_for_the_device(
     classes: int, gradient: str, name: str, device: torch.device, backend: str
@@ -78,15 +92,7 @@ def test_a_graph_captures_and_replays(
     z, y = call.inputs(device, classes, torch.bfloat16, 0)
     x, y = z.clone().requires_grad_(), y.clone()
     run = lambda: call(x, y, gradient=gradient, backend=backend)  # noqa: E731
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for seed in (0, 5, 9):
         new_z, new_y = call.inputs(device, classes, torch.bfloat16, seed)
         x.data.copy_(new_z)
