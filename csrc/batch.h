@@ -174,11 +174,32 @@ inline void check_row_gradient(const ObjectiveArguments& in, const Batch& batch,
               "objkern: row_gradient does not belong to these logits");
 }
 
-inline void check_rescaled(const RowArguments& in, const Tensor& gradient) {
+inline void check_gradient(const RowArguments& in, const Tensor& gradient, bool may_be_half) {
+  const auto type = gradient.scalar_type();
+  const bool half = (type == at::kHalf || type == at::kBFloat16) && in.logits.scalar_type() == at::kFloat;
   TORCH_CHECK(gradient.is_contiguous() && gradient.sizes() == in.logits.sizes() &&
-                  gradient.scalar_type() == in.logits.scalar_type(),
+                  (type == in.logits.scalar_type() || (may_be_half && half)),
               "objkern: gradient does not belong to these logits");
 }
+
+// Where a gradient goes: nowhere, to new memory, or to a tensor that is the last argument of an op's overload `into`.
+enum class To { kNowhere, kNew, kGiven };
+
+inline Tensor take_given(torch::jit::Stack* stack, To to) {
+  return to == To::kGiven ? torch::jit::pop(*stack).toTensor() : Tensor();
+}
+
+// The kernels of a device, boxed functions of these names.
+#define OBJKERN_IMPLEMENT(m)                                                                                  \
+  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());                               \
+  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused<To::kNew>>());                             \
+  m.impl("fused.into", torch::CppFunction::makeFromBoxedFunction<&fused<To::kGiven>>());                      \
+  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());                                   \
+  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kNew>>());                       \
+  m.impl("gradient.into", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kGiven>>());                \
+  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());                             \
+  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kNew>>()); \
+  m.impl("statistics_gradient.into", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kGiven>>())
 
 inline void check_partials(const Batch& batch, const Tensor& partials, const Tensor& centred) {
   const int64_t n = batch.rows.rows;

@@ -32,11 +32,19 @@ namespace {
 void define_kernels(torch::Library& m) {
   m.def("objective(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient)");
   m.def("fused(" OBJKERN_OBJECTIVE_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor row_gradient, Tensor gradient)");
+  // `.into`: the gradient goes to a tensor of the logits' dtype or, if they are float32, of a half-precision one.
+  m.def("fused.into(" OBJKERN_OBJECTIVE_ARGUMENTS
+        ", *, Tensor(a!) gradient) -> (Tensor loss, Tensor parts, Tensor row_gradient)");
+  // Logits here may be those of a part of the vocabulary: a label outside of it is one of another part.
   m.def("gradient(Tensor upstream, Tensor row_gradient, bool unscaled, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> Tensor");
+  m.def("gradient.into(Tensor upstream, Tensor row_gradient, bool unscaled, " OBJKERN_OBJECTIVE_ARGUMENTS
+        ", *, Tensor(a!) gradient) -> ()");
   // From the gradient of `fused`, which is that under an upstream gradient of 1, to that under `upstream`.
   m.def("rescale(Tensor(a!) gradient, Tensor upstream, Tensor row_gradient, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> ()");
   m.def("statistics(" OBJKERN_ROW_ARGUMENTS ") -> (Tensor statistics, Tensor centred)");
   m.def("statistics_gradient(Tensor partials, Tensor centred, bool unscaled, " OBJKERN_ROW_ARGUMENTS ") -> Tensor");
+  m.def("statistics_gradient.into(Tensor partials, Tensor centred, bool unscaled, " OBJKERN_ROW_ARGUMENTS
+        ", *, Tensor(a!) gradient) -> ()");
 }
 
 }  // namespace

@@ -28,7 +28,13 @@ struct ReusingAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 
-Tensor empty_gradient(const Rows& rows, const Tensor& logits) {
+// The one that was given, or a new one.
+Tensor gradient_of(const Rows& rows, const RowArguments& in, const Tensor& given) {
+  if (given.defined()) {
+    check_gradient(in, given, false);
+    return given;
+  }
+  const Tensor& logits = in.logits;
   const std::array<int64_t, 2> sizes{rows.rows, rows.classes};
   if (rows.rows * rows.classes * logits.element_size() < cpu::kLeastReused) return at::empty(sizes, logits.options());
   static ReusingAllocator* const allocator = new ReusingAllocator;
@@ -94,8 +100,10 @@ Tensor filled(at::IntArrayRef sizes, c10::ScalarType type, const T& numbers) {  
   return t;
 }
 
-// (loss, parts, row_gradient), and the gradient if asked for.
-void run_objective(Stack* stack, bool with_gradient) {
+// (loss, parts, row_gradient), and the gradient if it has no place yet.
+void run_objective(Stack* stack, To to) {
+  Tensor gradient = take_given(stack, to);
+  const bool with_gradient = to != To::kNowhere;
   const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
   torch::jit::drop(*stack, kObjectiveArguments);
   TORCH_CHECK_VALUE(!with_gradient || in.reduction != Reduction::kNone,
@@ -116,9 +124,8 @@ void run_objective(Stack* stack, bool with_gradient) {
   const auto type = accumulation_type(in.logits);
   const Tensor values = at::empty({size + kFreeStatistics, program.per_row ? n : 1}, options.dtype(at::kDouble));
   const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
-  Tensor gradient;
   if (with_gradient) {
-    gradient = empty_gradient(rows, in.logits);
+    gradient = gradient_of(rows, in, gradient);
     cpu_doors().fused(rows, program, values.mutable_data_ptr<double>(), row_gradient.mutable_data_ptr(),
                       gradient.mutable_data_ptr());
   } else {
@@ -152,15 +159,16 @@ void run_objective(Stack* stack, bool with_gradient) {
     parts = filled({static_cast<int64_t>(numbers.size())}, type, numbers);
   }
   torch::jit::push(*stack, loss, parts, row_gradient);
-  if (with_gradient) torch::jit::push(*stack, gradient);
+  if (to == To::kNew) torch::jit::push(*stack, gradient);
 }
 
 void objective(const c10::OperatorHandle&, Stack* stack) {
-  run_objective(stack, false);
+  run_objective(stack, To::kNowhere);
 }
 
+template <To kTo>
 void fused(const c10::OperatorHandle&, Stack* stack) {
-  run_objective(stack, true);
+  run_objective(stack, kTo);
 }
 
 void write_gradient(const Batch& batch, const Tensor& row_gradient, const Tensor& upstream, const Tensor& out) {
@@ -181,19 +189,20 @@ struct GradientCall {
   GradientCall(const Tensor& kept, c10::ArrayRef<IValue> arguments)
       : in(arguments), batch(batch_of(in, in.reads())), row_gradient(kept) {
     check_row_gradient(in, batch, row_gradient);
-    checked_targets(batch.rows);
   }
 };
 
+template <To kTo>
 void gradient(const c10::OperatorHandle&, Stack* stack) {
+  const Tensor into = take_given(stack, kTo);
   const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
   const Tensor upstream = all[0].toTensor();
   GradientCall call(all[1].toTensor(), all.slice(3));
   call.batch.rows.unscaled = all[2].toBool();
   torch::jit::drop(*stack, all.size());
-  const Tensor out = empty_gradient(call.batch.rows, call.batch.logits);
+  const Tensor out = gradient_of(call.batch.rows, call.in, into);
   write_gradient(call.batch, call.row_gradient, upstream, out);
-  torch::jit::push(*stack, out);
+  if (kTo == To::kNew) torch::jit::push(*stack, out);
 }
 
 // In place where that loses no digits: half precision has been rounded already, and float16 may have underflowed; 0·∞
@@ -207,7 +216,7 @@ void rescale(const c10::OperatorHandle&, Stack* stack) {
     gradient.mul_(upstream);
   } else if (factor != 1.0) {
     const GradientCall call(all[2].toTensor(), all.slice(3));
-    check_rescaled(call.in, gradient);
+    check_gradient(call.in, gradient, false);
     write_gradient(call.batch, call.row_gradient, upstream, gradient);
   }
   torch::jit::drop(*stack, all.size());
@@ -225,7 +234,9 @@ void statistics(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::push(*stack, out, centred);
 }
 
+template <To kTo>
 void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const Tensor into = take_given(stack, kTo);
   const auto all = torch::jit::last(*stack, 3 + kRowArguments);
   const Tensor partials = all[0].toTensor(), centred = all[1].toTensor();
   const bool unscaled = all[2].toBool();
@@ -235,26 +246,20 @@ void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
   batch.rows.unscaled = unscaled;
   const int64_t n = batch.rows.rows;
   check_partials(batch, partials, centred);
-  checked_targets(batch.rows);
   const auto options = in.logits.options().dtype(accumulation_type(in.logits));
   const Tensor row_gradient = at::empty({kRowGradient, n}, options);
   const Tensor f = partials.to(at::kDouble).contiguous();
   cpu_doors().chain(batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
                     row_gradient.mutable_data_ptr());
-  const Tensor out = empty_gradient(batch.rows, batch.logits);
+  const Tensor out = gradient_of(batch.rows, in, into);
   write_gradient(batch, row_gradient, at::ones({}, options), out);
-  torch::jit::push(*stack, out);
+  if (kTo == To::kNew) torch::jit::push(*stack, out);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(objkern, CPU, m) {
-  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
-  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused>());
-  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());
-  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
-  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
-  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+  OBJKERN_IMPLEMENT(m);
 }
 
 }  // namespace objkern

@@ -92,10 +92,21 @@ struct Launch {
   }
 
   at::TensorOptions options() const { return batch.logits.options().dtype(accumulation_type(batch.logits)); }
-  Tensor empty_gradient() const { return at::empty({batch.rows.rows, batch.rows.classes}, batch.logits.options()); }
+
+  // The one that was given, or a new one.
+  Tensor gradient(const RowArguments& in, const Tensor& given) {
+    const Tensor out =
+        given.defined() ? given : at::empty({batch.rows.rows, batch.rows.classes}, batch.logits.options());
+    check_gradient(in, out, true);
+    check_device("gradient", out);
+    batch.rows.gradient_dtype = dtype_of(out);
+    return out;
+  }
 };
 
-void run_objective(Stack* stack, bool with_gradient) {
+void run_objective(Stack* stack, To to) {
+  Tensor gradient = take_given(stack, to);
+  const bool with_gradient = to != To::kNowhere;
   const ObjectiveArguments in(torch::jit::last(*stack, kObjectiveArguments));
   torch::jit::drop(*stack, kObjectiveArguments);
   TORCH_CHECK_VALUE(!with_gradient || in.reduction != Reduction::kNone,
@@ -104,12 +115,13 @@ void run_objective(Stack* stack, bool with_gradient) {
   Rows& rows = call.batch.rows;
   rows.smoothed = in.smoothed();
   rows.free_statistics = in.with_parts;
+  if (with_gradient) gradient = call.gradient(in, gradient);
   const cuda::Program program = call.program(in);
   const cuda::Plan plan = cuda::plan(rows, with_gradient);
 
   const int64_t n = rows.rows, parts_size = in.with_parts ? program.size + kFreeStatistics : 0;
   const auto options = call.options();
-  Tensor loss, parts, gradient;
+  Tensor loss, parts;
   if (in.reduction == Reduction::kNone) {
     loss = at::empty({n}, options);
     parts = at::empty({parts_size, n}, options);
@@ -119,7 +131,6 @@ void run_objective(Stack* stack, bool with_gradient) {
   }
   const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
   const Tensor workspace = at::empty({cuda::workspace_bytes(rows, program, plan)}, options.dtype(at::kByte));
-  if (with_gradient) gradient = call.empty_gradient();
 
   cuda::Results results;
   results.loss = loss.mutable_data_ptr();
@@ -129,15 +140,16 @@ void run_objective(Stack* stack, bool with_gradient) {
   results.workspace = workspace.mutable_data_ptr();
   check(cuda::objective(rows, call.logit_scale, program, plan, results, call.stream));
   torch::jit::push(*stack, loss, parts, row_gradient);
-  if (with_gradient) torch::jit::push(*stack, gradient);
+  if (to == To::kNew) torch::jit::push(*stack, gradient);
 }
 
 void objective(const c10::OperatorHandle&, Stack* stack) {
-  run_objective(stack, false);
+  run_objective(stack, To::kNowhere);
 }
 
+template <To kTo>
 void fused(const c10::OperatorHandle&, Stack* stack) {
-  run_objective(stack, true);
+  run_objective(stack, kTo);
 }
 
 void write_gradient(Launch& call, const Tensor& row_gradient, const Tensor& upstream, bool unless_one,
@@ -152,7 +164,9 @@ void write_gradient(Launch& call, const Tensor& row_gradient, const Tensor& upst
                        u.dim() == 0 ? 0 : u.stride(0), unless_one, out.mutable_data_ptr(), call.stream));
 }
 
+template <To kTo>
 void gradient(const c10::OperatorHandle&, Stack* stack) {
+  const Tensor into = take_given(stack, kTo);
   const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
   const Tensor upstream = all[0].toTensor(), row_gradient = all[1].toTensor();
   const bool unscaled = all[2].toBool();
@@ -161,9 +175,9 @@ void gradient(const c10::OperatorHandle&, Stack* stack) {
   Launch call(in, in.reads());
   call.batch.rows.unscaled = unscaled;
   check_row_gradient(in, call.batch, row_gradient);
-  const Tensor out = call.empty_gradient();
+  const Tensor out = call.gradient(in, into);
   write_gradient(call, row_gradient, upstream, false, out);
-  torch::jit::push(*stack, out);
+  if (kTo == To::kNew) torch::jit::push(*stack, out);
 }
 
 // Computed anew from the logits unless `upstream` turns out to be 1, which the kernel finds out: as many bytes as
@@ -175,8 +189,8 @@ void rescale(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::drop(*stack, all.size());
   Launch call(in, in.reads());
   check_row_gradient(in, call.batch, row_gradient);
-  check_rescaled(in, gradient);
-  call.check_device("gradient", gradient);
+  check_gradient(in, gradient, false);
+  call.gradient(in, gradient);
   TORCH_CHECK(upstream.dim() == 0, "objkern: upstream: expected a 0-dim tensor but got ", upstream.sizes());
   write_gradient(call, row_gradient, upstream, true, gradient);
 }
@@ -193,7 +207,9 @@ void statistics(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::push(*stack, out, centred);
 }
 
+template <To kTo>
 void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const Tensor into = take_given(stack, kTo);
   const auto all = torch::jit::last(*stack, 3 + kRowArguments);
   const Tensor partials = all[0].toTensor(), centred = all[1].toTensor();
   const bool unscaled = all[2].toBool();
@@ -208,20 +224,15 @@ void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
   const Tensor f = partials.to(at::kDouble).contiguous();
   check(cuda::chain(call.batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
                     row_gradient.mutable_data_ptr(), call.stream));
-  const Tensor out = call.empty_gradient();
+  const Tensor out = call.gradient(in, into);
   write_gradient(call, row_gradient, at::ones({}, call.options()), false, out);
-  torch::jit::push(*stack, out);
+  if (kTo == To::kNew) torch::jit::push(*stack, out);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(objkern, OBJKERN_CUDA_KEY, m) {
-  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
-  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused>());
-  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());
-  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
-  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
-  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+  OBJKERN_IMPLEMENT(m);
 }
 
 }  // namespace objkern

@@ -30,8 +30,9 @@ struct Rows {
   double logit_scale = 1.0;
   double softcap = 0.0;   // 0: none
   bool unscaled = false;  // the gradient is to s·x instead of x: what the gradient of the scale itself needs
-  bool smoothed = false;  // a dense target has no zeros, because label smoothing lifts them
-  bool masked = true;     // −inf logits are excluded classes; false: they are numbers, as torch has it
+  DType gradient_dtype = DType::kFloat32;  // in which the gradient is written
+  bool smoothed = false;                   // a dense target has no zeros, because label smoothing lifts them
+  bool masked = true;                      // −inf logits are excluded classes; false: they are numbers, as torch has it
 
   int64_t reads = 0;            // which statistics the objective reads, `Reads` of objective.h
   bool free_statistics = true;  // whether lse, accuracy and target probability are asked for beside the terms

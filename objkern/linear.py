@@ -1,18 +1,18 @@
 """The fused linear path: hidden states and a weight in, loss and gradients out; one chunk of logits at a time.
 
-    rows of hidden ──project──▶ logits of a chunk ──kernels of the backend──▶ their gradient ──GEMMs──▶ ∂hidden, ∂weight
+    hidden, weight ──GEMM──▶ logits of a chunk ──kernels of the backend──▶ their gradient ──GEMMs──▶ ∂hidden, ∂weight
 
-Two modes. "forward": the gradients are made with the loss, three GEMMs in all; the backward pass only scales them.
-"recompute": the forward pass keeps a few numbers per row, the backward pass projects each chunk anew; four GEMMs, exact
-for any upstream gradient. Everything else (which rows, which chunk, which dtype) is the same code for both, and for
-every backend: the kernels see a chunk as they see any logits.
+Two modes. "forward": the gradients are made with the loss, by chunks of rows, three GEMMs in all; the backward pass only
+scales them. "recompute": the forward pass keeps a few numbers per row, the backward pass projects anew, by chunks of
+classes, whose part of the weight's gradient is then finished at once; four GEMMs, exact for any upstream gradient. It is
+the same code for every backend: the kernels see a chunk as they see any logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ MODES = ("auto", "forward", "recompute")
 # ---- how many rows a chunk has --------------------------------------------------------------------------------------
 
 _CPU_ROWS = 512  # GEMMs are at full speed from a few hundred rows on; measured, see docs/linear.md
-_GPU_ROWS = 2000  # below, the product with the hidden states starves the device
+_GPU_ROWS = 1750  # below, the product with the hidden states starves the device
 _GPU_LEAST_ROWS = 1024  # and so does that for the weight's gradient
 _GPU_FROZEN_ROWS = 512
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a GEMM's block
@@ -52,8 +52,8 @@ def choose_chunk_rows(
     """Rows of a chunk, from the shape and the device alone, so that results are the same from run to run.
 
     On a GPU the GEMM that gives the hidden gradient of a chunk, C × features, should fill whole waves of blocks of
-    128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of about 2000 rows is taken
-    (1024 where the weight is frozen). On a CPU GEMMs need less, and a chunk that the caches help with is better.
+    128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of 1750 rows or more is taken
+    (512 where the weight is frozen). On a CPU GEMMs need less, and a chunk that the caches help with is better.
 
     Args:
         multiprocessors: of the GPU; None on a CPU.
@@ -82,17 +82,49 @@ def choose_chunk_rows(
     return max(1, min(wanted, rows))
 
 
+def tile_of(rows: int, classes: int, chunk_rows: int) -> tuple[int, int]:
+    """Rows and classes of a tile of the backward pass, no more elements than a chunk of rows has in the forward pass.
+
+    All rows and as many classes as there is room for; where that would be too few for a GEMM, fewer rows. A chunk of few
+    rows is its own tile: GEMMs of few rows add up in another order than others, and logits that differ in the last digit
+    from those that the forward pass saw would cost precision.
+    """
+    if chunk_rows < _LEAST_ROWS:
+        return max(1, min(rows, chunk_rows)), classes
+    room = chunk_rows * classes
+    columns = min(classes, max(room // max(rows, 1), _LEAST_CLASSES))
+    if columns < classes:  # rows of the tile begin at multiples of 16 bytes
+        columns -= columns % min(columns, _CLASSES_STEP)
+    return max(1, min(rows, room // columns)), columns
+
+
+_LEAST_ROWS, _LEAST_CLASSES, _CLASSES_STEP = 64, 1024, 128
+
+
 # ---- the linear layer -----------------------------------------------------------------------------------------------
 
 _PANEL = 4096  # classes of a half-precision weight that are widened at a time
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """a @ b, or that more, in `out`, whose dtype may be wider than theirs."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if add:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _widens(hidden: Tensor) -> bool:
+    """Whether half-precision GEMMs run on float32 copies, panel by panel: on a CPU those are faster."""
+    return hidden.is_cpu and hidden.element_size() == 2
+
+
 class _Head:
     """Products with the weight, (V, D), and the sums of its gradient.
 
-    Logits are made in float32 (float64 for float64 inputs), for half-precision logits would dominate the error. On a
-    GPU the GEMMs take half-precision inputs as they are; on a CPU the weight is widened panel by panel, because there
-    float32 GEMMs are faster.
+    Logits are made in float32 (float64 for float64 inputs), for half-precision logits would dominate the error. Their
+    gradient is written as the GEMMs after it take it.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -100,86 +132,85 @@ class _Head:
         self.classes, self.features = weight.shape
         self.dtype = hidden.dtype
         self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.widens = _widens(hidden)
+        self.gradient_dtype = self.wide if self.widens else self.dtype
         self.bias = None if bias is None else bias.to(self.wide)
-        self.half = hidden.dtype != self.wide
-        self.panels = self.half and hidden.is_cpu
-        self.panel = (
-            weight.new_empty(min(_PANEL, self.classes), self.features, dtype=self.wide) if self.panels else None
-        )
-        self.weight_sum: Tensor | None = None
-        self.bias_sum: Tensor | None = None
+        self.sums: list[Tensor | None] = [None, None]  # of the gradients of weight and bias
 
-    def panels_of_weight(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the logits, a panel of classes at a time."""
+    def states(self, chunk: Tensor | slice) -> Tensor:
+        """Hidden states of rows, as the GEMMs take them."""
+        h = self.hidden[chunk] if isinstance(chunk, slice) else self.hidden.index_select(0, chunk)
+        return h.to(self.wide) if self.widens else h
+
+    def panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as the GEMMs take it, some classes at a time."""
+        if not self.widens:
+            yield slice(0, self.classes), self.weight
+            return
+        panel = self.weight.new_empty(min(_PANEL, self.classes), self.features, dtype=self.wide)
         for begin in range(0, self.classes, _PANEL):
             columns = slice(begin, min(begin + _PANEL, self.classes))
-            assert self.panel is not None
-            yield columns, self.panel[: columns.stop - begin].copy_(self.weight[columns])
+            yield columns, panel[: columns.stop - begin].copy_(self.weight[columns])
 
-    def rows(self, chunk: Tensor | slice) -> Tensor:
-        """Hidden states of a chunk, as the GEMMs take them."""
-        h = self.hidden[chunk] if isinstance(chunk, slice) else self.hidden.index_select(0, chunk)
-        return h.to(self.wide) if self.panels else h
+    def add_bias(self, logits: Tensor, columns: slice) -> Tensor:
+        return logits if self.bias is None else logits.add_(self.bias[columns])
 
     def project(self, h: Tensor, out: Tensor) -> Tensor:
         """Logits of the rows h."""
-        if self.panels:
-            for columns, panel in self.panels_of_weight():
-                torch.mm(h, panel.t(), out=out[:, columns])
-        elif self.half:
-            torch.mm(h, self.weight.t(), out_dtype=self.wide, out=out)
-        else:
-            torch.mm(h, self.weight.t(), out=out)
-        return out if self.bias is None else out.add_(self.bias)
+        for columns, weight in self.panels():
+            _multiply(h, weight.t(), out[:, columns])
+        return self.add_bias(out, slice(None))
 
     def accumulate(self, g: Tensor, h: Tensor, needs: Sequence[bool]) -> Tensor | None:
         """Adds the gradient g of a chunk's logits to the sums of weight and bias; returns that of the hidden states."""
         of_hidden, of_weight, of_bias = needs
-        if of_bias:
-            share = g.sum(0)
-            self.bias_sum = share if self.bias_sum is None else self.bias_sum.add_(share)
-        if self.half and not self.panels:
-            g = g.to(self.dtype)
-        first = self.weight_sum is None
-        if of_weight and first:
-            self.weight_sum = self.weight.new_empty(self.weight.shape, dtype=self.wide)
-        if self.panels:
-            found = h.new_empty(h.shape) if of_hidden else None
-            for columns, panel in self.panels_of_weight() if of_hidden else ():
-                torch.mm(g[:, columns], panel, out=found) if columns.start == 0 else found.addmm_(g[:, columns], panel)
-            if of_weight:
-                self._add_to_weight(g, h, first)
-            return found
         if of_weight:
-            self._add_to_weight(g, h, first)
+            total, add = self._sum(0, self.weight)
+            _multiply(g.t(), h, total, add)
+        if of_bias:
+            total, _ = self._sum(1, self.weight[:, 0])
+            total += g.sum(0, dtype=self.wide)
         if not of_hidden:
             return None
-        return torch.mm(g, self.weight, out_dtype=self.wide) if self.half else torch.mm(g, self.weight)
+        found = h.new_empty(h.shape, dtype=self.wide)
+        for columns, weight in self.panels():
+            _multiply(g[:, columns], weight, found, add=columns.start > 0)
+        return found
 
-    def _add_to_weight(self, g: Tensor, h: Tensor, first: bool) -> None:
-        total = self.weight_sum
-        assert total is not None
-        if g.dtype == total.dtype:
-            torch.mm(g.t(), h, out=total) if first else total.addmm_(g.t(), h)
-        elif first:
-            torch.mm(g.t(), h, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, g.t(), h, out_dtype=total.dtype, out=total)
+    def _sum(self, place: int, like: Tensor) -> tuple[Tensor, bool]:
+        """A sum so far, and whether there is anything in it; that of the bias begins with zeros."""
+        total = self.sums[place]
+        if total is None:
+            total = like.new_zeros(like.shape, dtype=self.wide) if place else like.new_empty(like.shape, dtype=self.wide)
+            self.sums[place] = total
+            return total, False
+        return total, True
 
-    def finished(self, needs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Gradients of weight and bias, empty where none is needed; zeros where there was no chunk."""
-        nothing = self.hidden.new_empty(0, dtype=dtype)
-        weight, bias = nothing, nothing.clone()
-        if needs[1]:
-            total = self.weight_sum
-            weight = self.weight.new_zeros(self.weight.shape, dtype=dtype) if total is None else total.to(dtype)
-        if needs[2]:
-            total = self.bias_sum
-            bias = self.weight.new_zeros(self.classes, dtype=dtype) if total is None else total.to(dtype)
+    def finished(self, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """The sums of weight and bias, empty where none is needed; zeros where there was no chunk."""
+        likes = (self.weight, self.weight[:, 0])
+        weight, bias = (
+            self.weight.new_empty(0, dtype=self.wide) if not need
+            else like.new_zeros(like.shape, dtype=self.wide) if total is None
+            else total
+            for need, total, like in zip(needs[1:], self.sums, likes, strict=True)
+        )  # fmt: skip
         return weight, bias
 
+    def unit(self, *sizes: Tensor) -> Tensor | None:
+        """A power of two of the size of a product, in which gradients of logits are counted so that float16, as GEMMs
+        take it, keeps their digits; None where they need no help.
+        """
+        if self.gradient_dtype != torch.float16:
+            return None
+        largest = math.prod(x.detach().abs().amax().to(torch.float64) for x in sizes if x.numel())
+        if not isinstance(largest, Tensor):
+            return None
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+        return torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
 
-# ---- chunks of rows -------------------------------------------------------------------------------------------------
+
+# ---- chunks ---------------------------------------------------------------------------------------------------------
 
 
 class _Rows(NamedTuple):
@@ -192,40 +223,32 @@ class _Rows(NamedTuple):
     softcap: float
     masked: bool
 
+    @property
+    def labelled(self) -> bool:
+        return self.target is not None and not self.target.is_floating_point()
 
-class _Chunks:
-    """The rows in chunks: all of them, or those that are not ignored."""
+    def of(self, rows: Tensor | slice, columns: slice | None = None) -> dict[str, Any]:
+        """The arguments of an op on some rows, and some classes, from which labels are counted then."""
+        found = self._asdict()
+        if self.target is not None:
+            found["target"] = _take(self.target, 0, rows)
+        if columns is not None:
+            if self.labelled:
+                found["target"] = found["target"] - columns.start
+                found["ignore_index"] = self.ignore_index - columns.start
+            elif self.target is not None:
+                found["target"] = found["target"][:, columns]
+            if self.class_weight is not None:
+                found["class_weight"] = self.class_weight[columns]
+        return found
 
-    def __init__(self, head: _Head, rows: _Rows, chunk_rows: int, skip_ignored: bool) -> None:
-        self.head, self.rows, self.chunk_rows = head, rows, chunk_rows
-        self.count = head.hidden.shape[0]
-        self.kept: Tensor | None = None
-        target = rows.target
-        if skip_ignored and target is not None and not target.is_floating_point():
-            kept = (target != rows.ignore_index).nonzero().view(-1)
-            if len(kept) < self.count:
-                self.kept, self.count = kept, len(kept)
-        self.buffer = head.hidden.new_empty(min(chunk_rows, self.count), head.classes, dtype=head.wide)
-
-    def __iter__(self) -> Iterator[tuple[Tensor | slice, Tensor, Tensor, dict[str, Any]]]:
-        """Of each chunk: which rows, their hidden states, their logits, and the arguments of an op on them."""
-        for begin in range(0, self.count, self.chunk_rows):
-            chunk: Tensor | slice = slice(begin, min(begin + self.chunk_rows, self.count))
-            if self.kept is not None:
-                chunk = self.kept[chunk]
-            h = self.head.rows(chunk)
-            logits = self.head.project(h, self.buffer[: h.shape[0]])
-            row_arguments = self.rows._asdict()
-            if self.rows.target is not None:
-                row_arguments["target"] = _take(self.rows.target, 0, chunk)
-            yield chunk, h, logits, row_arguments
-
-    def hidden_gradient(self, needed: bool, dtype: torch.dtype) -> Tensor:
-        """Room for it, with zeros in the rows that no chunk has."""
-        hidden = self.head.hidden
-        if not needed:
-            return hidden.new_empty(0, dtype=dtype)
-        return (hidden.new_empty if self.kept is None else hidden.new_zeros)(hidden.shape, dtype=dtype)
+    def kept(self, count: int, skip_ignored: bool) -> Tensor | None:
+        """The rows that are not ignored, or None for all of them."""
+        if not (skip_ignored and self.labelled):
+            return None
+        assert self.target is not None
+        kept = (self.target != self.ignore_index).nonzero().view(-1)
+        return kept if len(kept) < count else None
 
 
 def _take(x: Tensor, dim: int, chunk: Tensor | slice) -> Tensor:
@@ -239,6 +262,34 @@ def _put(x: Tensor, dim: int, chunk: Tensor | slice, values: Tensor) -> None:
         x.narrow(dim, chunk.start, chunk.stop - chunk.start).copy_(values)
     else:
         x.index_copy_(dim, chunk, values.to(x.dtype))
+
+
+def _pieces(count: int, size: int) -> Iterator[slice]:
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
+
+
+class _Chunk(NamedTuple):
+    """Rows of a chunk, and what a kernel takes of them."""
+
+    rows: Tensor | slice
+    states: Tensor
+    logits: Tensor
+    gradient: Tensor  # room for it
+    arguments: dict[str, Any]
+
+
+def _chunks(head: _Head, rows: _Rows, chunk_rows: int, skip_ignored: bool, with_gradient: bool) -> Iterator[_Chunk]:
+    """The rows in chunks: all of them, or those that are not ignored."""
+    kept = rows.kept(len(head.hidden), skip_ignored)
+    count = len(head.hidden) if kept is None else len(kept)
+    logits = head.hidden.new_empty(min(chunk_rows, count), head.classes, dtype=head.wide)
+    gradient = logits.new_empty(logits.shape if with_gradient else (0, head.classes), dtype=head.gradient_dtype)
+    for piece in _pieces(count, chunk_rows):
+        chunk = piece if kept is None else kept[piece]
+        size = piece.stop - piece.start
+        h = head.states(chunk)
+        yield _Chunk(chunk, h, head.project(h, logits[:size]), gradient[:size], rows.of(chunk))
 
 
 def _family(name: str) -> Any:
@@ -290,14 +341,13 @@ def _linear_objective(
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(loss, parts, row_gradient, and the gradients of hidden, weight and bias, or empty tensors)
+    """(loss, parts, row_gradient, maximum, and the gradients of hidden, weight and bias, or empty tensors)
 
     Gradients stay in the accumulation type until the upstream gradient is known: they are rounded once, and in float16
     after loss scaling.
     """
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
     head = _Head(hidden, weight, bias)
-    chunks = _Chunks(head, rows, chunk_rows, skip_ignored)
     n, size, kind = hidden.shape[0], len(terms) // 3, REDUCTIONS[reduction]
     denominators = _denominators(rows, n, terms, kind, normalizer, empty_zero, hidden)
     factors = 1.0 / denominators.of_terms
@@ -308,41 +358,52 @@ def _linear_objective(
         else:
             factors = torch.stack([factors[k] * coefficients[k] for k in range(size)])
 
-    op = _family(family).fused.default if with_gradient else _family(family).objective.default
+    unit = head.unit(factors) if with_gradient else None
+    if unit is not None:
+        factors = factors / unit
+
+    kernels = _family(family)
     inner = REDUCTIONS.index("none" if kind == "none" else "sum")
     fields = ops.row_gradient_fields(terms, class_weight, target)
     row_gradient = hidden.new_zeros((fields, n), dtype=head.wide)
-    of_hidden = chunks.hidden_gradient(needs[0] and with_gradient, head.wide)
+    maximum, reads_maximum = hidden.new_zeros((2, n), dtype=torch.float64), _MAX_Z in terms[::3]
+    of_hidden = hidden.new_zeros(hidden.shape if needs[0] and with_gradient else (0,), dtype=head.wide)
     parts_size = size + len(reference.FREE_STATISTICS) if with_parts else 0
     losses, all_parts = [], []
     if kind == "none":
         loss = hidden.new_zeros(n, dtype=head.wide)
         parts = hidden.new_zeros((parts_size, n), dtype=head.wide)
-    for chunk, h, logits, row_arguments in chunks:
-        found = op(
-            terms, inner, logits, **row_arguments, coefficient_tensor=factors, with_parts=with_parts
-        )  # fmt: skip
-        _put(row_gradient, 1, chunk, found[2])
+    for chunk in _chunks(head, rows, chunk_rows, skip_ignored, with_gradient):
+        options = {**chunk.arguments, "coefficient_tensor": factors, "with_parts": with_parts}
+        if with_gradient:
+            found = kernels.fused.into(terms, inner, chunk.logits, **options, gradient=chunk.gradient)
+        else:
+            found = kernels.objective.default(terms, inner, chunk.logits, **options)
+        _put(row_gradient, 1, chunk.rows, found[2])
+        if reads_maximum:
+            _put(maximum, 1, chunk.rows, _maximum_of(chunk.logits, logit_scale))
         if kind == "none":
-            _put(loss, 0, chunk, found[0])
+            _put(loss, 0, chunk.rows, found[0])
             if with_parts:
-                _put(parts, 1, chunk, found[1])
+                _put(parts, 1, chunk.rows, found[1])
         else:
             losses.append(found[0])
             all_parts.append(found[1])
         if with_gradient:
-            share = head.accumulate(found[3], h, needs)
+            share = head.accumulate(chunk.gradient, chunk.states, needs)
             if share is not None:
-                _put(of_hidden, 0, chunk, share)
-        del found  # before the next chunk wants as much memory
+                _put(of_hidden, 0, chunk.rows, share)
     if kind != "none":
         # Over no rows a mean is 0/0.
         nothing = torch.where(denominators.rows == 0, (0.0 / denominators.of_terms).sum(), 0.0)
         total = torch.stack(losses).sum(dtype=torch.float64) if losses else torch.zeros_like(nothing)
-        loss = (total + nothing).to(head.wide)
+        loss = ((total if unit is None else total * unit) + nothing).to(head.wide)
         parts = _parts_of_chunks(all_parts, size, denominators, head.wide) if with_parts else loss.new_empty(0)
-    of_weight, of_bias = head.finished([with_gradient and need for need in needs], head.wide)
-    return loss, parts, row_gradient, of_hidden, of_weight, of_bias
+    of_weight, of_bias = head.finished([with_gradient and need for need in needs])
+    if unit is not None:
+        for counted in (row_gradient[1:], of_hidden, of_weight, of_bias):  # the maximum before the coefficients stays
+            counted *= unit
+    return loss, parts, row_gradient, maximum, of_hidden, of_weight, of_bias
 
 
 def _parts_of_chunks(parts: list[Tensor], size: int, denominators: _Denominators, dtype: torch.dtype) -> Tensor:
@@ -370,7 +431,8 @@ def _fake_linear_objective(
         loss, parts = hidden.new_empty((), dtype=wide), hidden.new_empty(size + 1 if with_parts else 0, dtype=wide)
     fields = ops.row_gradient_fields(terms, class_weight, target)
     gradients = _fake_gradients(hidden, weight, [with_gradient and need for need in needs], wide)
-    return loss, parts, hidden.new_empty((fields, n), dtype=wide), *gradients
+    maximum = hidden.new_empty((2, n), dtype=torch.float64)
+    return loss, parts, hidden.new_empty((fields, n), dtype=wide), maximum, *gradients
 
 
 def _fake_gradients(
@@ -383,47 +445,152 @@ def _fake_gradients(
     return of_hidden, of_weight, of_bias
 
 
+class _Tile(NamedTuple):
+    """Some rows, some classes, and what a kernel takes of them."""
+
+    columns: slice
+    logits: Tensor
+    arguments: dict[str, Any]
+
+
 def _gradients(
-    chunks: _Chunks, needs: list[bool], needs_scale: bool, gradient: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias and logit scale, from `gradient(chunk, unscaled, logits, row_arguments)`."""
-    head, scale = chunks.head, chunks.rows.logit_scale
-    of_hidden = chunks.hidden_gradient(needs[0], head.dtype)
-    of_scale = of_hidden.new_zeros((), dtype=torch.float64)
-    for chunk, h, logits, row_arguments in chunks:
-        g = gradient(chunk, needs_scale, logits, row_arguments)
-        if needs_scale:  # g is the gradient to s·x; what has none (an excluded class) may be infinite
-            assert scale is not None
-            of_scale += torch.where(g == 0, g, g * logits).sum(dtype=torch.float64)
-            g = g.mul_(scale.to(g))
-        share = head.accumulate(g, h, needs)
-        del g  # before the next chunk wants as much memory
-        if share is not None:
-            _put(of_hidden, 0, chunk, share)
-    return of_hidden, *head.finished(needs, head.dtype), of_scale
+    head: _Head, rows: _Rows, needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
+    of_rows: Sequence[Tensor], unit: Tensor | None, write: Callable[[list[Tensor], _Tile, Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight, bias and logit scale, tile by tile.
+
+    Args:
+        of_rows: what `write` needs to know of the rows, the last dimension; it gets its tile's.
+        unit: what the gradients that `write` writes are to be multiplied by.
+        write: puts the gradient of a tile's logits, or of the scaled logits if the scale needs one, in a tensor.
+    """
+    hidden, weight, scale = head.hidden, head.weight, rows.logit_scale
+    kept = rows.kept(len(hidden), skip_ignored)
+    if kept is not None:
+        rows = rows._replace(target=_take(cast(Tensor, rows.target), 0, kept))
+        of_rows = [x.index_select(-1, kept) if x.dim() else x for x in of_rows]
+    count = len(hidden) if kept is None else len(kept)
+    states = head.states(slice(None) if kept is None else kept)
+    tile_rows, tile_classes = tile_of(count, head.classes, chunk_rows)
+    pieces = list(_pieces(count, tile_rows))
+
+    of_states = states.new_zeros(states.shape if needs[0] else (0,), dtype=head.wide)
+    of_weight = weight.new_empty(weight.shape if needs[1] else (0,))
+    of_bias = weight.new_empty(head.classes if needs[2] else 0)
+    of_scale = hidden.new_zeros((), dtype=torch.float64)
+    # Of the weight, the products of a tile are its gradient, unless they have to be added or are counted in a unit.
+    direct = unit is None and not head.widens and (head.dtype == head.wide or len(pieces) == 1)
+    room = hidden.new_empty(tile_rows * tile_classes, dtype=head.wide)
+    gradient_room = room.new_empty(room.shape, dtype=head.wide if needs_scale else head.gradient_dtype)
+
+    for columns in _pieces(head.classes, tile_classes):
+        size = columns.stop - columns.start
+        w = weight[columns].to(head.wide) if head.widens else weight[columns]
+        weight_sum = of_weight[columns] if direct else w.new_zeros(w.shape if needs[1] else (0,), dtype=head.wide)
+        bias_sum = w.new_zeros(size, dtype=head.wide)
+        for piece in pieces:
+            shape = (piece.stop - piece.start, size)
+            logits, g = (x[: math.prod(shape)].view(shape) for x in (room, gradient_room))
+            h = states[piece]
+            head.add_bias(_multiply(h, w.t(), logits), columns)
+            tile = _Tile(columns, logits, rows.of(piece, columns))
+            write([x[..., piece] if x.dim() else x for x in of_rows], tile, g)
+            if needs_scale:  # what has no gradient (an excluded class) may be infinite
+                of_scale += torch.where(g == 0, g, g * logits).sum(dtype=torch.float64)
+                g = g.mul_(cast(Tensor, scale).to(g)).to(head.gradient_dtype)
+            if needs[0]:
+                _multiply(g, w, of_states[piece], add=columns.start > 0)
+            if needs[1]:
+                _multiply(g.t(), h, weight_sum, add=piece.start > 0)
+            if needs[2]:
+                bias_sum += g.sum(0, dtype=head.wide)
+        if needs[1] and not direct:
+            of_weight[columns] = weight_sum if unit is None else weight_sum * unit
+        if needs[2]:
+            of_bias[columns] = bias_sum if unit is None else bias_sum * unit
+    if not pieces:
+        of_weight.zero_()
+        of_bias.zero_()
+    if unit is not None:
+        of_states, of_scale = of_states * unit, of_scale * unit
+    of_hidden = of_states.to(head.dtype)
+    if needs[0] and kept is not None:
+        of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, of_hidden)
+    return of_hidden, of_weight, of_bias, of_scale
+
+
+# ---- the maximum ----------------------------------------------------------------------------------------------------
+
+# The gradient of a row's maximum goes to one element, which a kernel knows by its being equal to the maximum. Logits that
+# are computed anew differ in their last digits from those of the forward pass, if their GEMM has another shape. So the
+# forward pass keeps where the maximum is, and the logit there, which takes its old value again.
+
+_MAX_Z = 2.0  # kind of the one term that reads the maximum
+_MAX_GRAD, _TARGET_IS_MAX = 9, 13  # fields of RowGradient, and of Centred
+_BLOCK = 128
+
+
+def _first_maximum(z: Tensor) -> Tensor:
+    """z.argmax(1) at the speed of amax, which is several times that on a CPU: the block of the maximum comes first."""
+    whole = z.shape[1] // _BLOCK * _BLOCK
+    maxima = z[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2) if whole else z.new_empty(len(z), 0)
+    if whole < z.shape[1]:
+        maxima = torch.cat([maxima, z[:, whole:].amax(1, keepdim=True)], 1)
+    first = maxima.argmax(1, keepdim=True) * _BLOCK
+    columns = (first + torch.arange(_BLOCK, device=z.device)).clamp_(max=z.shape[1] - 1)
+    return first + z.gather(1, columns).argmax(1, keepdim=True)
+
+
+def _maximum_of(logits: Tensor, logit_scale: Tensor | None) -> Tensor:
+    """(2, rows) float64: the first class of the largest z, and its logit. A cap keeps the order."""
+    z = logits if logit_scale is None else torch.where(logits.isneginf(), logits, logits * logit_scale.to(logits))
+    place = _first_maximum(z)
+    return torch.cat([place.to(torch.float64), logits.gather(1, place).to(torch.float64)], 1).t()
+
+
+def _put_maximum(maximum: Tensor, tile: _Tile) -> Tensor:
+    """Restores the logit at the maximum; returns which rows have theirs in the tile."""
+    place = maximum[0].to(torch.int64) - tile.columns.start
+    size = tile.logits.shape[1]
+    here = (0 <= place) & (place < size)
+    place = place.clamp(0, size - 1).unsqueeze(1)
+    old = torch.where(here.unsqueeze(1), maximum[1].to(tile.logits.dtype).unsqueeze(1), tile.logits.gather(1, place))
+    tile.logits.scatter_(1, place, old)
+    return here
+
+
+# ---- the gradients of a loss, of statistics -------------------------------------------------------------------------
 
 
 def _linear_objective_gradient(
-    upstream: Tensor, row_gradient: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
+    upstream: Tensor, row_gradient: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
     masked: bool, terms: list[float], needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
-    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
-    op = _family(family).gradient.default
+    head = _Head(hidden, weight, bias)
+    unit = None if needs_scale else head.unit(upstream, row_gradient[1:])
+    op = _family(family).gradient.into
 
-    def gradient(chunk: Tensor | slice, unscaled: bool, logits: Tensor, row_arguments: dict[str, Any]) -> Tensor:
-        u = upstream if upstream.dim() == 0 else _take(upstream, 0, chunk)
-        kept = _take(row_gradient, 1, chunk).contiguous()
-        return op(u, kept, unscaled, terms, REDUCTIONS.index("sum"), logits, **row_arguments)
+    reads_maximum = _MAX_Z in terms[::3]
 
-    return _gradients(chunks, needs, needs_scale, gradient)
+    def write(of_rows: list[Tensor], tile: _Tile, out: Tensor) -> None:
+        u, kept, maximum = of_rows
+        kept = kept.contiguous()
+        if reads_maximum:
+            kept = kept.clone()
+            kept[_MAX_GRAD].masked_fill_(~_put_maximum(maximum, tile), 0.0)
+        op(u, kept, needs_scale, terms, REDUCTIONS.index("sum"), tile.logits, **tile.arguments, gradient=out)
+
+    u = upstream.to(head.wide) if unit is None else (upstream / unit).to(head.wide)
+    numbers = (u, row_gradient, maximum)
+    return _gradients(head, rows, needs, chunk_rows, skip_ignored, needs_scale, numbers, unit, write)
 
 
 def _fake_linear_objective_gradient(
-    upstream: Tensor, row_gradient: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    *others: Any,
+    upstream: Tensor, row_gradient: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, *others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs = others[7]
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
@@ -433,46 +600,57 @@ def _linear_statistics(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
     chunk_rows: int, skip_ignored: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(statistics, centred sums) of every row, as `objkern::statistics` has them"""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(statistics, centred sums, maximum) of every row; the first two as `objkern::statistics` has them"""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
-    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
+    head = _Head(hidden, weight, bias)
     op, n = _family(family).statistics.default, hidden.shape[0]
     statistics = hidden.new_zeros((len(Statistics._fields), n), dtype=torch.float64)
     centred = hidden.new_zeros((ops.CENTRED, n), dtype=torch.float64)
-    for chunk, _, logits, row_arguments in chunks:
-        found = op(logits, **row_arguments)
-        _put(statistics, 1, chunk, found[0])
-        _put(centred, 1, chunk, found[1])
-    return statistics, centred
+    maximum = hidden.new_zeros((2, n), dtype=torch.float64)
+    for chunk in _chunks(head, rows, chunk_rows, skip_ignored, with_gradient=False):
+        found = op(chunk.logits, **chunk.arguments)
+        _put(statistics, 1, chunk.rows, found[0])
+        _put(centred, 1, chunk.rows, found[1])
+        _put(maximum, 1, chunk.rows, _maximum_of(chunk.logits, logit_scale))
+    return statistics, centred, maximum
 
 
-def _fake_linear_statistics(family: str, hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    n = hidden.shape[0]
-    make = [hidden.new_empty((size, n), dtype=torch.float64) for size in (len(Statistics._fields), ops.CENTRED)]
-    return make[0], make[1]
+def _fake_linear_statistics(family: str, hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    sizes = len(Statistics._fields), ops.CENTRED, 2
+    return tuple(hidden.new_empty((size, hidden.shape[0]), dtype=torch.float64) for size in sizes)
 
 
 def _linear_statistics_gradient(
-    partials: Tensor, centred: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
-    masked: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
+    partials: Tensor, centred: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None,
+    ignore_index: int, softcap: float, masked: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool,
+    needs_scale: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
-    chunks = _Chunks(_Head(hidden, weight, bias), rows, chunk_rows, skip_ignored)
-    op = _family(family).statistics_gradient.default
+    head = _Head(hidden, weight, bias)
+    unit = None if needs_scale else head.unit(partials)
+    op = _family(family).statistics_gradient.into
 
-    def gradient(chunk: Tensor | slice, unscaled: bool, logits: Tensor, row_arguments: dict[str, Any]) -> Tensor:
-        return op(
-            _take(partials, 1, chunk), _take(centred, 1, chunk).contiguous(), unscaled, logits, **row_arguments
-        )  # fmt: skip
+    of_max = Statistics._fields.index("max_logit")
+    reads_maximum = not partials.is_cpu or bool(partials[of_max].any())  # a GPU would have to be waited for
 
-    return _gradients(chunks, needs, needs_scale, gradient)
+    def write(of_rows: list[Tensor], tile: _Tile, out: Tensor) -> None:
+        f, kept, maximum = of_rows
+        if reads_maximum:
+            elsewhere = ~_put_maximum(maximum, tile) & (kept[_TARGET_IS_MAX] == 0)
+            f = f.clone()
+            f[of_max].masked_fill_(elsewhere, 0.0)
+        op(f, kept.contiguous(), needs_scale, tile.logits, **tile.arguments, gradient=out)
+
+    numbers = (partials if unit is None else partials / unit, centred, maximum)
+    return _gradients(head, rows, needs, chunk_rows, skip_ignored, needs_scale, numbers, unit, write)
 
 
 def _fake_linear_statistics_gradient(
-    partials: Tensor, centred: Tensor, family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
+    partials: Tensor, centred: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, *others: Any,
 ) -> tuple[Tensor, ...]:
     needs = others[6]
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
@@ -493,20 +671,21 @@ _GRADIENTS = "(Tensor hidden, Tensor weight, Tensor bias, Tensor logit_scale)"
 _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "linear_objective": (
         f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_TERMS_SCHEMA}, {_CHUNKS_SCHEMA}, bool with_gradient) -> (Tensor loss, "
-        "Tensor parts, Tensor row_gradient, Tensor hidden, Tensor weight, Tensor bias)",
+        "Tensor parts, Tensor row_gradient, Tensor maximum, Tensor hidden, Tensor weight, Tensor bias)",
         _linear_objective, _fake_linear_objective,
     ),
     "linear_objective_gradient": (
-        f"(Tensor upstream, Tensor row_gradient, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, float[] terms, {_CHUNKS_SCHEMA}, "
+        f"(Tensor upstream, Tensor row_gradient, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, float[] terms, {_CHUNKS_SCHEMA}, "
         f"bool needs_scale) -> {_GRADIENTS}",
         _linear_objective_gradient, _fake_linear_objective_gradient,
     ),
     "linear_statistics": (
-        f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, int chunk_rows, bool skip_ignored) -> (Tensor statistics, Tensor centred)",
+        f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, int chunk_rows, bool skip_ignored) -> (Tensor statistics, Tensor centred, "
+        "Tensor maximum)",
         _linear_statistics, _fake_linear_statistics,
     ),
     "linear_statistics_gradient": (
-        f"(Tensor partials, Tensor centred, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, bool needs_scale) "
+        f"(Tensor partials, Tensor centred, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, bool needs_scale) "
         f"-> {_GRADIENTS}",
         _linear_statistics_gradient, _fake_linear_statistics_gradient,
     ),
@@ -576,15 +755,15 @@ def _eager_statistics(family: str, hidden: Tensor, weight: Tensor, bias: Tensor 
 
 
 def _keep_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, parts, row_gradient, *gradients = output
+    _, parts, row_gradient, maximum, *gradients = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.kept = _Kept(ctx, inputs, parts, row_gradient)
+    ctx.kept = _Kept(ctx, inputs, parts, row_gradient, maximum)
     # Handed over once, scaled in place; a second backward pass makes its own. Detached: no way back to this node.
     ctx.finished = [g.detach() for g in gradients] if inputs[_WITH_GRADIENT] else None
 
 
 def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    arguments, (parts, row_gradient) = ctx.kept.of(ctx)
+    arguments, (parts, row_gradient, maximum) = ctx.kept.of(ctx)
     places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _COEFFICIENTS]
     needed = [ctx.needs_input_grad[place] for place in places]
     found: dict[int, Tensor | None] = {}
@@ -603,7 +782,7 @@ def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
                          for g, need in zip(finished, needs, strict=True)]  # fmt: skip
         else:
             *gradients, of_scale = torch.ops.objkern.linear_objective_gradient(
-                upstream, row_gradient, *arguments[:_HEAD_AND_ROWS], arguments[_TERMS], needs,
+                upstream, row_gradient, maximum, *arguments[:_HEAD_AND_ROWS], arguments[_TERMS], needs,
                 arguments[_CHUNK_ROWS], arguments[_SKIP_IGNORED], needs_scale,
             )  # fmt: skip
             if needs_scale:
@@ -636,12 +815,12 @@ def _is_traced(x: Tensor) -> bool:
 
 
 def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.kept = _Kept(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.kept = _Kept(ctx, inputs, *output[1:])
 
 
 def _statistics_backward(ctx: Any, partials: Tensor, *_: Any) -> tuple[Any, ...]:
-    arguments, (centred,) = ctx.kept.of(ctx)
+    arguments, (centred, maximum) = ctx.kept.of(ctx)
     places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE]
     needed = [ctx.needs_input_grad[place] for place in places]
     found: dict[int, Tensor | None] = {}
@@ -653,7 +832,7 @@ def _statistics_backward(ctx: Any, partials: Tensor, *_: Any) -> tuple[Any, ...]
     needs, needs_scale = needed[:3], needed[4]
     if any(needs) or needs_scale:
         *gradients, of_scale = torch.ops.objkern.linear_statistics_gradient(
-            partials, centred, *arguments[:_HEAD_AND_ROWS], needs, *arguments[_HEAD_AND_ROWS:], needs_scale
+            partials, centred, maximum, *arguments[:_HEAD_AND_ROWS], needs, *arguments[_HEAD_AND_ROWS:], needs_scale
         )
         found.update({place: g for place, g, need in zip(places[:3], gradients, needs, strict=True) if need})
         if needs_scale:
@@ -737,7 +916,8 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> in
     on_cpu = hidden.device.type in ("cpu", "meta")
     least = 2 * wide * weight.shape[0]
     return choose_chunk_rows(
-        hidden.shape[0], hidden.shape[1], weight.shape[0], logits_bytes=wide, gradient_bytes=wide,
+        hidden.shape[0], hidden.shape[1], weight.shape[0], logits_bytes=wide,
+        gradient_bytes=wide if on_cpu else hidden.element_size(),
         multiprocessors=None if on_cpu else _multiprocessors(hidden.device.index or 0),
         trains_weight=weight.requires_grad,
         memory_budget=max(_CPU_BUDGET, least) if on_cpu and memory_budget is None else memory_budget,
@@ -811,7 +991,7 @@ def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics
     if batch.validate:
         reference.check_labels(batch)
     _no_transform(layer.needs)
-    found, centred = torch.ops.objkern.linear_statistics(
+    found, centred, _ = torch.ops.objkern.linear_statistics(
         run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
         batch.ignore_index, batch.softcap, batch.masked, layer.chunk_rows, layer.skip_ignored,
     )  # fmt: skip

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import objkern
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Of the largest true value.
@@ -28,6 +30,28 @@ def assert_within_budget(ours: Tensor, native: Tensor, truth: Tensor, dtype: tor
     for measure in (rms, worst):
         got, limit = measure(error), 2 * measure(allowed) + atol
         assert got <= limit, f"{what} {dtype}: error {got:.3e} exceeds {limit:.3e} (torch's own {measure(allowed):.3e})"
+
+
+@pytest.fixture
+def half_precision_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused linear path on a CPU does as on a GPU: GEMMs of half-precision numbers with float32 sums."""
+
+    def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+        assert a.dtype == b.dtype
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        found = a.to(wide) @ b.to(wide)
+        return out.add_(found) if add else out.copy_(found)
+
+    monkeypatch.setattr(objkern.linear, "_widens", lambda hidden: False)
+    monkeypatch.setattr(objkern.linear, "_multiply", multiply)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass of the fused linear path takes few classes at a time."""
+    monkeypatch.setattr(objkern.linear, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(objkern.linear, "_LEAST_CLASSES", 12)
+    monkeypatch.setattr(objkern.linear, "_CLASSES_STEP", 8)
 
 
 def one_hot(z: Tensor, y: Tensor) -> Tensor:

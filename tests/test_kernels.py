@@ -275,3 +275,61 @@ def test_a_gradient_from_kept_exponentials(objective: objkern.Objective, classes
         assert gradient[4].isnan().any()
         gradient[4] = 0.0
     torch.testing.assert_close(*results, rtol=relative, atol=absolute)
+
+
+# ---- gradients into a tensor, and of a part of the vocabulary ------------------------------------------------------------
+
+OPS = torch.ops.objkern
+TERMS = [0.0, 0.1, 1.0, 2.0, 0.0, 0.1, 3.0, 0.0, 0.2, 9.0, 0.0, 0.3]  # with smoothing, a maximum, an entropy, squares
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [9, 1003])
+def test_a_gradient_into_a_tensor(classes: int, dtype: torch.dtype) -> None:
+    """The overloads `into` write what the others return, and nothing else."""
+    z, y = random_rows(5, classes, dtype)
+    loss, _, kept, gradient = OPS.fused(TERMS, 1, z, y)
+    out = torch.full_like(z, torch.nan)
+    found = OPS.fused.into(TERMS, 1, z, y, gradient=out)
+    assert torch.equal(found[0], loss)
+    assert torch.equal(out, gradient)
+    upstream = torch.rand(5).to(loss)
+    OPS.gradient.into(upstream, kept, False, TERMS, 1, z, y, gradient=out)
+    assert torch.equal(out, OPS.gradient(upstream, kept, False, TERMS, 1, z, y))
+    statistics, centred = OPS.statistics(z, y)
+    OPS.statistics_gradient.into(statistics, centred, False, z, y, gradient=out)
+    assert torch.equal(out, OPS.statistics_gradient(statistics, centred, False, z, y))
+    for wrong in (out[:4], out[:, 1:], out.t().contiguous().t(), out.to(torch.complex64)):
+        with pytest.raises(RuntimeError, match="gradient does not belong to these logits"):
+            OPS.fused.into(TERMS, 1, z, y, gradient=wrong)
+
+
+@pytest.mark.parametrize("objective", ["CrossEntropy()", "CrossEntropy() - 0.1*Entropy()", EVERY_TERM])
+@pytest.mark.parametrize(("classes", "parts"), [(30, 3), (1000, 4), (1000, 1)])
+def test_the_gradient_of_a_part_of_the_vocabulary(objective: str, classes: int, parts: int) -> None:
+    """Labels counted from the part's beginning; what lies outside of it is not the target, nor wrong."""
+    z, y = random_rows(6, classes, torch.float32)
+    y[2] = 5  # ignored
+    weight = torch.rand(classes) + 0.5
+    for options in ({}, {"class_weight": weight}, {"softcap": 3.0, "logit_scale": torch.tensor(0.5)}):
+        terms = [x for c, t in objkern.parse(objective).weighted_terms for x in (t.kind, t.parameter, c)]
+        row_gradient = OPS.objective(terms, 2, z, y, ignore_index=5, **options)[2]
+        statistics, centred = OPS.statistics(z, y, ignore_index=5, **options)
+        whole = OPS.gradient(torch.tensor(0.7), row_gradient, False, terms, 2, z, y, ignore_index=5, **options)
+        f = torch.randn(10, 6, dtype=torch.float64)
+        f[4] = 0.0  # more than one part may hold the maximum
+        of_statistics = OPS.statistics_gradient(f, centred, False, z, y, ignore_index=5, **options)
+        size = classes // parts
+        for begin in range(0, classes, size):
+            part = slice(begin, begin + size)
+            of_part = {**options, "ignore_index": 5 - begin}
+            if "class_weight" in options:
+                of_part["class_weight"] = weight[part]
+            kept = row_gradient.clone()
+            if len(kept) == 10:
+                kept[9] *= z.argmax(1).div(size, rounding_mode="floor") * size == begin
+            inside = z[:, part].contiguous()
+            found = OPS.gradient(torch.tensor(0.7), kept, False, terms, 2, inside, y - begin, **of_part)
+            torch.testing.assert_close(found, whole[:, part], rtol=1e-6, atol=1e-9)
+            found = OPS.statistics_gradient(f, centred, False, inside, y - begin, **of_part)
+            torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)

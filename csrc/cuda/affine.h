@@ -1,14 +1,17 @@
-// The gradient of a row: an affine form in e, t, z and the weights, whose coefficients the row epilogue found.
+// The gradient of a row: an affine form in e, t, z and the weights, whose coefficients the row epilogue found. It is
+// written in the type G: that of the logits, or a half-precision one from float32 logits, as a GEMM after them wants
+// it.
 #pragma once
 
 #include "call.h"
 
 namespace objkern::cuda {
 
-template <class T, Depth kDepth, bool kTransform>
+template <class T, class G, Depth kDepth, bool kTransform>
 struct Affine {
   using A = Accumulation<T>;
-  static constexpr int kVector = Element<T>::kVector;
+  static constexpr int kVector = Element<G>::kVector;           // elements that are stored together
+  static constexpr int kLoads = kVector / Element<T>::kVector;  // 16-byte words that hold their logits
   static constexpr bool kFull = kDepth == Depth::kFull;
   static constexpr bool kOrdinary = !kTransform && (kDepth == Depth::kEntropy || kDepth == Depth::kSquare);
   static constexpr float kLeastExponent = -1e30f;
@@ -74,24 +77,36 @@ struct Affine {
 
   // Columns [begin, end) of the row at x, which may lie in shared memory, to those at `out`; the share of thread
   // `thread` of `threads`. Stores are aligned to `out`, whatever x is aligned to.
-  OBJKERN_DEVICE void write(const T* x, T* out, int begin, int end, int thread, int threads) const {
-    const int past = misalignment(x + begin + (16 - misalignment(out + begin)) % 16 / static_cast<int>(sizeof(T)));
+  OBJKERN_DEVICE void write(const T* x, G* out, int begin, int end, int thread, int threads) const {
+    const int past = misalignment(x + begin + (16 - misalignment(out + begin)) % 16 / static_cast<int>(sizeof(G)));
     const Walk w = walk(out, begin, end, past != 0);
     for (int j = w.begin + thread; j < w.body; j += threads) write_one(x, out, j);
     for (int v = thread; v < w.vectors; v += 2 * threads) {
       const int first = w.body + v * kVector, second = first + threads * kVector;
       const bool both = v + threads < w.vectors;
-      const Words words = load128_across(x + first, past);
-      const Words later = both ? load128_across(x + second, past) : Words{};  // before anything is stored
+      const Loaded words = load(x + first, past);
+      const Loaded later = both ? load(x + second, past) : Loaded{};  // before anything is stored
       write_vector(words, out, first);
       if (both) write_vector(later, out, second);
     }
     for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) write_one(x, out, j);
   }
 
-  OBJKERN_DEVICE void write_vector(const Words& words, T* out, int start) const {
+  struct Loaded {
+    Words words[kLoads];
+  };
+
+  static OBJKERN_DEVICE Loaded load(const T* x, int past) {
+    Loaded found;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) found.words[i] = load128_across(x + i * Element<T>::kVector, past);
+    return found;
+  }
+
+  OBJKERN_DEVICE void write_vector(const Loaded& loaded, G* out, int start) const {
     A z[kVector], d[kVector];
-    unpack<T>(words, z);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) unpack<T>(loaded.words[i], z + i * Element<T>::kVector);
     if constexpr (kOrdinary) {  // one comparison an element in place of three
       A low = z[0];
 #pragma unroll
@@ -112,12 +127,12 @@ struct Affine {
       for (int i = 0; i < kVector; ++i)
         if (start + i == target) d[i] = at_target(z[i]);
     }
-    store128_once(out + start, packed<T>(d));
+    store128_once(out + start, packed<G>(d));
   }
 
-  OBJKERN_DEVICE void write_one(const T* x, T* out, int j) const {
+  OBJKERN_DEVICE void write_one(const T* x, G* out, int j) const {
     const A z = widen(x[j]);
-    out[j] = narrowed<T>(j == target ? at_target(z) : at(z, j));
+    out[j] = narrowed<G>(j == target ? at_target(z) : at(z, j));
   }
 };
 

@@ -7,6 +7,8 @@
 //                 multiprocessor's shared memory; then 8 (1 before sm_90) if they fit twice; else the row is read twice
 //   more, other   a block a row
 //
+// with one exception: a gradient in another type than the logits' is written by clusters, whatever V.
+//
 // and where rows are few, the smallest cluster that gives every multiprocessor two blocks.
 #include <algorithm>
 #include <optional>
@@ -26,10 +28,13 @@ std::optional<Plan>& forced() {
   return plan;
 }
 
-const Table& table(DType dtype) {
-  switch (dtype) {
+// By the type of the logits, and that of the gradient.
+const Table& table(const Rows& rows) {
+  switch (rows.dtype) {
     case DType::kFloat32:
-      return table_float32();
+      return rows.gradient_dtype == DType::kBFloat16  ? table_float32_bfloat16()
+             : rows.gradient_dtype == DType::kFloat16 ? table_float32_float16()
+                                                      : table_float32();
     case DType::kFloat64:
       return table_float64();
     case DType::kBFloat16:
@@ -89,7 +94,7 @@ RowCall call_of(const Rows& rows, const Scalar& logit_scale, const Plan& plan) {
 
 Grid grid_of(const Rows& rows, const Plan& plan, int64_t teams, int64_t quantities) {
   const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
-  const int64_t shared = table(rows.dtype).tile_offset(quantities * slots);
+  const int64_t shared = table(rows).tile_offset(quantities * slots);
   if (plan.lanes != 0) return {teams, kLanesThreads, 1, shared};
   return {teams * plan.cluster, kBlockThreads, plan.cluster,
           shared + (plan.resident ? tile_bytes(rows, plan.cluster) : 0)};
@@ -137,7 +142,7 @@ Plan plan(const Rows& rows, bool with_gradient) {
     return found;
   }
   Plan found;
-  if (rows.classes <= kMostLaneClasses) {
+  if (rows.classes <= kMostLaneClasses && !(with_gradient && rows.gradient_dtype != rows.dtype)) {
     found.lanes = lanes_for(rows.classes);
     return found;
   }
@@ -150,7 +155,7 @@ Plan plan(const Rows& rows, bool with_gradient) {
     return cluster;
   };
   if (with_gradient) {
-    const int64_t offset = table(rows.dtype).tile_offset(0) + kReservedShared;
+    const int64_t offset = table(rows).tile_offset(0) + kReservedShared;
     for (const int times : {3, 2}) {
       const int64_t room = std::min(limits.shared_of_multiprocessor / times, limits.shared_of_block + kReservedShared);
       for (int cluster = times == 3 ? 1 : most; cluster <= most; cluster *= 2) {
@@ -176,7 +181,7 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
   call.program = program;
   call.results = results;
   call.fields = fields(rows);
-  const Table& kernels = table(rows.dtype);
+  const Table& kernels = table(rows);
   if (program.reduction != Reduction::kNone) {
     const int64_t blocks = std::clamp<int64_t>((rows.rows + kLabelsOfCount - 1) / kLabelsOfCount, 1, kMostCounts);
     const Grid grid{blocks, kCountThreads, 1, static_cast<int64_t>(sizeof(Count)) * kCountThreads / kWarp};
@@ -200,7 +205,7 @@ Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan,
   RowCall call = call_of(rows, logit_scale, plan);
   call.centred = centred;
   call.statistics = statistics;
-  const Table& kernels = table(rows.dtype);
+  const Table& kernels = table(rows);
   return run(plan.lanes != 0 ? kernels.lanes_statistics : kernels.cluster_statistics,
              grid_of(rows, plan, call.teams, 0), stream, call);
 }
@@ -208,7 +213,7 @@ Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan,
 Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream) {
   if (rows.rows == 0) return kOk;
   const Grid grid{(rows.rows + kChainThreads - 1) / kChainThreads, kChainThreads, 1, 0};
-  return launch(table(rows.dtype).chain, grid, stream, ChainCall{rows, centred, partials, row_gradient});
+  return launch(table(rows).chain, grid, stream, ChainCall{rows, centred, partials, row_gradient});
 }
 
 Status gradient(const Rows& rows, const Scalar& logit_scale, const void* row_gradient, const void* upstream,
@@ -237,7 +242,7 @@ Status gradient(const Rows& rows, const Scalar& logit_scale, const void* row_gra
   // Every block that there is room for, and no more: where upstream is 1, they only come to leave.
   const int64_t blocks = std::min<int64_t>(call.items, int64_t{limits.multiprocessors} * kGradientBlocks);
   const Grid grid{blocks, kGradientThreads, 1, kGradientThreads / kWarp * static_cast<int64_t>(sizeof(int))};
-  return launch(table(rows.dtype).gradient[static_cast<int>(v)], grid, stream, call);
+  return launch(table(rows).gradient[static_cast<int>(v)], grid, stream, call);
 }
 
 }  // namespace objkern::cuda

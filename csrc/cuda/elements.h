@@ -31,7 +31,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // ---- vectors ------------------------------------------------------------------------------------------------------
 
 template <class T>
-OBJKERN_DEVICE void unpack(const Words& words, Accumulation<T> (&z)[Element<T>::kVector]) {
+OBJKERN_DEVICE void unpack(const Words& words, Accumulation<T>* z) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) widen_pair(static_cast<T*>(nullptr), words.w[i], z[2 * i], z[2 * i + 1]);

@@ -1,5 +1,8 @@
 // The kernels that write a gradient from the coefficients that an earlier launch kept, and the one that makes those
 // coefficients from the partial derivatives of the statistics.
+//
+// A row whose label was bad is NaN by what was kept of it. Here a label outside the classes is that of a class that
+// another part of the vocabulary has: the row counts, and none of its elements is the target.
 #pragma once
 
 #include "affine.h"
@@ -46,7 +49,7 @@ OBJKERN_DEVICE RowGradient<A> load_row_gradient(const GradientCall& call, int64_
   return g;
 }
 
-template <class T, Depth kDepth, bool kTransform>
+template <class T, class G, Depth kDepth, bool kTransform>
 OBJKERN_KERNEL(kGradientThreads, (sizeof(T) == 8 || kDepth == Depth::kFull || kTransform ? 2 : kGradientBlocks))
 gradient_kernel(OBJKERN_ARGUMENT GradientCall call) {
   using A = Accumulation<T>;
@@ -83,13 +86,13 @@ gradient_kernel(OBJKERN_ARGUMENT GradientCall call) {
       }
     }
     if (!there) continue;
-    T* const out = static_cast<T*>(call.gradient) + row * rows.classes;
+    G* const out = static_cast<G*>(call.gradient) + row * rows.classes;
     if (label.ignored) {
       write_zeros(out, begin, end, thread, threads);
       continue;
     }
-    const Affine<T, kDepth, kTransform> affine(rows, transform, row, label.column, place,
-                                               upstream[row * call.upstream_stride], g);
+    const Affine<T, G, kDepth, kTransform> affine(rows, transform, row, label.column, place,
+                                                  upstream[row * call.upstream_stride], g);
     affine.write(x, out, begin, end, thread, threads);
   }
 }
@@ -124,8 +127,7 @@ chain_kernel(OBJKERN_ARGUMENT ChainCall call) {
   const double* const fields = &g.max;
 #pragma unroll
   for (int k = 0; k < kRowGradient; ++k) {
-    const double field = label.ignored ? 0.0 : label.bad ? std::numeric_limits<double>::quiet_NaN() : fields[k];
-    static_cast<A*>(call.row_gradient)[k * rows.rows + row] = static_cast<A>(field);
+    static_cast<A*>(call.row_gradient)[k * rows.rows + row] = static_cast<A>(label.ignored ? 0.0 : fields[k]);
   }
 }
 

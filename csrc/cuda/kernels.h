@@ -9,7 +9,11 @@
 // Every pointer is to device memory. A door launches on the current device and the stream it is given, waits for
 // nothing, allocates nothing, and reads no number back, so that a CUDA graph can capture it. The accumulation type A is
 // float32, and float64 for float64 logits. Sums are merged in a fixed order: the same build on the same device gives
-// the same bits. A label that is neither ignored nor in [0, classes) is never used to read: its row becomes NaN.
+// the same bits. A label that is neither ignored nor in [0, classes) is never used to read: its row becomes NaN. To
+// `chain` and `gradient` it is the label of a class elsewhere, for they may see a part of the vocabulary; what was kept
+// of a bad row is NaN already.
+//
+// gradient_dtype is the logits' dtype, or bfloat16 or float16 for float32 logits.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +73,7 @@ struct Results {
   void* loss = nullptr;          // () or (rows) of A
   void* parts = nullptr;         // (size + kFreeStatistics + 1) or (size + kFreeStatistics, rows) of A, or none
   void* row_gradient = nullptr;  // (fields of the depth, rows) of A
-  void* gradient = nullptr;      // (rows, classes) of dtype, contiguous; null: not asked for
+  void* gradient = nullptr;      // (rows, classes) of gradient_dtype, contiguous; null: not asked for
   void* workspace = nullptr;     // workspace_bytes, aligned to 16
 };
 

@@ -10,6 +10,8 @@
 //     write its tile    write its tile              tile, or logits again ──▶ gradient
 //
 //   lanes      a row for 1 to 32 lanes of a warp, several rows a block, for few classes
+//
+// T is the type of the logits, G that of the gradient.
 #pragma once
 
 #include "affine.h"
@@ -41,7 +43,7 @@ OBJKERN_DEVICE void copy_tile(const T* x, T* tile, int begin, int end, int threa
   copies_arrived<0>();
 }
 
-template <class T, Depth kDepth, bool kTransform, Pass kPass>
+template <class T, class G, Depth kDepth, bool kTransform, Pass kPass>
 OBJKERN_KERNEL(kBlockThreads, blocks_at_once(kDepth, kTransform, sizeof(T) == 8, kPass))
 cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
   using A = Accumulation<T>;
@@ -62,7 +64,7 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
   for (int64_t row = team; row < rows.rows; row += call.teams) {
     const Label label(rows, row);
     const T* const x = static_cast<const T*>(rows.logits) + row * rows.row_stride;
-    T* const gradient = static_cast<T*>(call.results.gradient) + row * rows.classes;
+    G* const gradient = static_cast<G*>(call.results.gradient) + row * rows.classes;
     if (label.ignored) {  // nothing is read; zeros are written
       if constexpr (kPass == Pass::kReread || kPass == Pass::kResident)
         write_zeros(gradient, begin, end, thread, kBlockThreads);
@@ -130,8 +132,8 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
     if (ranks > 1) cluster_arrive();  // the others' sums are read; before they change, all must have come here
     if constexpr (kPass == Pass::kReread || kPass == Pass::kResident) {
       block_sync();
-      const Affine<T, kDepth, kTransform> affine(rows, transform, row, label.column, shared.place, A(1),
-                                                 shared.gradient);
+      const Affine<T, G, kDepth, kTransform> affine(rows, transform, row, label.column, shared.place, A(1),
+                                                    shared.gradient);
       affine.write(source, gradient, begin, end, thread, kBlockThreads);
     }
     if (ranks > 1) cluster_wait();
@@ -140,7 +142,7 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
   if (reduced && rank == 0) finish<A>(call, shared, team, 1);
 }
 
-template <class T, Depth kDepth, bool kTransform, Pass kPass>
+template <class T, class G, Depth kDepth, bool kTransform, Pass kPass>
 OBJKERN_KERNEL(kLanesThreads, blocks_at_once(kDepth, kTransform, sizeof(T) == 8, kPass))
 lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
   using A = Accumulation<T>;
@@ -174,7 +176,7 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
         merged_in_warp(collector.sums, width).each([leader](auto field) { return shuffle(field, leader); });
     if (!there) continue;
 
-    T* const gradient = static_cast<T*>(call.results.gradient) + row * rows.classes;
+    G* const gradient = static_cast<G*>(call.results.gradient) + row * rows.classes;
     if (label.ignored) {
       if constexpr (kPass == Pass::kReread) write_zeros(gradient, 0, static_cast<int>(rows.classes), lane, width);
       if (lane != 0) continue;
@@ -203,8 +205,8 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
           });
       if (lane == 0) store_row_gradient(call, g, row);
       if constexpr (kPass == Pass::kReread) {
-        const Affine<T, kDepth, kTransform> affine(rows, transform, row, label.column,
-                                                   g.max_grad != A(0) ? others.first : -1, A(1), g);
+        const Affine<T, G, kDepth, kTransform> affine(rows, transform, row, label.column,
+                                                      g.max_grad != A(0) ? others.first : -1, A(1), g);
         affine.write(x, gradient, 0, end, lane, width);
       }
     }

@@ -1,5 +1,5 @@
 // The kernels of one dtype, as the doors choose among them. Each dtype is a file of its own, because each compiles for
-// a while: rows_float32.cu, ...
+// a while: rows_float32.cu, and rows_float32_bfloat16.cu where the gradient has another dtype, ...
 #pragma once
 
 #include "gradient_kernels.h"
@@ -26,18 +26,24 @@ struct Table {
   int64_t (*tile_offset)(int64_t numbers);  // of the variant that shares most
 };
 
+template <class T, class G, Depth kDepth, bool kTransform>
+void set_writers(Table& table, Variant v) {
+  const int i = static_cast<int>(v);
+  table.clusters[i][1] = &cluster_kernel<T, G, kDepth, kTransform, Pass::kReread>;
+  table.clusters[i][2] = &cluster_kernel<T, G, kDepth, kTransform, Pass::kResident>;
+  table.gradient[i] = &gradient_kernel<T, G, kDepth, kTransform>;
+}
+
 template <class T>
 Table table_of() {
   using A = Accumulation<T>;
   Table table = {};
   const auto variant = [&]<Depth kDepth, bool kTransform>(Variant v) {
     const int i = static_cast<int>(v);
-    table.clusters[i][0] = &cluster_kernel<T, kDepth, kTransform, Pass::kObjective>;
-    table.clusters[i][1] = &cluster_kernel<T, kDepth, kTransform, Pass::kReread>;
-    table.clusters[i][2] = &cluster_kernel<T, kDepth, kTransform, Pass::kResident>;
-    table.lanes[i][0] = &lanes_kernel<T, kDepth, kTransform, Pass::kObjective>;
-    table.lanes[i][1] = &lanes_kernel<T, kDepth, kTransform, Pass::kReread>;
-    table.gradient[i] = &gradient_kernel<T, kDepth, kTransform>;
+    table.clusters[i][0] = &cluster_kernel<T, T, kDepth, kTransform, Pass::kObjective>;
+    table.lanes[i][0] = &lanes_kernel<T, T, kDepth, kTransform, Pass::kObjective>;
+    table.lanes[i][1] = &lanes_kernel<T, T, kDepth, kTransform, Pass::kReread>;
+    set_writers<T, T, kDepth, kTransform>(table, v);
   };
   if constexpr (sizeof(T) == 8) {  // for checks, not for speed: one variant serves all
     for (int v = 0; v < kVariants; ++v) variant.template operator()<Depth::kFull, true>(static_cast<Variant>(v));
@@ -48,15 +54,31 @@ Table table_of() {
     variant.template operator()<Depth::kSquare, true>(Variant::kTransformed);
     variant.template operator()<Depth::kFull, true>(Variant::kFull);
   }
-  table.cluster_statistics = &cluster_kernel<T, Depth::kFull, true, Pass::kStatistics>;
-  table.lanes_statistics = &lanes_kernel<T, Depth::kFull, true, Pass::kStatistics>;
+  table.cluster_statistics = &cluster_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
+  table.lanes_statistics = &lanes_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
   table.count = &count_kernel<A>;
   table.chain = &chain_kernel<A>;
   table.tile_offset = &tile_offset<A, Depth::kFull>;
   return table;
 }
 
+// What is the same and what is not where the gradient of T's logits is written in the narrower G. GEMMs surround these
+// kernels, so the variant for squares serves entropies too, and whole blocks serve rows of any length.
+template <class G, class T = float>
+Table table_of_narrow_gradient(const Table& table_of_logits) {
+  Table table = table_of_logits;
+  set_writers<T, G, Depth::kPlain, false>(table, Variant::kPlain);
+  set_writers<T, G, Depth::kSquare, false>(table, Variant::kSquare);
+  set_writers<T, G, Depth::kSquare, false>(table, Variant::kEntropy);
+  set_writers<T, G, Depth::kSquare, true>(table, Variant::kTransformed);
+  set_writers<T, G, Depth::kFull, true>(table, Variant::kFull);
+  for (int v = 0; v < kVariants; ++v) table.lanes[v][1] = nullptr;
+  return table;
+}
+
 const Table& table_float32();
+const Table& table_float32_bfloat16();
+const Table& table_float32_float16();
 const Table& table_float64();
 const Table& table_bfloat16();
 const Table& table_float16();

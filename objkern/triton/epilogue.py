@@ -41,6 +41,14 @@ def read_row(index, rows, target, ignore_index, V):
 
 
 @triton.jit
+def of_a_part(row):
+    """The row where the classes may be a part of the vocabulary: a label outside of it is that of another part, and
+    what was kept of a bad one is NaN already.
+    """
+    return Row(index=row.index, there=row.there, y=row.y, ignored=row.ignored, bad=row.index < 0)
+
+
+@triton.jit
 def target_logit(row, x, row_stride, scale, cap, A: tl.constexpr, TRANSFORM: tl.constexpr):
     """z_y, and −inf where there is no label."""
     has = row.there & (row.y >= 0)
@@ -125,7 +133,12 @@ def objective(
             put_sum(values, COUNT + 2, program, programs, row, o.p_target, BLOCK)
     g = chain(c, o, s, f, READS, DENSE, WEIGHTED)
     put_row_gradient(row_gradient, row, rows, g, DEPTH)
-    return g
+    poison = tl.where(row.bad, float("nan"), 0.0).to(A)
+    return RowGradient(
+        max=g.max + poison, target_grad=g.target_grad, exp_1=g.exp_1 + poison, exp_t=g.exp_t,
+        const_1=g.const_1 + poison, const_z=g.const_z, const_t=g.const_t, const_w=g.const_w, const_q=g.const_q,
+        max_grad=g.max_grad,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -234,7 +247,7 @@ def chain_kernel(
 ):  # fmt: skip
     """Centred sums and ∂L/∂statistics ─▶ the coefficients of the gradient; one row per lane."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = read_row(index, rows, target, ignore_index, V)
+    row = of_a_part(read_row(index, rows, target, ignore_index, V))
     c = read_centred(centred, row, rows, A)
     o = odds_of(c)
     s = derive(c, o, DENSE, 1023)

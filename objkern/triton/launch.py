@@ -199,10 +199,10 @@ class Rows:
         return number.to(self.device, non_blocking=True)
 
     def aligned_with(self, gradient: Tensor) -> bool:
-        """Whether every row of the gradient begins as far from a 16-byte boundary as the row of logits does."""
-        size = self.logits.element_size()
-        apart = self.logits.data_ptr() - gradient.data_ptr()
-        return apart % 16 == 0 and (self.rows <= 1 or (self.logits.stride(0) - self.classes) * size % 16 == 0)
+        """Whether every row of the gradient begins as many elements from a boundary of a vector as the row of logits."""
+        places = self.logits.data_ptr() // self.logits.element_size(), gradient.data_ptr() // gradient.element_size()
+        apart = self.logits.stride(0) - self.classes
+        return (places[0] - places[1]) % self.vector == 0 and (self.rows <= 1 or apart % self.vector == 0)
 
     def on_its_device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device."""

@@ -139,8 +139,7 @@ def row_gradients(
     if MASKED:
         own_d = tl.where(z == float("-inf"), 0.0, own_d)
     d = tl.where(own, own_d, d)
-    ignored, bad = along_rows(row.ignored, CLASSES), along_rows(row.bad, CLASSES)
-    return tl.where(bad, float("nan"), tl.where(ignored, 0.0, d))
+    return tl.where(along_rows(row.ignored, CLASSES), 0.0, d)
 
 
 @triton.jit

@@ -61,13 +61,14 @@ def _programs(rows: int, block: int) -> int:
     return max(1, -(-rows // block))
 
 
-def _run_objective(call: Call, with_gradient: bool) -> tuple[Tensor, ...]:
+def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(loss, parts, row_gradient), and the gradient if it has no place yet."""
     rows, terms = call.rows, call.terms
     with rows.on_its_device():
         scales = call.scales()
         count = len(terms.kinds)
         row_gradient = rows.empty(terms.fields, rows.rows)
-        gradient = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype) if with_gradient else None
+        gradient = _gradient_of(rows, given) if with_gradient else None
         pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
         one_pass = with_gradient and pieces == 1 and not rows.narrow
         block = launch.FEW_ROWS if rows.few else 1 if one_pass else launch.EPILOGUE_ROWS
@@ -115,7 +116,7 @@ def _run_objective(call: Call, with_gradient: bool) -> tuple[Tensor, ...]:
             BLOCK=max(1, launch.REDUCE_ELEMENTS // width), num_warps=8,
         )  # fmt: skip
         found = (loss, parts, row_gradient)
-        return found if gradient is None else (*found, gradient)
+        return (*found, gradient) if with_gradient and given is None else found
 
 
 def _collect(rows: Rows, pieces: int, depth: int, smoothed: bool, places: bool) -> Tensor:
@@ -164,6 +165,18 @@ def _write_gradient(
         )  # fmt: skip
 
 
+def _gradient_of(rows: Rows, given: Tensor | None, may_be_half: bool = True) -> Tensor:
+    """The one that was given, or a new one."""
+    if given is None:
+        return rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
+    half = may_be_half and rows.logits.dtype == torch.float32 and given.dtype in (torch.bfloat16, torch.float16)
+    if not (
+        given.is_contiguous() and given.shape == rows.logits.shape and (half or given.dtype == rows.logits.dtype)
+    ):
+        raise RuntimeError("objkern: gradient does not belong to these logits")
+    return given
+
+
 def _check_row_gradient(rows: Rows, terms: Terms, row_gradient: Tensor) -> None:
     if not (
         row_gradient.is_contiguous()
@@ -177,21 +190,24 @@ def objective(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
     return _run_objective(Call(*arguments, **options), False)
 
 
-def fused(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+def fused(*arguments: Any, gradient: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments, **options)
     if call.per_row:
         raise ValueError("objkern: fused: the gradient of unreduced losses is only known in the backward pass")
-    return _run_objective(call, True)
+    return _run_objective(call, True, gradient)
 
 
-def gradient(upstream: Tensor, row_gradient: Tensor, unscaled: bool, *arguments: Any, **options: Any) -> Tensor:
+def gradient(
+    upstream: Tensor, row_gradient: Tensor, unscaled: bool, *arguments: Any, gradient: Tensor | None = None,
+    **options: Any,
+) -> Tensor | None:  # fmt: skip
     call = Call(*arguments, **options)
     rows = call.rows
     _check_row_gradient(rows, call.terms, row_gradient)
     with rows.on_its_device():
-        out = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
+        out = _gradient_of(rows, gradient)
         _write_gradient(rows, call.terms.depth, row_gradient, upstream, out, unscaled)
-    return out
+    return out if gradient is None else None
 
 
 def rescale(gradient: Tensor, upstream: Tensor, row_gradient: Tensor, *arguments: Any, **options: Any) -> None:
@@ -199,8 +215,7 @@ def rescale(gradient: Tensor, upstream: Tensor, row_gradient: Tensor, *arguments
     call = Call(*arguments, **options)
     rows = call.rows
     _check_row_gradient(rows, call.terms, row_gradient)
-    if not (gradient.is_contiguous() and gradient.shape == rows.logits.shape and gradient.dtype == rows.logits.dtype):
-        raise RuntimeError("objkern: gradient does not belong to these logits")
+    _gradient_of(rows, gradient, may_be_half=False)
     with rows.on_its_device():
         _write_gradient(rows, call.terms.depth, row_gradient, upstream, gradient, rescale=True)
 
@@ -231,14 +246,16 @@ def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return out, centred
 
 
-def statistics_gradient(partials: Tensor, centred: Tensor, unscaled: bool, *arguments: Any, **options: Any) -> Tensor:
+def statistics_gradient(
+    partials: Tensor, centred: Tensor, unscaled: bool, *arguments: Any, gradient: Tensor | None = None, **options: Any
+) -> Tensor | None:
     rows = Rows(*arguments, **options)
     if not (centred.is_contiguous() and centred.shape == (14, rows.rows) and centred.dtype == torch.float64):
         raise RuntimeError("objkern: centred sums do not belong to these logits")
     if partials.shape != (10, rows.rows):
         raise RuntimeError(f"objkern: partials: expected (10, {rows.rows}) but got {tuple(partials.shape)}")
     with rows.on_its_device():
-        out = rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
+        out = _gradient_of(rows, gradient)
         row_gradient = rows.empty(10, rows.rows)
         if rows.rows:
             chain_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
@@ -248,12 +265,13 @@ def statistics_gradient(partials: Tensor, centred: Tensor, unscaled: bool, *argu
             )  # fmt: skip
             one = torch.ones((), dtype=rows.dtype, device=rows.device)
             _write_gradient(rows, 3, row_gradient, one, out, unscaled)
-    return out
+    return out if gradient is None else None
 
 
 _OPS = {
-    "objective": objective, "fused": fused, "gradient": gradient, "rescale": rescale, "statistics": statistics,
-    "statistics_gradient": statistics_gradient,
+    "objective": objective, "fused": fused, "fused.into": fused, "gradient": gradient, "gradient.into": gradient,
+    "rescale": rescale, "statistics": statistics, "statistics_gradient": statistics_gradient,
+    "statistics_gradient.into": statistics_gradient,
 }  # fmt: skip
 _library = torch.library.Library("objkern_triton", "IMPL")
 

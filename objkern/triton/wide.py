@@ -186,13 +186,14 @@ def collect(
 
 @triton.jit
 def write_row(
-    row_x, row_out, y, ignored, bad, class_weight, dense_row, g, z_y, scale, gain, cap, first, last, V, A: tl.constexpr,
+    row_x, row_out, y, ignored, class_weight, dense_row, g, z_y, scale, gain, cap, first, last, V, A: tl.constexpr,
     DEPTH: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of a row's gradient; the ends belong to tile 0.
 
-    ALIGNED: logits and gradient begin equally far from a boundary; else the stores are narrower than the loads.
+    ALIGNED: logits and gradient begin equally many elements from a boundary of E of theirs; else the stores are
+    narrower than the loads.
     """
     class_weight = if_full(class_weight, DEPTH)
     WEIGHTED: tl.constexpr = class_weight is not None
@@ -200,19 +201,18 @@ def write_row(
     head = tl.minimum(head_of(row_x, E), V)
     body = tl.multiple_of(row_x + head, 16)
     out = row_out + head
-    if ALIGNED:
-        out = tl.multiple_of(out, 16)
     T: tl.constexpr = row_out.dtype.element_ty
+    if ALIGNED:
+        out = tl.multiple_of(out, E * T.primitive_bitwidth // 8)
     vectors = (V - head) // E
     last = tl.minimum(last, (vectors + R - 1) // R)
     j_ends = place_in_ends(tl.arange(0, 2 * E), head, V, E)[None, :]
-    if ignored | bad:
-        fill = tl.where(bad, float("nan"), 0.0)
+    if ignored:
         for tile in range(first, last):
             vector, element = tile_places(tile, R, E)
-            tl.store(out + element, tl.zeros((R, E), T) + fill.to(T), mask=vector < vectors)
+            tl.store(out + element, tl.zeros((R, E), T), mask=vector < vectors)
         if first == 0:
-            tl.store(row_out + j_ends, tl.zeros((1, 2 * E), T) + fill.to(T), mask=j_ends < V)
+            tl.store(row_out + j_ends, tl.zeros((1, 2 * E), T), mask=j_ends < V)
     else:
         own_d = g.target_grad * slope(z_y, gain, cap, TRANSFORM) if TRANSFORM != 0 else g.target_grad
         if MASKED:
@@ -359,7 +359,7 @@ def fused_kernel(
         DENSE, WEIGHTED, False, PARTS, False,
     )  # fmt: skip
     write_row(
-        row_x, gradient + row.index * V, row.y, row.ignored, row.bad, class_weight, dense_row, g, z_y, scale, scale,
+        row_x, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, g, z_y, scale, scale,
         cap, 0, 2147483647, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
     )  # fmt: skip
 
@@ -385,7 +385,7 @@ def gradient_kernel(
         gain = zero_of(scale) + 1.0
     first = tl.program_id(1) * TILES
     write_row(
-        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, row.bad, class_weight,
+        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, class_weight,
         dense_at(dense, row.index, dense_stride), g, z_y, scale, gain, cap, first, first + TILES, V, A, DEPTH,
         TRANSFORM, MASKED, ALIGNED, R, E,
     )  # fmt: skip

@@ -421,6 +421,79 @@ def test_the_linear_path(name: str, mode: str) -> None:
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", CLUSTERS, ids=name_of)
+def test_half_precision_gradients_of_float32_logits(plan: Plan, dtype: torch.dtype) -> None:
+    """Each is the float32 gradient, rounded once: in the forward pass and from what it kept, at any alignment."""
+    ops = torch.ops.objkern
+    for name, objective in OBJECTIVES.items():
+        terms = [x for c, t in objective.weighted_terms for x in (t.kind, t.parameter, c)]
+        for classes, offset in ((1, 0), (7, 1), (130, 0), (1031, 3), (1040, 0)):
+            if name == "every" and classes == 1:
+                continue
+            z, y = batch(classes, torch.float32, ROWS)
+            z = at_offset(z, offset, offset)
+            for options in ({}, {"softcap": 20.0}):
+                with control.plan(plan):
+                    _, _, kept, wide = ops.fused(terms, 1, z, y, **options)
+                    out = torch.full(z.shape, torch.nan, dtype=dtype)
+                    loss = ops.fused.into(terms, 1, z, y, **options, gradient=out)[0]
+                    assert_rounded(out, wide)
+                    assert torch.equal(loss, ops.fused(terms, 1, z, y, **options)[0])
+                upstream = torch.rand(ROWS)
+                wide = ops.gradient(upstream, kept, False, terms, 1, z, y, **options)
+                for place in (0, 1):  # of the gradient in memory
+                    out = torch.full((z.numel() + place,), torch.nan, dtype=dtype)[place:].view(z.shape)
+                    ops.gradient.into(upstream, kept, False, terms, 1, z, y, **options, gradient=out)
+                    assert_rounded(out, wide)
+
+
+def assert_rounded(half: Tensor, wide: Tensor) -> None:
+    """To nearest, up to the last digit of float32, which the two kernels may have computed in different orders."""
+    slack = wide.abs() * 2.0**-22
+    assert ((half == (wide - slack).to(half.dtype)) | (half == (wide + slack).to(half.dtype))).all()
+
+
+def test_a_half_precision_gradient_is_for_float32_logits() -> None:
+    z, y = batch(9, torch.float16, 3)
+    for dtype in (torch.bfloat16, torch.float32):
+        with pytest.raises(RuntimeError, match="gradient does not belong"):
+            torch.ops.objkern.fused.into([0.0, 0.0, 1.0], 1, z, y, gradient=z.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "recompute", "none"])
+@pytest.mark.usefixtures("half_precision_gemms", "small_tiles")
+def test_the_linear_path_in_half_precision(mode: str, dtype: torch.dtype) -> None:
+    """Logits in float32 and their gradient in half precision, as GEMMs take it; float16 does not lose small ones."""
+    hidden, weight = torch.randn(23, 16).to(dtype), torch.randn(37, 16).to(dtype) / 2
+    labels = torch.randint(37, (23,))
+    labels[4] = -100
+    options = {"mode": mode} if mode != "none" else {"reduction": "none"}
+    factor = 1.0 if mode != "none" else torch.rand(23) + 0.1
+    for objective in (REGULARIZED, OBJECTIVES["every"]):
+        for size in (1.0, 1e-6):
+
+            def results(h: Tensor, w: Tensor, linear: bool) -> list[Tensor]:
+                leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+                if linear:
+                    loss = (size * objective).linear(*leaves, labels, chunk_rows=6, **options)  # noqa: B023
+                else:
+                    rest = {k: v for k, v in options.items() if k != "mode"}
+                    logits = torch.nn.functional.linear(*leaves)
+                    loss = (size * objective)(logits, labels, backend="reference", **rest)  # noqa: B023
+                total = (loss * factor).sum() * 2.0**7 / size  # noqa: B023
+                return [loss.detach() / size, *torch.autograd.grad(total, leaves)]  # noqa: B023
+
+            ours, exact = results(hidden, weight, True), results(hidden.double(), weight.double(), False)
+            eager = results(hidden, weight, False)
+            if size < 1:  # eager float16 is all zeros by then: compare with what it is without the factor
+                eager = plain
+            for one, other, truth in zip(ours, eager, exact, strict=True):
+                assert_within_budget(one, other, truth, dtype)
+            plain = eager
+
+
 def test_no_rows() -> None:
     z, y = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
     for plan in (None, Plan(2, True), Plan(lanes=4)):

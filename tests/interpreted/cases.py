@@ -489,3 +489,41 @@ def test_the_linear_path(mode: str) -> None:
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(0.7, dtype=loss.dtype))])
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_gradients_of_float32_logits(kind: str) -> None:
+    """Each is the float32 gradient, rounded: in the forward pass and from what it kept, at any alignment."""
+    ops = torch.ops.objkern_triton
+    terms = [x for c, t in REGULARIZED.weighted_terms for x in (t.kind, t.parameter, c)]
+    z, y = random_rows(3, 43, torch.float32)
+    for rows in (z, torch.cat([z, z], 1)[:, 1:44]):
+        _, _, kept, wide = ops.fused(terms, 1, rows, y)
+        for place in (0, 1):
+            out = torch.full((z.numel() + place,), torch.nan, dtype=torch.float16)[place:].view(z.shape)
+            ops.fused.into(terms, 1, rows, y, gradient=out)
+            torch.testing.assert_close(out, wide.half(), rtol=2**-10, atol=2**-24)
+            ops.gradient.into(torch.tensor(1.0), kept, False, terms, 1, rows, y, gradient=out.fill_(torch.nan))
+            torch.testing.assert_close(out, wide.half(), rtol=2**-10, atol=2**-24)
+    with pytest.raises(RuntimeError, match="gradient does not belong"):
+        ops.fused.into(terms, 1, z.half(), y, gradient=z.clone())
+
+
+def test_the_gradient_of_a_part_of_the_vocabulary(kind: str) -> None:
+    """Labels counted from the part's beginning; what lies outside of it is not the target, nor wrong."""
+    ops = torch.ops.objkern_triton
+    terms = [x for c, t in REGULARIZED.weighted_terms for x in (t.kind, t.parameter, c)]
+    z, _ = random_rows(4, 30, torch.float32)
+    y = torch.tensor([3, 29, 5, 14])
+    kept = ops.objective(terms, 2, z, y, ignore_index=5)[2]
+    statistics, centred = ops.statistics(z, y, ignore_index=5)
+    whole = ops.gradient(torch.tensor(0.7), kept, False, terms, 2, z, y, ignore_index=5)
+    of_statistics = ops.statistics_gradient(statistics, centred, False, z, y, ignore_index=5)
+    for begin in (0, 15):
+        part = slice(begin, begin + 15)
+        arguments = (z[:, part].contiguous(), y - begin)
+        found = ops.gradient(torch.tensor(0.7), kept, False, terms, 2, *arguments, ignore_index=5 - begin)
+        torch.testing.assert_close(found, whole[:, part], rtol=1e-6, atol=1e-9)
+        f = statistics.clone()
+        f[4] *= (z.argmax(1) // 15 * 15 == begin) | (centred[13] == 1)
+        found = ops.statistics_gradient(f, centred, False, *arguments, ignore_index=5 - begin)
+        torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)
