@@ -358,7 +358,7 @@ def _linear_objective(
         else:
             factors = torch.stack([factors[k] * coefficients[k] for k in range(size)])
 
-    unit = head.unit(factors) if with_gradient else None
+    unit = head.unit(torch.stack([factors[k] * number for k, number in enumerate(terms[2::3])])) if with_gradient else None
     if unit is not None:
         factors = factors / unit
 

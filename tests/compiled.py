@@ -45,9 +45,12 @@ def tool(name: str) -> str:
 
 
 def compile_kernel(
-    kernel: Any, arch: int, element: str, warps: int, present: dict[str, Any], terms: int = 1
+    kernel: Any, arch: int, element: str, warps: int, present: dict[str, Any], terms: int = 1, gradient: str = ""
 ) -> Compiled:
-    """A kernel with logits of type `element`; `present`: constexprs by name, and None for tensors that are absent."""
+    """A kernel with logits of type `element`; `present`: constexprs by name, and None for tensors that are absent.
+
+    gradient: the type of what it writes, that of the logits if it is not given.
+    """
     names = kernel.arg_names
     total = "fp64" if element == "fp64" else "fp32"
     signature, constants, attributes = {}, {}, {}
@@ -62,7 +65,7 @@ def compile_kernel(
         elif name in INTEGERS:
             signature[name] = INTEGERS[name]
         elif name in ("x", "dense", "gradient"):
-            signature[name] = "*" + element
+            signature[name] = "*" + (gradient if gradient and name == "gradient" else element)
         elif name == "values":
             signature[name] = "*fp64"
         else:

@@ -108,7 +108,7 @@ OBJECTIVES = {
 VECTOR = {"bf16": 8, "fp16": 8, "fp32": 4, "fp64": 2}
 
 
-def compiled(name: str, objective: str, element: str, arch: int, classes: int = 32001) -> Compiled:
+def compiled(name: str, objective: str, element: str, arch: int, classes: int = 32001, gradient: str = "") -> Compiled:
     """A kernel as launch.py has it launched for labels, without weights, for an even or odd number of classes."""
     terms = Terms.of(OBJECTIVES[objective], False, False)
     tiles, rows = launch.wide_launch(classes), launch.narrow_launch(classes)
@@ -131,7 +131,7 @@ def compiled(name: str, objective: str, element: str, arch: int, classes: int = 
         del present["loss"]
     in_tiles = name in ("collect_kernel", "gradient_kernel", "fused_kernel")
     warps = {"prepare_kernel": 8, "reduce_kernel": 8}.get(name, tiles.warps if in_tiles else rows.warps)
-    return compile_kernel(kernel, arch, element, warps, present, len(terms.kinds))
+    return compile_kernel(kernel, arch, element, warps, present, len(terms.kinds), gradient)
 
 
 IN_TILES = [
@@ -163,6 +163,20 @@ def test_tiles_are_read_and_written_in_128_bits(
     if width == 16:  # wider ones may be a row's numbers
         assert found.widths("STG").count(16) <= 4  # the ends, of the gradient and of rows without one
         assert found.widths("LDG").count(16) <= 8
+
+
+@pytest.mark.parametrize(("name", "arch", "gradient"), [
+    ("fused_kernel", 90, "bf16"), ("fused_kernel", 80, "fp16"), ("gradient_kernel", 90, "bf16"),
+    ("gradient_kernel", 100, "bf16"),
+])  # fmt: skip
+def test_half_precision_gradients_of_float32_logits(name: str, arch: int, gradient: str) -> None:
+    """16 bytes of logits become 8 of their gradient."""
+    found = compiled(name, "regularized", "fp32", arch, gradient=gradient)
+    assert (found.spills, found.stack) == (0, 0)
+    assert found.registers <= 128
+    assert found.widths("LDG").count(128) >= 2
+    assert found.widths("STG").count(64) >= 4
+    assert found.widths("STG").count(16) <= 4
 
 
 @pytest.mark.parametrize(
