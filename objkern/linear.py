@@ -2,10 +2,10 @@
 
     hidden, weight ──GEMM──▶ logits of a chunk ──kernels of the backend──▶ their gradient ──GEMMs──▶ ∂hidden, ∂weight
 
-Two modes. "forward": the gradients are made with the loss, by chunks of rows, three GEMMs in all; the backward pass only
-scales them. "recompute": the forward pass keeps a few numbers per row, the backward pass projects anew, by chunks of
-classes, whose part of the weight's gradient is then finished at once; four GEMMs, exact for any upstream gradient. It is
-the same code for every backend: the kernels see a chunk as they see any logits.
+Two modes. "forward": the gradients are made with the loss, by chunks of rows, three GEMMs in all; the backward pass
+only scales them. "recompute": the forward pass keeps a few numbers per row, the backward pass projects anew, by chunks
+of classes, whose part of the weight's gradient is then finished at once; four GEMMs, exact for any upstream gradient.
+It is the same code for every backend: the kernels see a chunk as they see any logits.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def choose_chunk_rows(
     """Rows of a chunk, from the shape and the device alone, so that results are the same from run to run.
 
     On a GPU the GEMM that gives the hidden gradient of a chunk, C × features, should fill whole waves of blocks of
-    128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of 1750 rows or more is taken
-    (512 where the weight is frozen). On a CPU GEMMs need less, and a chunk that the caches help with is better.
+    128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of 1750 rows or more (512
+    where the weight is frozen) is taken. On a CPU GEMMs need less, and a chunk that the caches help with is better.
 
     Args:
         multiprocessors: of the GPU; None on a CPU.
@@ -85,9 +85,9 @@ def choose_chunk_rows(
 def tile_of(rows: int, classes: int, chunk_rows: int) -> tuple[int, int]:
     """Rows and classes of a tile of the backward pass, no more elements than a chunk of rows has in the forward pass.
 
-    All rows and as many classes as there is room for; where that would be too few for a GEMM, fewer rows. A chunk of few
-    rows is its own tile: GEMMs of few rows add up in another order than others, and logits that differ in the last digit
-    from those that the forward pass saw would cost precision.
+    All rows and as many classes as there is room for; where that would be too few for a GEMM, fewer rows. A chunk of
+    few rows is its own tile: GEMMs of few rows add up in another order than others, and logits that differ in the last
+    digit from those that the forward pass saw would cost precision.
     """
     if chunk_rows < _LEAST_ROWS:
         return max(1, min(rows, chunk_rows)), classes
@@ -135,7 +135,8 @@ class _Head:
         self.widens = _widens(hidden)
         self.gradient_dtype = self.wide if self.widens else self.dtype
         self.bias = None if bias is None else bias.to(self.wide)
-        self.sums: list[Tensor | None] = [None, None]  # of the gradients of weight and bias
+        self.weight_sum: Tensor | None = None  # of the gradients of the chunks
+        self.bias_sum: Tensor | None = None
 
     def states(self, chunk: Tensor | slice) -> Tensor:
         """Hidden states of rows, as the GEMMs take them."""
@@ -165,11 +166,13 @@ class _Head:
         """Adds the gradient g of a chunk's logits to the sums of weight and bias; returns that of the hidden states."""
         of_hidden, of_weight, of_bias = needs
         if of_weight:
-            total, add = self._sum(0, self.weight)
-            _multiply(g.t(), h, total, add)
+            first = self.weight_sum is None
+            if first:
+                self.weight_sum = self.weight.new_empty(self.weight.shape, dtype=self.wide)
+            _multiply(g.t(), h, cast(Tensor, self.weight_sum), add=not first)
         if of_bias:
-            total, _ = self._sum(1, self.weight[:, 0])
-            total += g.sum(0, dtype=self.wide)
+            share = g.sum(0, dtype=self.wide)
+            self.bias_sum = share if self.bias_sum is None else self.bias_sum.add_(share)
         if not of_hidden:
             return None
         found = h.new_empty(h.shape, dtype=self.wide)
@@ -177,24 +180,13 @@ class _Head:
             _multiply(g[:, columns], weight, found, add=columns.start > 0)
         return found
 
-    def _sum(self, place: int, like: Tensor) -> tuple[Tensor, bool]:
-        """A sum so far, and whether there is anything in it; that of the bias begins with zeros."""
-        total = self.sums[place]
-        if total is None:
-            total = like.new_zeros(like.shape, dtype=self.wide) if place else like.new_empty(like.shape, dtype=self.wide)
-            self.sums[place] = total
-            return total, False
-        return total, True
-
     def finished(self, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """The sums of weight and bias, empty where none is needed; zeros where there was no chunk."""
-        likes = (self.weight, self.weight[:, 0])
-        weight, bias = (
-            self.weight.new_empty(0, dtype=self.wide) if not need
-            else like.new_zeros(like.shape, dtype=self.wide) if total is None
-            else total
-            for need, total, like in zip(needs[1:], self.sums, likes, strict=True)
-        )  # fmt: skip
+        weight, bias = self.weight_sum, self.bias_sum
+        if weight is None:
+            weight = self.weight.new_zeros(self.weight.shape if needs[1] else (0,), dtype=self.wide)
+        if bias is None:
+            bias = self.weight.new_zeros(self.classes if needs[2] else 0, dtype=self.wide)
         return weight, bias
 
     def unit(self, *sizes: Tensor) -> Tensor | None:
@@ -358,7 +350,9 @@ def _linear_objective(
         else:
             factors = torch.stack([factors[k] * coefficients[k] for k in range(size)])
 
-    unit = head.unit(torch.stack([factors[k] * number for k, number in enumerate(terms[2::3])])) if with_gradient else None
+    unit = None
+    if with_gradient:
+        unit = head.unit(torch.stack([factors[k] * number for k, number in enumerate(terms[2::3])]))
     if unit is not None:
         factors = factors / unit
 
@@ -521,9 +515,9 @@ def _gradients(
 
 # ---- the maximum ----------------------------------------------------------------------------------------------------
 
-# The gradient of a row's maximum goes to one element, which a kernel knows by its being equal to the maximum. Logits that
-# are computed anew differ in their last digits from those of the forward pass, if their GEMM has another shape. So the
-# forward pass keeps where the maximum is, and the logit there, which takes its old value again.
+# The gradient of a row's maximum goes to one element, which a kernel knows by its being equal to the maximum. Logits
+# that are computed anew differ in their last digits from those of the forward pass, if their GEMM has another shape. So
+# the forward pass keeps where the maximum is, and the logit there, which takes its old value again.
 
 _MAX_Z = 2.0  # kind of the one term that reads the maximum
 _MAX_GRAD, _TARGET_IS_MAX = 9, 13  # fields of RowGradient, and of Centred
@@ -552,7 +546,7 @@ def _put_maximum(maximum: Tensor, tile: _Tile) -> Tensor:
     """Restores the logit at the maximum; returns which rows have theirs in the tile."""
     place = maximum[0].to(torch.int64) - tile.columns.start
     size = tile.logits.shape[1]
-    here = (0 <= place) & (place < size)
+    here = (place >= 0) & (place < size)
     place = place.clamp(0, size - 1).unsqueeze(1)
     old = torch.where(here.unsqueeze(1), maximum[1].to(tile.logits.dtype).unsqueeze(1), tile.logits.gather(1, place))
     tile.logits.scatter_(1, place, old)
@@ -564,13 +558,14 @@ def _put_maximum(maximum: Tensor, tile: _Tile) -> Tensor:
 
 def _linear_objective_gradient(
     upstream: Tensor, row_gradient: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float,
-    masked: bool, terms: list[float], needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
+    bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None,
+    ignore_index: int, softcap: float, masked: bool, terms: list[float], needs: list[bool], chunk_rows: int,
+    skip_ignored: bool, needs_scale: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
     head = _Head(hidden, weight, bias)
-    unit = None if needs_scale else head.unit(upstream, row_gradient[1:])
+    unit = head.unit(upstream, row_gradient[1:])
     op = _family(family).gradient.into
 
     reads_maximum = _MAX_Z in terms[::3]
@@ -630,7 +625,7 @@ def _linear_statistics_gradient(
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
     head = _Head(hidden, weight, bias)
-    unit = None if needs_scale else head.unit(partials)
+    unit = head.unit(partials)
     op = _family(family).statistics_gradient.into
 
     of_max = Statistics._fields.index("max_logit")
@@ -649,8 +644,14 @@ def _linear_statistics_gradient(
 
 
 def _fake_linear_statistics_gradient(
-    partials: Tensor, centred: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, *others: Any,
+    partials: Tensor,
+    centred: Tensor,
+    maximum: Tensor,
+    family: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
     needs = others[6]
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
@@ -675,8 +676,8 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _linear_objective, _fake_linear_objective,
     ),
     "linear_objective_gradient": (
-        f"(Tensor upstream, Tensor row_gradient, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, float[] terms, {_CHUNKS_SCHEMA}, "
-        f"bool needs_scale) -> {_GRADIENTS}",
+        f"(Tensor upstream, Tensor row_gradient, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, float[] terms, "
+        f"{_CHUNKS_SCHEMA}, bool needs_scale) -> {_GRADIENTS}",
         _linear_objective_gradient, _fake_linear_objective_gradient,
     ),
     "linear_statistics": (
@@ -685,8 +686,8 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _linear_statistics, _fake_linear_statistics,
     ),
     "linear_statistics_gradient": (
-        f"(Tensor partials, Tensor centred, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, bool needs_scale) "
-        f"-> {_GRADIENTS}",
+        f"(Tensor partials, Tensor centred, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, "
+        f"bool needs_scale) -> {_GRADIENTS}",
         _linear_statistics_gradient, _fake_linear_statistics_gradient,
     ),
 }  # fmt: skip

@@ -314,7 +314,7 @@ def test_the_gradient_of_a_part_of_the_vocabulary(objective: str, classes: int, 
     for options in ({}, {"class_weight": weight}, {"softcap": 3.0, "logit_scale": torch.tensor(0.5)}):
         terms = [x for c, t in objkern.parse(objective).weighted_terms for x in (t.kind, t.parameter, c)]
         row_gradient = OPS.objective(terms, 2, z, y, ignore_index=5, **options)[2]
-        statistics, centred = OPS.statistics(z, y, ignore_index=5, **options)
+        centred = OPS.statistics(z, y, ignore_index=5, **options)[1]
         whole = OPS.gradient(torch.tensor(0.7), row_gradient, False, terms, 2, z, y, ignore_index=5, **options)
         f = torch.randn(10, 6, dtype=torch.float64)
         f[4] = 0.0  # more than one part may hold the maximum

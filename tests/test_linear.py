@@ -105,7 +105,7 @@ class HalfSums(objkern.linear._Head):
 
     def accumulate(self, g: Tensor, h: Tensor, needs: Any) -> Tensor | None:
         found = super().accumulate(g, h, needs)
-        self.sums[0].copy_(self.sums[0].bfloat16())
+        self.weight_sum.copy_(self.weight_sum.bfloat16())
         return found
 
 
@@ -257,7 +257,9 @@ def test_the_maximum_keeps_its_place(chunk_rows: int, scale: float | None) -> No
     labels[1:20:7], labels[2:20:7] = 200, 300
     options = {"logit_scale": scale} if scale is not None else {}
     loss = lambda z, **o: 0.1 * MaxZLoss()(z, labels, reduction="none", **options, **o)  # noqa: E731
-    exact = results(lambda h, w, b: loss(F.linear(h, w, b), backend="reference"), *(x.double() for x in (hidden, weight, bias)))
+    exact = results(
+        lambda h, w, b: loss(F.linear(h, w, b), backend="reference"), *(x.double() for x in (hidden, weight, bias))
+    )
     objective = 0.1 * MaxZLoss()
     of_terms = results(lambda h, w, b: objective.linear(h, w, labels, b, reduction="none", chunk_rows=chunk_rows, **options),
                        hidden, weight, bias)  # fmt: skip

@@ -199,7 +199,7 @@ class Rows:
         return number.to(self.device, non_blocking=True)
 
     def aligned_with(self, gradient: Tensor) -> bool:
-        """Whether every row of the gradient begins as many elements from a boundary of a vector as the row of logits."""
+        """Whether every row of the gradient begins as many elements past a whole vector as the row of logits does."""
         places = self.logits.data_ptr() // self.logits.element_size(), gradient.data_ptr() // gradient.element_size()
         apart = self.logits.stride(0) - self.classes
         return (places[0] - places[1]) % self.vector == 0 and (self.rows <= 1 or apart % self.vector == 0)

@@ -170,9 +170,7 @@ def _gradient_of(rows: Rows, given: Tensor | None, may_be_half: bool = True) -> 
     if given is None:
         return rows.empty(rows.rows, rows.classes, dtype=rows.logits.dtype)
     half = may_be_half and rows.logits.dtype == torch.float32 and given.dtype in (torch.bfloat16, torch.float16)
-    if not (
-        given.is_contiguous() and given.shape == rows.logits.shape and (half or given.dtype == rows.logits.dtype)
-    ):
+    if not (given.is_contiguous() and given.shape == rows.logits.shape and (half or given.dtype == rows.logits.dtype)):
         raise RuntimeError("objkern: gradient does not belong to these logits")
     return given
 

@@ -48,6 +48,28 @@ def test_as_the_logits_path(chunk_rows: int, mode: str, dtype: torch.dtype, devi
         assert_within_budget(one.cpu(), other.cpu(), truth, dtype)
 
 
+@pytest.mark.real_device
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("classes", [9, 1000, 1003, 50257, 128256])
+def test_half_precision_gradients_of_float32_logits(
+    classes: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> None:
+    """Each is the float32 gradient, rounded once: in the forward pass and from what it kept, wherever rows begin."""
+    ops = torch.ops.objkern if backend == "cuda" else torch.ops.objkern_triton
+    labels = torch.randint(classes, (5,), device=device)
+    terms = [x for c, t in REGULARIZED.weighted_terms for x in (t.kind, t.parameter, c)]
+    for offset in (0, 1, 3):
+        z = torch.randn(5, classes + offset, device=device)[:, offset:]
+        _, _, kept, wide = ops.fused(terms, 2, z, labels)
+        slack = wide.abs() * 2.0**-21
+        low, high = (wide - slack).to(dtype), (wide + slack).to(dtype)
+        out = torch.full(z.shape, torch.nan, dtype=dtype, device=device)
+        ops.fused.into(terms, 2, z, labels, gradient=out)
+        assert ((out >= low) & (out <= high) | (out <= low) & (out >= high)).all()
+        ops.gradient.into(torch.ones((), device=device), kept, False, terms, 2, z, labels, gradient=out.fill_(torch.nan))
+        assert ((out >= low) & (out <= high) | (out <= low) & (out >= high)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_statistics_and_custom_terms(dtype: torch.dtype, device: torch.device, backend: str) -> None:
     hidden, weight, bias, labels = inputs(device, dtype)
@@ -114,7 +136,7 @@ def test_memory_is_a_chunk_and_the_gradients(mode: str, device: torch.device, ba
             before = torch.cuda.memory_allocated()
             REGULARIZED.linear(h, w, labels, mode=mode, chunk_rows=chunk, backend=backend).backward()
             found[rows, trains] = torch.cuda.max_memory_allocated() - before
-    of_chunk = chunk * classes * (4 + 4 + 2)
+    of_chunk = chunk * classes * (4 + 2)  # logits and their gradient
     for (rows, trains), count in found.items():
         gradients = 6 * FEATURES * (rows + (classes if trains else 0))
         assert count <= of_chunk + gradients + 200 * rows + (8 << 20), (rows, trains, count)
