@@ -75,10 +75,14 @@ FAULTS = {
     "sums not rescaled to a larger maximum": Fault([(SUMS, "      e *= factor;\n", "")]),
     "the first of equal maxima not known": Fault([(SUMS, "first = min(first, other.first);", "")], "maximum_twice"),
     "row offsets of 32 bits": Fault(
-        [(ROWS, "+ row * rows.row_stride;\n    T* const gradient", "+ static_cast<int>(row * rows.row_stride);\n    T* const gradient")],
+        [(ROWS, "+ row * rows.row_stride;\n    G* const gradient", "+ static_cast<int>(row * rows.row_stride);\n    T* const gradient")],
         "farther_apart", "rows_bfloat16.cu",
     ),
     "a vector shifted by too little": Fault([(ELEMENTS, "if ((past & 4) != 0)", "if (false)")], "anywhere and bfloat16", "rows_bfloat16.cu"),
+    "the second word of a pair of float32 logits read twice": Fault(
+        [("cuda/affine.h", "load128_across(x + i * Element<T>::kVector, past)", "load128_across(x, past)")],
+        "half_precision_gradients and bfloat16", "rows_float32_bfloat16.cu",
+    ),
     "ignored rows left as they were": Fault([(ROWS, "write_zeros(gradient, begin, end, thread, kBlockThreads);", "{}")]),
     "ticket not reset": Fault([(GRADIENT, "    header.ticket = 0;\n", "")]),
     "ticket taken before the sums are stored": Fault(
