@@ -66,7 +66,9 @@ def test_half_precision_gradients_of_float32_logits(
         out = torch.full(z.shape, torch.nan, dtype=dtype, device=device)
         ops.fused.into(terms, 2, z, labels, gradient=out)
         assert ((out >= low) & (out <= high) | (out <= low) & (out >= high)).all()
-        ops.gradient.into(torch.ones((), device=device), kept, False, terms, 2, z, labels, gradient=out.fill_(torch.nan))
+        ops.gradient.into(
+            torch.ones((), device=device), kept, False, terms, 2, z, labels, gradient=out.fill_(torch.nan)
+        )
         assert ((out >= low) & (out <= high) | (out <= low) & (out >= high)).all()
 
 
