@@ -39,7 +39,6 @@ def chunk_bytes(rows: int, classes: int, logits_bytes: int, gradient_bytes: int)
 
 
 def choose_chunk_rows(
-    rows: int,
     features: int,
     classes: int,
     *,
@@ -49,7 +48,8 @@ def choose_chunk_rows(
     trains_weight: bool,
     memory_budget: int | None = None,
 ) -> int:
-    """Rows of a chunk, from the shape and the device alone, so that results are the same from run to run.
+    """Most rows of a chunk, from the layer and the device alone, so that results are the same from run to run. How many
+    rows there are plays no part: a compiler would have to compile anew for each number of them.
 
     On a GPU the GEMM that gives the hidden gradient of a chunk, C × features, should fill whole waves of blocks of
     128 × 256: C(w) = 128·⌊m·w / ⌈features/256⌉⌋ on m multiprocessors. The smallest w with C of 1750 rows or more (512
@@ -79,7 +79,7 @@ def choose_chunk_rows(
                 f"but got {memory_budget}"
             )
         wanted = min(wanted, memory_budget // of_row)
-    return max(1, min(wanted, rows))
+    return wanted
 
 
 def tile_of(rows: int, classes: int, chunk_rows: int) -> tuple[int, int]:
@@ -879,6 +879,8 @@ def layer(
             x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (hidden, weight, bias)
         )
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden: expected float32, float64, bfloat16 or float16 but got {hidden.dtype}")
     if hidden.dim() == 0:
         raise ValueError("hidden: expected shape (..., D) but got a 0-dim tensor")
     if weight.numel() == 0 and weight.shape != (weight.shape[0], 0):
@@ -917,7 +919,7 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> in
     on_cpu = hidden.device.type in ("cpu", "meta")
     least = 2 * wide * weight.shape[0]
     return choose_chunk_rows(
-        hidden.shape[0], hidden.shape[1], weight.shape[0], logits_bytes=wide,
+        hidden.shape[1], weight.shape[0], logits_bytes=wide,
         gradient_bytes=wide if on_cpu else hidden.element_size(),
         multiprocessors=None if on_cpu else _multiprocessors(hidden.device.index or 0),
         trains_weight=weight.requires_grad,

@@ -546,6 +546,25 @@ def test_compiled_without_a_break(mode: str, reduction: str) -> None:
     torch.testing.assert_close(results(compiled, hidden, weight, bias), results(loss, hidden, weight, bias))
 
 
+@pytest.mark.parametrize("mode", ["auto", "recompute", "statistics"])
+def test_compiled_once_more_when_the_number_of_rows_varies(mode: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    _, weight, _, labels = inputs(torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(h: Tensor, y: Tensor) -> Tensor:
+        if mode == "statistics":
+            return objkern.linear_row_statistics(h, weight, y).logprob.sum()
+        return REGULARIZED.linear(h, weight, y, mode=mode)
+
+    for rows in (33, 20, 25, 28, 11, 12):
+        hidden = torch.randn(rows, D, requires_grad=True)
+        loss(hidden, labels[:rows]).backward()
+    assert counter.frame_count <= 2
+
+
 def test_opcheck() -> None:
     hidden, weight, bias, labels = inputs(torch.float32, rows=20)
     h, w, b = (x.requires_grad_() for x in (hidden, weight, bias))
@@ -652,7 +671,7 @@ H200 = {"multiprocessors": 132, "logits_bytes": 4, "gradient_bytes": 2}
     (16384, True, 1792),  # seven
 ])  # fmt: skip
 def test_chunks_fill_waves(features: int, trains_weight: bool, expected: int) -> None:
-    found = choose_chunk_rows(1 << 20, features, 128256, trains_weight=trains_weight, **H200)
+    found = choose_chunk_rows(features, 128256, trains_weight=trains_weight, **H200)
     assert found == expected
     blocks = found / 128 * -(-features // 256)
     assert blocks % 132 == 0 or 132 - blocks % 132 < -(-features // 256)  # less than a row of blocks is idle
@@ -679,15 +698,13 @@ def test_tiles_have_no_more_elements_than_chunks(
         assert tile[0] * tile[1] <= c * v
 
 
-def test_chunks_keep_to_the_budget_and_to_the_rows() -> None:
+def test_chunks_keep_to_the_budget() -> None:
     kwargs = {"features": 4096, "classes": 128256, "trains_weight": True, **H200}
     for budget in (1 << 20, 1 << 24, 1 << 30):
-        rows = choose_chunk_rows(8192, memory_budget=budget, **kwargs)
+        rows = choose_chunk_rows(memory_budget=budget, **kwargs)
         assert chunk_bytes(rows, 128256, 4, 2) <= budget < chunk_bytes(rows + 1, 128256, 4, 2) or rows == 2048
-    assert choose_chunk_rows(100, **kwargs) == 100
-    assert choose_chunk_rows(0, **kwargs) == 1
     with pytest.raises(ValueError, match="expected at least 769536 bytes"):
-        choose_chunk_rows(8192, memory_budget=769535, **kwargs)
+        choose_chunk_rows(memory_budget=769535, **kwargs)
 
 
 # ---- the drop-in ----------------------------------------------------------------------------------------------------

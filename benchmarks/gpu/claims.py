@@ -73,7 +73,8 @@ CLAIMS: dict[str, list[Claim]] = {
     ],
     "The fused linear path": [
         Claim("values and gradients of both modes, every dtype, at most twice as far from float64 as torch's own",
-              ("linear::as_the_logits_path", "linear::row_statistics_and_custom_terms")),
+              ("linear::as_the_logits_path", "linear::row_statistics_and_custom_terms",
+               "linear::half_precision_gradients_of_float32_logits")),
         Claim("nothing waits for the device; a CUDA graph captures forward and backward (20)",
               ("linear::nothing_waits_for_the_device", "linear::a_graph_captures_and_replays")),
         Claim("memory is a chunk and the gradients, flat in the rows; none for a frozen weight (23)",
