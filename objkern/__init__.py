@@ -9,6 +9,7 @@ from .batch import set_validation
 from .buffers import buffer_limit, release_buffers, set_buffer_limit
 from .functional import cross_entropy, linear_cross_entropy, linear_row_statistics, row_statistics
 from .objective import Objective, parse
+from .penalties import EWC, L1, L2, L2SP, ElasticNet, diagonal_fisher
 from .statistics import Statistics
 from .terms import (
     CrossEntropy,
@@ -27,7 +28,12 @@ from .terms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EWC",
+    "L1",
+    "L2",
+    "L2SP",
     "CrossEntropy",
+    "ElasticNet",
     "Entropy",
     "Focal",
     "GeneralizedCrossEntropy",
@@ -42,6 +48,7 @@ __all__ = [
     "buffer_limit",
     "cross_entropy",
     "custom",
+    "diagonal_fisher",
     "linear_cross_entropy",
     "linear_row_statistics",
     "parse",

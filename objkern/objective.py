@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import numbers
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -79,6 +80,7 @@ class Objective(nn.Module):
             (coefficient.number, tuple(names.get(id(tensor), tensor) for tensor in coefficient.tensors), term)
             for coefficient, term in terms
         ]
+        self._penalized = any(term.about_parameters for _, term in terms)
 
     def _factors(self, factors: tuple[str | Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f) if isinstance(f, str) else f for f in factors)
@@ -136,7 +138,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Tensor | None = None,
         target: Tensor | None = None,
         *,
         reduction: str = "mean",
@@ -149,6 +151,7 @@ class Objective(nn.Module):
         class_dim: int = -1,
         gradient: str = "backward",
         empty: str = "nan",
+        parameter_weight: float | Tensor = 1.0,
         return_parts: bool = False,
         validate: bool | None = None,
         backend: str = "auto",
@@ -159,7 +162,8 @@ class Objective(nn.Module):
             logits: (..., V), or (N, V, d1, ...) with ``class_dim=1``; float32, float64, bfloat16 or float16. Never
                 written to. A logit of −inf excludes its class: no probability, nothing added to any statistic.
             target: class labels int64 of the shape of ``logits`` without the class dimension, or probabilities of the
-                shape of ``logits``. May be left out if no term reads it.
+                shape of ``logits``. May be left out if no term reads it, as may the logits if all terms are about
+                parameters.
             reduction: "mean" divides cross-entropy by the sum of its labels' class weights and every other term by
                 the number of rows that count; "sum"; "none" gives a loss per row.
             ignore_index: rows with this label contribute nothing to any term.
@@ -173,6 +177,8 @@ class Objective(nn.Module):
                 loss, which reads memory once less and holds a gradient-sized buffer until the backward pass. Scalar
                 reductions only.
             empty: the mean over no rows: "nan" as in torch, or "zero".
+            parameter_weight: multiplies the terms on parameters, which are added once per call, whatever reduction and
+                normalizer; 1/k where k calls are accumulated into one step.
             return_parts: also return a dict of detached tensors: each term's own reduced value before its coefficient
                 (`cross_entropy`, `z_loss`, a second one of a kind `z_loss_2`), `total`, and the means over the rows
                 that count of `lse`, and with class labels `accuracy` and `target_probability`; `rows` is their number.
@@ -190,16 +196,20 @@ class Objective(nn.Module):
             ValueError, TypeError: names the argument, what was expected and what came.
         """
         try:
-            terms = self.weighted_terms
+            terms, penalties = self.weighted_terms, None
+            if self._penalized:
+                terms, penalties = _apart(terms, reduction, parameter_weight)
+                if not terms:
+                    return self._result(None, [], None, return_parts, penalties)
             class_weight = _class_weight(terms)
             program = ops.Program.of(terms)
             if class_weight is None:
                 loss = ops.default_call(program, logits, target, (
                     reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, class_dim, gradient, empty,
-                    return_parts, validate, backend,
+                    parameter_weight, return_parts, validate, backend,
                 ), _DEFAULTS)  # fmt: skip
                 if loss is not None:
-                    return loss
+                    return loss if penalties is None else loss + penalties.total()
             batch = flatten(
                 logits, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
@@ -214,7 +224,7 @@ class Objective(nn.Module):
             loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
         else:
             loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
-        return self._result(loss, parts, batch, return_parts)
+        return self._result(loss, parts, batch, return_parts, penalties)
 
     def linear(
         self,
@@ -232,6 +242,7 @@ class Objective(nn.Module):
         shift: int = 0,
         gradient: str = "backward",
         empty: str = "nan",
+        parameter_weight: float | Tensor = 1.0,
         return_parts: bool = False,
         validate: bool | None = None,
         backend: str = "auto",
@@ -257,8 +268,9 @@ class Objective(nn.Module):
                 "forward" where it can: not for ``reduction="none"``, custom terms, or a logit scale that learns.
             chunk_rows: rows of a chunk; by default a function of shape and device, `objkern.linear.choose_chunk_rows`.
             memory_budget: bytes that a chunk's logits and their gradient may take, in the place of `chunk_rows`.
-            reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, empty, return_parts, validate,
-                backend: as in `forward`. "reference" is eager torch, which does materialise the logits.
+            reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, empty, parameter_weight,
+                return_parts, validate, backend: as in `forward`. "reference" is eager torch, which does materialise
+                the logits.
 
         Returns:
             As `forward`: the loss, float32 (float64 for float64 inputs), and the parts if asked for.
@@ -275,7 +287,11 @@ class Objective(nn.Module):
                 if mode == "recompute":
                     raise ValueError('gradient="forward" contradicts mode="recompute"')
                 mode = "forward"
-            terms = self.weighted_terms
+            terms, penalties = self.weighted_terms, None
+            if self._penalized:
+                terms, penalties = _apart(terms, reduction, parameter_weight)
+                if not terms:
+                    return self._result(None, [], None, return_parts, penalties)
             layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
             batch = flatten(
                 proxy, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
@@ -294,40 +310,92 @@ class Objective(nn.Module):
         else:
             statistics, first_maximum = linear.statistics(run, layer, batch)
             loss, parts = reference.evaluate(statistics, batch, terms, first_maximum)
-        return self._result(loss, parts, batch, return_parts)
+        return self._result(loss, parts, batch, return_parts, penalties)
+
+    def accumulate_(self, weight: float | Tensor = 1.0) -> None:
+        """``(weight * objective()).backward()`` for terms on parameters alone, without a graph
+
+        Adds their gradient to `.grad` in one pass over each parameter, and makes it where there is none.
+
+        Raises:
+            ValueError: the objective has a term on logits; it would be left out.
+        """
+        for _, term in self.weighted_terms:
+            if not term.about_parameters:
+                raise ValueError(f"accumulate_: {term._formula_name()} is not about parameters")
+        for coefficient, term in self.weighted_terms:
+            term.accumulate_(weight * coefficient)
 
     def _result(
-        self, loss: Tensor, parts: Tensor | list[Tensor], batch: Batch, return_parts: bool
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if batch.reduction == "none" and len(batch.shape) != 1:
+        self, loss: Tensor | None, parts: Tensor | list[Tensor], batch: Batch | None, return_parts: bool,
+        penalties: _Penalties | None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        of_parameters: list[Tensor] = []
+        if penalties is not None:
+            total = penalties.total()
+            loss, of_parameters = total if loss is None else loss + total, penalties.values
+        if batch is not None and batch.reduction == "none" and len(batch.shape) != 1:
             loss = loss.view(batch.shape)
         if not return_parts:
             return loss
         # Cloned: autograd may have kept them, and a logger may add to them in place.
-        return loss, self._named_parts(loss, [part.detach().clone() for part in parts], batch)
+        parts, of_parameters = ([part.detach().clone() for part in some] for some in (parts, of_parameters))
+        return loss, self._named_parts(loss, parts, of_parameters, batch)
 
-    def _named_parts(self, loss: Tensor, parts: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _named_parts(
+        self, loss: Tensor, parts: list[Tensor], of_parameters: list[Tensor], batch: Batch | None
+    ) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
-        values = iter(parts)
+        of_rows, of_parameters = iter(parts), iter(of_parameters)
         for _, _, term in self._summands:
             name, count = term.name, 2
             while name in named:
                 name, count = f"{term.name}_{count}", count + 1
-            named[name] = next(values)
+            named[name] = next(of_parameters if term.about_parameters else of_rows)
         named["total"] = loss.detach().clone()
+        if batch is None:
+            return named
         for name in reference.FREE_STATISTICS:
-            value = next(values)
+            value = next(of_rows)
             if (batch.target is None or batch.dense) and name != "lse":
                 continue
             named.setdefault(name, value)
         if batch.reduction != "none":
-            named["rows"] = next(values)
+            named["rows"] = next(of_rows)
         else:
             named = {name: value.view(batch.shape) for name, value in named.items()}
         return named
 
 
 _DEFAULTS = tuple(Objective.forward.__kwdefaults__.values())
+
+
+class _Penalties:
+    """The terms on parameters of a call, and what multiplies them."""
+
+    def __init__(self, terms: list[tuple[float | Tensor, Term]], weight: float | Tensor) -> None:
+        self.terms, self.weight = terms, weight
+        self.values: list[Tensor] = []
+
+    def total(self) -> Tensor:
+        self.values = [term.penalty() for _, term in self.terms]
+        weighted = [coefficient * value for (coefficient, _), value in zip(self.terms, self.values, strict=True)]
+        return sum(weighted[1:], weighted[0]) * self.weight
+
+
+def _apart(
+    terms: list[tuple[float | Tensor, Term]], reduction: str, weight: float | Tensor
+) -> tuple[list[tuple[float | Tensor, Term]], _Penalties]:
+    """The terms on logits, and those on parameters."""
+    penalties = [(coefficient, term) for coefficient, term in terms if term.about_parameters]
+    if reduction == "none":
+        raise ValueError(
+            f'reduction: "none" gives a loss for each row, and {penalties[0][1]._formula_name()} belongs to none'
+        )
+    tensor = isinstance(weight, Tensor) and weight.dim() == 0
+    if not tensor and (isinstance(weight, bool) or not isinstance(weight, numbers.Real)):
+        raise TypeError(f"parameter_weight: expected a number or a 0-dim tensor but got {describe(weight)}")
+    return [pair for pair in terms if not pair[1].about_parameters], _Penalties(penalties, weight)
 
 
 def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
@@ -387,6 +455,7 @@ class Term(Objective):
     kind: ClassVar[int | None] = None  # TermKind in csrc/objective.h
     target: ClassVar[str] = "none"  # what it reads: "none", "index" (class labels), "any" (labels or probabilities)
     reads_class_weight: ClassVar[bool] = False
+    about_parameters: ClassVar[bool] = False  # a term of penalties.py, which reads no logits
     registry: ClassVar[dict[str, type[Term]]] = {}
     by_kind: ClassVar[dict[int, type[Term]]] = {}
 
@@ -399,6 +468,10 @@ class Term(Objective):
     def __init__(self) -> None:
         super(Objective, self).__init__()  # a term is its own summand
         self.parameter = 0.0  # the one number of the formula; 0 where it has none
+
+    @property
+    def _penalized(self) -> bool:
+        return self.about_parameters
 
     @property
     def _summands(self) -> list[tuple[float, tuple[str | Tensor, ...], Term]]:
@@ -416,6 +489,10 @@ class Term(Objective):
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         """(N) values of the term for the rows of a batch."""
         return self.formula(s, self.parameter, batch.row_weight() if self.reads_class_weight else 1.0)
+
+    def penalty(self) -> Tensor:
+        """The value of a term on parameters."""
+        raise NotImplementedError
 
     def _arguments(self) -> str:
         return ""
@@ -441,6 +518,11 @@ def parse(text: str) -> Objective:
     """
     if not isinstance(text, str):
         raise TypeError(f"objective: expected a string but got {type(text).__name__}")
+    if held := re.search(r"<[^<>]*>", text):
+        raise ValueError(
+            f"objective: {text[:200]!r} cannot be parsed, because a term in it holds a tensor, a function or a model: "
+            f"{held[0]}"
+        )
     try:
         tree = ast.parse(text.strip(), mode="eval")
         return Objective((Coefficient.of(number), term) for number, term in _parse_sum(tree.body, 1.0))

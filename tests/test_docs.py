@@ -12,7 +12,7 @@ import torch
 from objkern.objective import Term
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (ROOT / "README.md", ROOT / "docs" / "objectives.md") if page.exists()]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "objectives.md", ROOT / "docs" / "penalties.md"]
 
 
 def script(path: str) -> ModuleType:
