@@ -280,10 +280,10 @@ def markdown(text: str) -> str:
 
 
 def statistics_table() -> str:
-    """The fields of objkern.Statistics, with the comments that define them."""
-    fields = re.findall(r"^    (\w+): Tensor  # (.*)$", inspect.getsource(objkern.Statistics), re.M)
+    """The fields of objkern.Statistics, as its docstring defines them."""
+    fields = re.findall(r"^ {4}(\w+): (.*)$", inspect.getdoc(objkern.Statistics), re.M)
     if [name for name, _ in fields] != list(objkern.Statistics._fields):
-        raise SystemExit("Statistics: every field should have a comment on its line")
+        raise SystemExit("Statistics: every field should have a line in the docstring, in order")
     rows = [f"| `{name}` | {markdown(meaning)} |" for name, meaning in fields]
     return "\n".join(["| statistic | is |", "| --- | --- |", *rows])
 

@@ -147,7 +147,7 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor but got {describe(logits)}")
     if logits.layout is not torch.strided or logits.is_nested:
-        raise TypeError(f"logits: expected a dense tensor but got a {_layout(logits)} one")
+        raise TypeError(f"logits: expected a dense tensor but got a {layout_of(logits)} one")
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
     if logits.dim() == 0:
@@ -162,7 +162,8 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     return logits
 
 
-def _layout(x: Tensor) -> str:
+def layout_of(x: Tensor) -> str:
+    """The name of a layout that no kernel reads."""
     return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
 
 
@@ -171,7 +172,7 @@ def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: 
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor but got {describe(target)}")
     if target.layout is not torch.strided or target.is_nested:
-        raise TypeError(f"target: expected a dense tensor but got a {_layout(target)} one")
+        raise TypeError(f"target: expected a dense tensor but got a {layout_of(target)} one")
     if not (target.is_cpu and logits.is_cpu):
         _check_same_device("target", target, logits)
     if target.dtype is torch.int64:
@@ -243,4 +244,8 @@ def describe(value: object) -> str:
     """What came, for an error message."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    for field in ("logits", "last_hidden_state"):  # what a model returns, and its repr would print all its tensors
+        if hasattr(value, field):
+            return f"{type(value).__name__}; pass its .{field}"
+    text = repr(value)
+    return f"{text if len(text) <= 200 else text[:200] + '...'} ({type(value).__name__})"

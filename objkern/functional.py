@@ -74,21 +74,27 @@ def linear_row_statistics(
 ) -> Statistics:
     """``objkern.row_statistics(hidden @ weight.T + bias, target)``, the logits never materialised
 
-    Every field is differentiable; the backward pass projects each chunk of rows anew.
+    Every field is differentiable, each row with an upstream gradient of its own, so there is one mode: "recompute" of
+    `Objective.linear`, four GEMMs and a few numbers per row between the passes.
 
     Args:
-        hidden: (..., D) float32, float64, bfloat16 or float16.
-        weight: (V, D) of hidden's dtype.
-        target: (...) int64 labels, or (..., V) probabilities, or None.
+        hidden: (..., D) float32, float64, bfloat16 or float16. Under autocast it, weight and bias are cast as those
+            of F.linear.
+        weight: (V, D) of hidden's dtype; a frozen one gets no gradient, and no memory for it.
+        target: (...) int64 labels, or (..., V) probabilities (then `logprob` is Σ q_j log p_j), or None.
         bias: (V) of hidden's dtype.
-        ignore_index, logit_scale, softcap, shift, validate, backend: as in `Objective.forward`.
+        ignore_index: rows with this label hold 0 in every field and get a zero gradient.
+        shift: 1 for causal language models: entry t is about label t + 1, and the last entry of a sequence is 0.
+        logit_scale, softcap, validate, backend: as in `Objective.forward`.
         chunk_rows, memory_budget: as in `Objective.linear`.
 
     Returns:
-        `Statistics` of shape (...), as `row_statistics`.
+        `Statistics` of shape (...), float32 (float64 for float64 inputs); the fields that read the target are None
+        where there is none.
 
     Raises:
         IndexError: a label outside [0, V) that is not ``ignore_index``.
+        ValueError, TypeError: names the argument, what was expected and what came.
     """
     layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
     batch = flatten(
@@ -213,10 +219,12 @@ def linear_cross_entropy(
     reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)``, plus ``z_loss * lse.square()``
     and ``entropy * H(p)`` over the same rows; the logits never materialised
 
-    The same semantics in every corner: the dtype of the result is the input's, −inf logits are numbers.
+    The same semantics in every corner: the dtype of the result is the input's (under autocast float32), −inf logits
+    are numbers. Logits are materialised for K-dimensional losses and under torch.func, as torch does for both.
 
     Args:
-        input: (D) or (N, D) float32, float64, bfloat16 or float16.
+        input: (D) or (N, D) float32, float64, bfloat16 or float16; flatten (B, T, D) to (B·T, D). Under autocast cast
+            as F.linear casts it, and linear_weight and linear_bias too.
         linear_weight: (C, D), or (C, d1, ..., D) for K-dimensional losses, whose logits are materialised.
         target: labels int64 of shape () or (N) or (N, d1, ...), or probabilities of the logits' shape.
         linear_bias: (C), or (C, d1, ...).
@@ -224,7 +232,12 @@ def linear_cross_entropy(
         ignore_index: of labels; None is -100.
         options: torch's chunking strategy; objkern chunks by its own rule (`objkern.linear.choose_chunk_rows`), so
             this only has to be what torch takes.
-        z_loss, entropy: coefficients of the regularizers, as in `cross_entropy`.
+        z_loss, entropy: coefficients of the regularizers, as in `cross_entropy`: a negative `entropy` is the
+            confidence penalty.
+
+    Returns:
+        The loss, 0-dim, or of the labels' shape for ``reduction="none"``; of the input's dtype, or for probabilities
+        of the dtype that input and target promote to.
 
     Raises:
         As torch: RuntimeError or ValueError for shapes, dtypes and options, IndexError for a label out of range.
@@ -245,6 +258,13 @@ def linear_cross_entropy(
         raise RuntimeError(
             f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
         )
+    for name, x in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if x is not None and x.dtype != input.dtype and not is_autocast(input.device):
+            raise RuntimeError(f"expected {name} to have the same dtype as input, {input.dtype}, but got {x.dtype}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"expected input of a floating-point dtype, got {input.dtype}")
+    if options is not None and not isinstance(options, getattr(torch.nn, "LinearCrossEntropyOptions", ())):
+        raise TypeError(f"options: expected torch.nn.LinearCrossEntropyOptions or None but got {describe(options)}")
     classes, *places = linear_weight.shape[:-1]
     if places and input.dim() == 1:
         raise RuntimeError(
@@ -256,7 +276,7 @@ def linear_cross_entropy(
     if dense and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
-    if places or classes == 0:
+    if places or classes == 0 or torch._C._are_functorch_transforms_active():
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear.eager_logits(input, linear_weight.flatten(0, -2), bias).view(shape)
         loss = cross_entropy(

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .batch import REDUCTIONS, Batch, describe, is_autocast
+from .batch import REDUCTIONS, Batch, describe, is_autocast, layout_of
 from .statistics import Statistics
 
 MODES = ("auto", "forward", "recompute")
@@ -205,6 +206,9 @@ class _Head:
 # ---- chunks ---------------------------------------------------------------------------------------------------------
 
 
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1  # of int64
+
+
 class _Rows(NamedTuple):
     """What the ops know of the rows, without their logits; in the order of the schemas."""
 
@@ -226,13 +230,20 @@ class _Rows(NamedTuple):
             found["target"] = _take(self.target, 0, rows)
         if columns is not None:
             if self.labelled:
-                found["target"] = found["target"] - columns.start
-                found["ignore_index"] = self.ignore_index - columns.start
+                labels = found["target"]
+                shifted = labels.clamp(min=-1) - columns.start  # the smallest int marks ignored rows, and is no label
+                found["target"] = shifted.masked_fill_(labels == self.ignore_index, _SMALLEST)
+                found["ignore_index"] = _SMALLEST
             elif self.target is not None:
                 found["target"] = found["target"][:, columns]
             if self.class_weight is not None:
                 found["class_weight"] = self.class_weight[columns]
         return found
+
+    def check_labels(self, head: _Head) -> None:
+        """On a CPU a bad label raises, with its place among all rows; kernels see those of a chunk."""
+        if head.hidden.is_cpu:
+            reference.check_labels(self.target, head.classes, self.ignore_index)
 
     def kept(self, count: int, skip_ignored: bool) -> Tensor | None:
         """The rows that are not ignored, or None for all of them."""
@@ -303,7 +314,7 @@ def _denominators(rows: _Rows, count: int, terms: list[float], reduction: str, n
         number = counted.sum(dtype=torch.float64)
         if rows.class_weight is not None:
             labels = target.clamp(0, rows.class_weight.shape[0] - 1)
-            weights = rows.class_weight.to(torch.float64).gather(0, labels).mul(counted).sum()
+            weights = torch.where(counted, rows.class_weight.to(torch.float64).gather(0, labels), 0.0).sum()
     one = torch.ones_like(number)
     found = []
     for kind in terms[::3]:
@@ -356,6 +367,7 @@ def _linear_objective(
     if unit is not None:
         factors = factors / unit
 
+    rows.check_labels(head)
     kernels = _family(family)
     inner = REDUCTIONS.index("none" if kind == "none" else "sum")
     fields = ops.row_gradient_fields(terms, class_weight, target)
@@ -375,7 +387,7 @@ def _linear_objective(
             found = kernels.objective.default(terms, inner, chunk.logits, **options)
         _put(row_gradient, 1, chunk.rows, found[2])
         if reads_maximum:
-            _put(maximum, 1, chunk.rows, _maximum_of(chunk.logits, logit_scale))
+            _put(maximum, 1, chunk.rows, _maximum_of(chunk))
         if kind == "none":
             _put(loss, 0, chunk.rows, found[0])
             if with_parts:
@@ -417,6 +429,10 @@ def _fake_linear_objective(
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    ops.no_meta_beside(
+        "hidden states", hidden, weight=weight, bias=bias, target=target, logit_scale=logit_scale,
+        class_weight=class_weight, coefficient=coefficient_tensor, normalizer=normalizer,
+    )  # fmt: skip
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n, size = hidden.shape[0], len(terms) // 3 + len(reference.FREE_STATISTICS)
     if REDUCTIONS[reduction] == "none":
@@ -535,10 +551,20 @@ def _first_maximum(z: Tensor) -> Tensor:
     return first + z.gather(1, columns).argmax(1, keepdim=True)
 
 
-def _maximum_of(logits: Tensor, logit_scale: Tensor | None) -> Tensor:
-    """(2, rows) float64: the first class of the largest z, and its logit. A cap keeps the order."""
-    z = logits if logit_scale is None else torch.where(logits.isneginf(), logits, logits * logit_scale.to(logits))
-    place = _first_maximum(z)
+def _maximum_of(chunk: _Chunk) -> Tensor:
+    """(2, rows) float64: the first class but the target of the largest z, and its logit. A cap keeps the order.
+
+    Whether it is the target that has the largest z the kernels know without help: that is a number of the row.
+    """
+    logits, target, scale = (chunk.logits, *(chunk.arguments[name] for name in ("target", "logit_scale")))
+    z = logits if scale is None else torch.where(logits.isneginf(), logits, logits * scale.to(logits))
+    if target is None or target.is_floating_point():
+        place = _first_maximum(z)
+    else:  # the buffer is a chunk's own, and gets back what it held
+        own = target.clamp(0, z.shape[1] - 1).unsqueeze(1)
+        held = z.gather(1, own)
+        place = _first_maximum(z.scatter_(1, own, -torch.inf))
+        z.scatter_(1, own, held)
     return torch.cat([place.to(torch.float64), logits.gather(1, place).to(torch.float64)], 1).t()
 
 
@@ -599,6 +625,7 @@ def _linear_statistics(
     """(statistics, centred sums, maximum) of every row; the first two as `objkern::statistics` has them"""
     rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
     head = _Head(hidden, weight, bias)
+    rows.check_labels(head)
     op, n = _family(family).statistics.default, hidden.shape[0]
     statistics = hidden.new_zeros((len(Statistics._fields), n), dtype=torch.float64)
     centred = hidden.new_zeros((ops.CENTRED, n), dtype=torch.float64)
@@ -607,11 +634,18 @@ def _linear_statistics(
         found = op(chunk.logits, **chunk.arguments)
         _put(statistics, 1, chunk.rows, found[0])
         _put(centred, 1, chunk.rows, found[1])
-        _put(maximum, 1, chunk.rows, _maximum_of(chunk.logits, logit_scale))
+        _put(maximum, 1, chunk.rows, _maximum_of(chunk))
     return statistics, centred, maximum
 
 
-def _fake_linear_statistics(family: str, hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake_linear_statistics(
+    family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+    logit_scale: Tensor | None, class_weight: Tensor | None, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    ops.no_meta_beside(
+        "hidden states", hidden, weight=weight, bias=bias, target=target, logit_scale=logit_scale,
+        class_weight=class_weight,
+    )  # fmt: skip
     sizes = len(Statistics._fields), ops.CENTRED, 2
     return tuple(hidden.new_empty((size, hidden.shape[0]), dtype=torch.float64) for size in sizes)
 
@@ -804,15 +838,17 @@ def _coefficient_gradient(arguments: list[Any], parts: Tensor, upstream: Tensor)
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · upstream, in place where nobody else can see it."""
-    if gradient.dtype != dtype or type(gradient) is not Tensor or _is_traced(gradient) or _is_traced(upstream):
+    if gradient.dtype != dtype or type(gradient) is not Tensor or _stands_for_others(gradient, upstream):
         return (gradient * upstream).to(dtype)
     if upstream.is_cpu and float(upstream) == 1.0:
         return gradient
     return gradient.mul_(upstream)
 
 
-def _is_traced(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _stands_for_others(*tensors: Tensor) -> bool:
+    """Whether one of them is traced, or a batch of tensors, so that it cannot be looked at or written to."""
+    batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+    return torch.compiler.is_compiling() or any(x.is_meta or any(test(x) for test in batched) for x in tensors)
 
 
 def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -871,6 +907,8 @@ def layer(
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{name}: expected a tensor but got {describe(x)}")
+        if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
+            raise TypeError(f"{name}: expected a dense tensor but got a {layout_of(x)} one")
         if hasattr(x, "full_tensor"):
             raise TypeError(f"{name}: expected a whole tensor but got a DTensor; gather it first: {name}.full_tensor()")
     if is_autocast(hidden.device):  # as F.linear under autocast
@@ -903,12 +941,12 @@ def layer(
         if number is not None and (type(number) is not int or number < 1):
             raise ValueError(f"{name}: expected a positive int or None but got {describe(number)}")
     proxy = hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
-    rows = hidden.reshape(-1, hidden.shape[-1]) if hidden.dim() != 2 else hidden
+    rows = hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)
     if chunk_rows is None:
         chunk_rows = _chunk_rows(rows, weight, memory_budget)
     elif memory_budget is not None:
         raise ValueError("memory_budget: has no meaning beside chunk_rows; give one of them")
-    return Layer(rows, weight, bias, chunk_rows, skip_ignored=hidden.is_cpu), proxy
+    return Layer(rows, weight, bias, min(chunk_rows, _LARGEST), skip_ignored=hidden.is_cpu), proxy
 
 
 _CPU_BUDGET = 256 << 20  # bytes; beyond, a chunk only costs memory
@@ -955,10 +993,10 @@ def objective(
     """The loss of built-in terms and, if asked for, their parts."""
     if run.family is None:
         return _reference_objective(layer, batch, program, with_parts)
-    if batch.validate:
-        reference.check_labels(batch)
+    if batch.validate and not layer.hidden.is_cpu:
+        reference.check_labels(batch.target, layer.weight.shape[0], batch.ignore_index)
+    _check_derivatives(layer, batch, program.tensor)
     needs = layer.needs
-    _no_transform(needs)
     in_forward = any(needs) and mode != "recompute" and _why_not_in_forward(batch) is None
     terms, tensor = program
     loss, parts, *_ = torch.ops.objkern.linear_objective(
@@ -970,8 +1008,17 @@ def objective(
     return loss, parts
 
 
-def _no_transform(needs: list[bool]) -> None:
-    if any(needs) and torch._C._are_functorch_transforms_active():
+def _check_derivatives(layer: Layer, batch: Batch, coefficients: Tensor | None = None) -> None:
+    """Derivatives that these ops do not have raise: autograd would take them for zero, or speak of something else."""
+    if torch.compiler.is_compiling():
+        return
+    inputs = (layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, coefficients)
+    inputs = [x for x in inputs if x is not None and x.is_floating_point()]
+    if any(unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            'linear: forward-mode derivatives are not implemented; use reverse mode, or backend="reference"'
+        )
+    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise NotImplementedError(
             "linear: derivatives under torch.func (grad, vjp, jacrev) are not implemented; use torch.autograd, or "
             'backend="reference", or the objective on logits'
@@ -991,9 +1038,9 @@ def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics
         logits = eager_logits(layer.hidden, layer.weight, layer.bias)
         whole = batch._replace(logits=logits)
         return run.statistics(whole), reference.is_first_maximum(whole)
-    if batch.validate:
-        reference.check_labels(batch)
-    _no_transform(layer.needs)
+    if batch.validate and not layer.hidden.is_cpu:
+        reference.check_labels(batch.target, layer.weight.shape[0], batch.ignore_index)
+    _check_derivatives(layer, batch)
     found, centred, _ = torch.ops.objkern.linear_statistics(
         run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
         batch.ignore_index, batch.softcap, batch.masked, layer.chunk_rows, layer.skip_ignored,

@@ -215,15 +215,18 @@ class Objective(nn.Module):
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
                 validate=validate, class_weight=class_weight,
             )  # fmt: skip
-            built_in = _check_call(terms, batch, gradient, return_parts)
+            if gradient not in GRADIENTS:
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+            built_in = _check_call(terms, batch, return_parts, "gradient" if gradient == "forward" else None)
             run = ops.backend_for(backend, batch.logits)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            where = f"{self!r} on logits {tuple(getattr(logits, 'shape', ()))}"
-            raise type(error)(f"{error} [{where}]") from None
-        if built_in:
-            loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
-        else:
-            loss, parts = reference.evaluate(run.statistics(batch), batch, terms)
+            if built_in:
+                loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
+            else:
+                statistics = run.statistics(batch)
+        except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+            raise _located(error, f"{self!r} on logits", logits, shift) from None
+        if not built_in:
+            loss, parts = reference.evaluate(statistics, batch, terms)
         return self._result(loss, parts, batch, return_parts, penalties)
 
     def linear(
@@ -253,7 +256,8 @@ class Objective(nn.Module):
         """``objective(torch.nn.functional.linear(hidden, weight, bias), target)``, the logits never materialised
 
         Logits exist a chunk of rows at a time, in float32 (float64 for float64 inputs), also where hidden states and
-        weight are half precision: as accurate as ``F.linear(hidden.float(), weight.float())``.
+        weight are half precision: as accurate as ``F.linear(hidden.float(), weight.float())``. In the place of a
+        model's own head, mind what else that head does: a bias, a scale or a cap of the logits.
 
         Args:
             hidden: (..., D) float32, float64, bfloat16 or float16. Under autocast it, weight and bias are cast as
@@ -261,16 +265,26 @@ class Objective(nn.Module):
             weight: (V, D) of hidden's dtype; a frozen one gets no gradient, and no memory for it.
             target: as in `forward`, for logits of shape (..., V).
             bias: (V) of hidden's dtype.
+            reduction: "mean" divides cross-entropy by the sum of its labels' class weights and every other term by
+                the number of rows that count; "sum"; "none" gives a loss per row.
+            ignore_index: rows with this label contribute nothing to any term.
+            normalizer: replaces every denominator of the mean; a number or 0-dim tensor, a constant.
+            logit_scale: s, a number or 0-dim tensor; receives its gradient if it requires one.
+            softcap: c > 0; logits become c·tanh(s·logits / c).
+            rows: per-row tensors for custom terms, by name, each of the target's shape.
+            shift: 1 for causal language models: position t of the hidden states meets target t + 1; the last position
+                is ignored. Nothing is copied.
             gradient: "forward" is another word for ``mode="forward"``.
             mode: "forward" makes the gradients with the loss, a chunk at a time, and holds them until the backward
                 pass: three GEMMs in all; for scalar reductions of built-in terms. "recompute" projects each chunk once
                 more in the backward pass: four GEMMs, no memory between the passes, any upstream gradient. "auto" takes
                 "forward" where it can: not for ``reduction="none"``, custom terms, or a logit scale that learns.
             chunk_rows: rows of a chunk; by default a function of shape and device, `objkern.linear.choose_chunk_rows`.
-            memory_budget: bytes that a chunk's logits and their gradient may take, in the place of `chunk_rows`.
-            reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, empty, parameter_weight,
-                return_parts, validate, backend: as in `forward`. "reference" is eager torch, which does materialise
-                the logits.
+            memory_budget: bytes that a chunk's logits and their gradient may take, in the place of `chunk_rows`; one
+                row at least. It makes chunks smaller than the default, never larger, and does not count the gradients
+                of hidden states and weight.
+            empty, parameter_weight, return_parts, validate, backend: as in `forward`. "reference" is eager torch,
+                which does materialise the logits.
 
         Returns:
             As `forward`: the loss, float32 (float64 for float64 inputs), and the parts if asked for.
@@ -298,17 +312,19 @@ class Objective(nn.Module):
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, empty=empty, validate=validate,
                 class_weight=_class_weight(terms),
             )  # fmt: skip
-            built_in = _check_call(terms, batch, "forward" if mode == "forward" else gradient, return_parts)
+            if gradient not in GRADIENTS:
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+            built_in = _check_call(terms, batch, return_parts, "mode" if mode == "forward" else None)
             run = ops.backend_for(backend, proxy)
             if built_in:
                 linear.check_mode(mode, batch)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            where = f"{self!r}.linear on hidden states {tuple(getattr(hidden, 'shape', ()))}"
-            raise type(error)(f"{error} [{where}]") from None
-        if built_in:
-            loss, parts = linear.objective(run, layer, batch, ops.Program.of(terms), mode, return_parts)
-        else:
-            statistics, first_maximum = linear.statistics(run, layer, batch)
+                loss, parts = linear.objective(run, layer, batch, ops.Program.of(terms), mode, return_parts)
+            else:
+                statistics, first_maximum = linear.statistics(run, layer, batch)
+        except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+            name = repr(self) if isinstance(self, Term) else f"({self!r})"
+            raise _located(error, f"{name}.linear on hidden states", hidden, shift) from None
+        if not built_in:
             loss, parts = reference.evaluate(statistics, batch, terms, first_maximum)
         return self._result(loss, parts, batch, return_parts, penalties)
 
@@ -415,32 +431,50 @@ def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
     return weight
 
 
-def _check_call(terms: list[tuple[float | Tensor, Term]], batch: Batch, gradient: str, return_parts: bool) -> bool:
-    """What the terms ask of a call; returns whether all of them are built in, so that kernels know them."""
+def _located(error: Exception, what: str, x: object, shift: object) -> Exception:
+    """The error, with the call that it came from."""
+    where = f"{what} {'' if getattr(x, 'is_nested', False) else tuple(getattr(x, 'shape', ()))}"
+    if isinstance(error, IndexError) and shift:
+        where += "; shift=1: row t holds the label at t + 1"
+    return type(error)(f"{error} [{where}]")
+
+
+GRADIENTS = ("backward", "forward")
+
+
+def _check_call(
+    terms: list[tuple[float | Tensor, Term]], batch: Batch, return_parts: bool, in_forward: str | None
+) -> bool:
+    """What the terms ask of a call; returns whether all of them are built in, so that kernels know them.
+
+    in_forward: the option that asks for gradients in the forward pass, if one does.
+    """
     if not isinstance(return_parts, bool):
         raise TypeError(f"return_parts: expected True or False but got {describe(return_parts)}")
-    if gradient not in ("backward", "forward"):
-        raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
-    if gradient == "forward" and batch.reduction == "none":
+    if in_forward is not None and batch.reduction == "none":
         raise ValueError(
-            'gradient="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
+            f'{in_forward}="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
             "is only known in the backward pass"
         )
-    built_in = True
+    built_in, unread = True, set(batch.rows)
     for _, term in terms:
         if term.kind is None:
             built_in = False
-            if gradient == "forward":
+            if in_forward is not None:
                 raise ValueError(
-                    f'gradient="forward" cannot serve {term._formula_name()}: its derivative comes from autograd'
+                    f'{in_forward}="forward" cannot serve {term._formula_name()}: its derivative comes from autograd'
                 )
+        for name in term.required_rows:
+            if name not in batch.rows:
+                raise ValueError(f"rows: {term._formula_name()} needs {name!r} but got {sorted(batch.rows) or None}")
+        unread = {name for name in unread if not term.reads_row(name)}
         if term.target != "none":
             if batch.target is None:
                 raise ValueError(f"target: {term._formula_name()} needs one but got None")
             if term.target == "index" and batch.dense:
                 raise ValueError(f"target: {term._formula_name()} needs class labels (int64) but got probabilities")
-    if batch.rows and built_in:
-        raise ValueError(f"rows: no term reads {sorted(batch.rows)}; per-row tensors are for custom terms")
+    if unread:
+        raise ValueError(f"rows: no term reads {sorted(unread)}; per-row tensors are for custom terms")
     return built_in
 
 
@@ -455,6 +489,7 @@ class Term(Objective):
     kind: ClassVar[int | None] = None  # TermKind in csrc/objective.h
     target: ClassVar[str] = "none"  # what it reads: "none", "index" (class labels), "any" (labels or probabilities)
     reads_class_weight: ClassVar[bool] = False
+    required_rows: tuple[str, ...] = ()  # per-row tensors that a call has to give
     about_parameters: ClassVar[bool] = False  # a term of penalties.py, which reads no logits
     registry: ClassVar[dict[str, type[Term]]] = {}
     by_kind: ClassVar[dict[int, type[Term]]] = {}
@@ -489,6 +524,10 @@ class Term(Objective):
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         """(N) values of the term for the rows of a batch."""
         return self.formula(s, self.parameter, batch.row_weight() if self.reads_class_weight else 1.0)
+
+    def reads_row(self, name: str) -> bool:
+        """Whether it takes the per-row tensor of this name."""
+        return False
 
     def penalty(self) -> Tensor:
         """The value of a term on parameters."""

@@ -129,7 +129,7 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
 
     def objective(batch: Batch, program: Program, with_gradient: bool, with_parts: bool) -> tuple[Tensor, Tensor]:
         if checks_labels and batch.validate:
-            reference.check_labels(batch)
+            reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
         options = _options(batch)
         terms, tensor = program
         if tensor is not None:
@@ -147,7 +147,7 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
 
     def statistics(batch: Batch) -> Statistics:
         if checks_labels and batch.validate:
-            reference.check_labels(batch)
+            reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return Statistics(*found.unbind(0))
 
@@ -296,12 +296,14 @@ for _name, _function, _family in (
 # ---- fake versions: shapes and dtypes for torch.compile, fake and meta tensors --------------------------------------
 
 
-def _no_meta_beside(logits: Tensor, **others: Any) -> None:
+def no_meta_beside(name_of_first: str, first: Tensor, **others: Any) -> None:
     """One tensor on "meta" sends an op here, and real logits would get numbers that nobody computed."""
-    if not logits.is_meta:
+    if not first.is_meta:
         for name, other in others.items():
             if isinstance(other, Tensor) and other.is_meta:
-                raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on meta")
+                raise ValueError(
+                    f"{name}: expected a tensor on {first.device}, as the {name_of_first}, but got one on meta"
+                )
 
 
 def _fake_objective(
@@ -310,9 +312,9 @@ def _fake_objective(
     coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
     with_parts: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _no_meta_beside(
-        logits, target=target, logit_scale=logit_scale, class_weight=class_weight, coefficient=coefficient_tensor,
-        normalizer=normalizer,
+    no_meta_beside(
+        "logits", logits, target=target, logit_scale=logit_scale, class_weight=class_weight,
+        coefficient=coefficient_tensor, normalizer=normalizer,
     )  # fmt: skip
     like = {"dtype": torch.float64 if logits.dtype == torch.float64 else torch.float32}
     rows, parts = logits.shape[0], len(terms) // 3 + _FREE
@@ -338,7 +340,7 @@ def _fake_statistics(
     logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, *options: Any, **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _no_meta_beside(logits, target=target, logit_scale=logit_scale, class_weight=class_weight)
+    no_meta_beside("logits", logits, target=target, logit_scale=logit_scale, class_weight=class_weight)
     rows, double = logits.shape[0], {"dtype": torch.float64}
     return logits.new_empty((len(Statistics._fields), rows), **double), logits.new_empty((CENTRED, rows), **double)
 
@@ -347,14 +349,14 @@ def _fake_gradient(
     upstream: Tensor, row_gradient: Tensor, unscaled: bool, terms: list[float], reduction: int, logits: Tensor,
     *options: Any, **others: Any,
 ) -> Tensor:  # fmt: skip
-    _no_meta_beside(logits, upstream=upstream, row_gradient=row_gradient, target=next(iter(options), None))
+    no_meta_beside("logits", logits, upstream=upstream, row_gradient=row_gradient, target=next(iter(options), None))
     return logits.new_empty(logits.shape)
 
 
 def _fake_statistics_gradient(
     partials: Tensor, centred: Tensor, unscaled: bool, logits: Tensor, *options: Any, **others: Any
 ) -> Tensor:
-    _no_meta_beside(logits, partials=partials, centred=centred, target=next(iter(options), None))
+    no_meta_beside("logits", logits, partials=partials, centred=centred, target=next(iter(options), None))
     return logits.new_empty(logits.shape)
 
 

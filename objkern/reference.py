@@ -139,26 +139,25 @@ def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     target, classes = batch.target, batch.logits.shape[1]
     if batch.validate:
-        check_labels(batch)
-    return target.clamp(0, classes - 1), _bad_labels(batch)
+        check_labels(target, classes, batch.ignore_index)
+    return target.clamp(0, classes - 1), _bad_labels(target, classes, batch.ignore_index)
 
 
-def _bad_labels(batch: Batch) -> Tensor:
-    target, classes = batch.target, batch.logits.shape[1]
-    return (target != batch.ignore_index) & ((target < 0) | (target >= classes))
+def _bad_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    return (target != ignore_index) & ((target < 0) | (target >= classes))
 
 
-def check_labels(batch: Batch) -> None:
+def check_labels(target: Tensor | None, classes: int, ignore_index: int) -> None:
     """Raise an IndexError that names the first bad label and its row; this waits for the device."""
     # A graph cannot stop to look: there the row's loss is NaN.
-    if batch.target is None or batch.dense or _has_no_numbers(batch.target):
+    if target is None or target.is_floating_point() or _has_no_numbers(target):
         return
-    bad = _bad_labels(batch)
+    bad = _bad_labels(target, classes, ignore_index)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"target: row {row} holds label {int(batch.target[row])}, which is neither in "
-            f"[0, {batch.logits.shape[1]}) nor ignore_index ({batch.ignore_index})"
+            f"target: row {row} holds label {int(target[row])}, which is neither in [0, {classes}) nor ignore_index "
+            f"({ignore_index})"
         )
 
 
@@ -188,7 +187,7 @@ def evaluate(
     number = s.lse.new_full((), rows) if counted is None else counted.sum().to(s.lse.dtype)
     weight = batch.row_weight()
     if counted is not None and isinstance(weight, Tensor):
-        weight = weight * counted
+        weight = torch.where(counted, weight, torch.zeros_like(weight))
     weight_sum = weight.sum().to(s.lse.dtype) if isinstance(weight, Tensor) else number
 
     parts, loss = [], s.lse.new_zeros(rows if batch.reduction == "none" else ())

@@ -12,15 +12,27 @@ class Statistics(NamedTuple):
 
     A class whose logit is −inf is excluded: n is the number of the others, and it adds to nothing. The fields that
     read the target are None where there is no target. The order is that of csrc/objective.h.
+
+    Fields:
+        logprob: log p_y
+        other_logprob: log(1 − p_y), exact where p_y rounds to 1
+        lse: log Σ exp z_j
+        entropy: −Σ p_j log p_j
+        max_logit: max z_j; its gradient goes to the first maximum
+        mean_logit: Σ z_j / n
+        mean_square_logit: Σ z_j² / n
+        logit_variance: Σ (z_j − mean_logit)² / n
+        target_logit: z_y
+        mean_logprob: Σ log p_j / n, negative cross-entropy against the uniform distribution
     """
 
-    logprob: Tensor  # log p_y
-    other_logprob: Tensor  # log(1 − p_y), exact where p_y rounds to 1
-    lse: Tensor  # log Σ exp z_j
-    entropy: Tensor  # −Σ p_j log p_j
-    max_logit: Tensor  # max z_j; its gradient goes to the first maximum
-    mean_logit: Tensor  # Σ z_j / n
-    mean_square_logit: Tensor  # Σ z_j² / n
-    logit_variance: Tensor  # Σ (z_j − mean_logit)² / n
-    target_logit: Tensor  # z_y
-    mean_logprob: Tensor  # Σ log p_j / n, negative cross-entropy against the uniform distribution
+    logprob: Tensor
+    other_logprob: Tensor
+    lse: Tensor
+    entropy: Tensor
+    max_logit: Tensor
+    mean_logit: Tensor
+    mean_square_logit: Tensor
+    logit_variance: Tensor
+    target_logit: Tensor
+    mean_logprob: Tensor

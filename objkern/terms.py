@@ -6,6 +6,7 @@ Notation: logits z (after scale and softcap) of V classes, target y, p = softmax
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -242,8 +243,12 @@ class Custom(Term):
         self.name = name or _snake_case(getattr(fn, "__name__", type(fn).__name__))
         if self.name in RESERVED_PARTS:
             raise ValueError(f"name: {self.name!r} is a part of every call; give the term another name")
+        self.required_rows, self._optional_rows = _arguments_after_first(fn)
         if self.needs is not None and {"logprob", "other_logprob", "target_logit"} & set(self.needs):
             self.target = "any" if set(self.needs) & {"logprob"} else "index"
+
+    def reads_row(self, name: str) -> bool:
+        return self._optional_rows is None or name in self.required_rows or name in self._optional_rows
 
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         visible = s if batch.target is not None else s._replace(logprob=None, other_logprob=None, target_logit=None)
@@ -252,7 +257,7 @@ class Custom(Term):
         dtype = batch.result_dtype
         visible = Statistics(*(field if field is None else field.to(dtype) for field in visible))
         try:
-            value = self.fn(visible, **batch.rows)
+            value = self.fn(visible, **{name: row for name, row in batch.rows.items() if self.reads_row(name)})
         except (TypeError, AttributeError) as error:
             if batch.target is None and "None" in str(error):
                 raise ValueError(f"target: {self._formula_name()} reads statistics of a target: {error}") from error
@@ -271,6 +276,19 @@ class Custom(Term):
         return f"custom({self._arguments()})"
 
 
+def _arguments_after_first(fn: Callable[..., Tensor]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Names of the arguments that have to be given by keyword, and of those that may be; None: whatever is given."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (ValueError, TypeError):  # of a built-in function Python may know nothing
+        return (), None
+    named = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = tuple(p.name for p in named if p.default is p.empty)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return required, None
+    return required, tuple(p.name for p in named if p.default is not p.empty)
+
+
 def custom(fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: str | None = None) -> Custom:
     """``fn(objkern.row_statistics(logits, target), **rows)``
 
@@ -278,8 +296,8 @@ def custom(fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: 
     built-in terms, its derivative comes from autograd on one number per row.
 
     Args:
-        fn: ``fn(stats, **rows) -> (N,)``, one value per row; must not mix rows. `stats` is a `Statistics`, `rows` the
-            per-row tensors given to the call, flattened to (N,).
+        fn: ``fn(stats, **rows) -> (N,)``, one value per row; must not mix rows. `stats` is a `Statistics`, `rows` those
+            of the per-row tensors given to the call that it has arguments for, flattened to (N,).
         needs: names of the statistics that `fn` reads; lets a call without target fail early, by name.
         name: the key in ``parts``; the function's own name by default.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -612,7 +614,135 @@ def test_checkpointed(mode: str) -> None:
     torch.testing.assert_close(kept, results(loss, hidden, weight, bias))
 
 
+@pytest.mark.parametrize("base", [12.25, 14.0, 18.25])
+@pytest.mark.parametrize("of", ["term", "statistic"])
+def test_a_cap_that_makes_two_maxima(of: str, base: float) -> None:
+    """The label's logit is the larger by one digit, and after the cap the first class has the same: it is the first
+    maximum then, and gets the gradient, though its tile does not hold the largest logit."""
+    hidden, weight = torch.ones(200, 1, dtype=torch.float64), torch.zeros(2100, 1, dtype=torch.float64)
+    weight[0], weight[2000] = base, math.nextafter(base, math.inf)
+    labels, cap = torch.full((200,), 2000), 7.0
+    if of == "term":
+        fused = lambda h, w: MaxZLoss().linear(  # noqa: E731
+            h, w, labels, mode="recompute", chunk_rows=64, softcap=cap, reduction="sum"
+        )
+        plain = lambda h, w: MaxZLoss()(F.linear(h, w), labels, softcap=cap, reduction="sum")  # noqa: E731
+    else:
+        fused = lambda h, w: (  # noqa: E731
+            objkern.linear_row_statistics(h, w, labels, chunk_rows=64, softcap=cap).max_logit.sum()
+        )
+        plain = lambda h, w: objkern.row_statistics(F.linear(h, w), labels, softcap=cap).max_logit.sum()  # noqa: E731
+    expected = results(plain, hidden, weight)
+    assert expected[2][0] > 1.0
+    assert expected[2][2000] == 0.0
+    torch.testing.assert_close(results(fused, hidden, weight), expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ignore_index", [-(2**63), -(2**63) + 50, 2**63 - 1, 3])
+def test_any_ignore_index(ignore_index: int, mode: str) -> None:
+    hidden, weight, _, labels = inputs(torch.float64)
+    kept = labels != -100
+    marked = torch.where(kept, labels, ignore_index)
+    expected = results(lambda h, w: CrossEntropy()(F.linear(h, w), marked, ignore_index=ignore_index), hidden, weight)
+    found = results(
+        lambda h, w: CrossEntropy().linear(h, w, marked, ignore_index=ignore_index, mode=mode, chunk_rows=80),
+        hidden, weight,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("weight_of", [math.nan, math.inf])
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_the_class_weight_of_a_row_that_does_not_count(ignore_index: int, weight_of: float) -> None:
+    """As torch: it is not looked at, whatever it is. (-100 is clamped to class 0 for the look-up.)"""
+    hidden, weight, _, labels = inputs(torch.float64)
+    place = max(ignore_index, 0)
+    labels = torch.where(labels == -100, ignore_index, labels.clamp(min=1)).masked_fill(labels == place, ignore_index)
+    class_weight = torch.ones(V, dtype=torch.float64)
+    class_weight[place] = weight_of
+    expected = F.cross_entropy(F.linear(hidden, weight), labels, class_weight, ignore_index=ignore_index)
+    term, options = CrossEntropy(class_weight), {"ignore_index": ignore_index}
+    assert expected.isfinite()
+    for found in (
+        term.linear(hidden, weight, labels, **options),
+        term(F.linear(hidden, weight), labels, **options),
+        term(F.linear(hidden, weight), labels, backend="reference", **options),
+        objkern.linear_cross_entropy(hidden, weight, labels, weight=class_weight, **options),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_upstream_gradients_at_once(mode: str) -> None:
+    hidden, weight, _, labels = inputs(torch.float64)
+    hidden.requires_grad_()
+    loss = CrossEntropy().linear(hidden, weight, labels, mode=mode)
+    upstream = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    (found,) = torch.autograd.grad(loss, hidden, upstream, is_grads_batched=True)
+    (once,) = torch.autograd.grad(CrossEntropy().linear(hidden, weight, labels, mode=mode), hidden)
+    torch.testing.assert_close(found, upstream[:, None, None] * once)
+
+
+def test_hidden_states_of_no_features() -> None:
+    hidden, weight, bias = torch.empty(2, 5, 0), torch.empty(9, 0), torch.randn(9)
+    labels = torch.randint(9, (2, 5))
+    torch.testing.assert_close(
+        CrossEntropy().linear(hidden, weight, labels, bias), CrossEntropy()(bias.expand(2, 5, 9), labels)
+    )
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_is_refused() -> None:
+    """Autograd would take a tangent that nobody computes for zero."""
+    hidden, weight, _, labels = inputs(torch.float32)
+    for call in (
+        lambda h: CrossEntropy().linear(h, weight, labels),
+        lambda h: objkern.linear_row_statistics(h, weight, labels).lse,
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            torch.func.jvp(call, (hidden,), (hidden,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            call(torch.autograd.forward_ad.make_dual(hidden, hidden))
+
+
+def test_torch_func_of_what_is_not_a_layer() -> None:
+    hidden, weight, _, labels = inputs(torch.float32)
+    for loss in (
+        lambda c: (c * CrossEntropy()).linear(hidden, weight, labels),
+        lambda s: CrossEntropy().linear(hidden, weight, labels, logit_scale=s),
+        lambda c: CrossEntropy().linear(hidden, weight, (c * F.linear(hidden, weight)).softmax(-1)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"torch\.func"):
+            torch.func.grad(loss)(torch.tensor(1.0))
+    found = torch.func.grad(lambda h: objkern.linear_cross_entropy(h, weight, labels))(hidden)
+    expected = torch.func.grad(lambda h: F.cross_entropy(F.linear(h, weight), labels))(hidden)
+    torch.testing.assert_close(found, expected)
+
+
+def test_numbers_on_meta_are_refused() -> None:
+    """One of them would send the whole call to the fake ops, and the loss would be memory that nobody wrote."""
+    hidden, weight, _, labels = inputs(torch.float32)
+    number = torch.tensor(2.0, device="meta")
+    with pytest.raises(ValueError, match="logit_scale: expected a tensor on cpu, as the hidden states"):
+        CrossEntropy().linear(hidden, weight, labels, logit_scale=number)
+    with pytest.raises(ValueError, match="normalizer: expected a tensor on cpu"):
+        CrossEntropy().linear(hidden, weight, labels, normalizer=number)
+    with pytest.raises(ValueError, match="coefficient: expected a tensor on cpu"):
+        (number * CrossEntropy()).linear(hidden, weight, labels)
+    with pytest.raises(ValueError, match="logit_scale: expected a tensor on cpu"):
+        objkern.linear_row_statistics(hidden, weight, labels, logit_scale=number)
+
+
+def test_a_bad_label_in_compiled_code_and_under_shift() -> None:
+    hidden, weight, _, labels = inputs(torch.float32)
+    labels[:150], labels[201] = -100, V
+    with pytest.raises(IndexError, match="row 201 holds label 507"):
+        torch.compile(lambda h: CrossEntropy().linear(h, weight, labels, chunk_rows=50))(hidden)
+    with pytest.raises(IndexError, match=r"row 200 holds label 507.*row t holds the label at t \+ 1"):
+        CrossEntropy().linear(hidden, weight, labels, shift=1)
 
 
 def test_a_bad_label_is_named() -> None:
@@ -650,6 +780,10 @@ def test_a_bad_label_is_named() -> None:
     ({"memory_budget": 100}, ValueError, "memory_budget: expected at least"),
     ({"memory_budget": 10**6, "chunk_rows": 4}, ValueError, "give one of them"),
     ({"backend": "cuda"}, ValueError, "cannot run on cpu"),
+    ({"weight": torch.zeros(V, D).to_sparse()}, TypeError, "weight: expected a dense tensor but got a sparse_coo one"),
+    ({"hidden": torch.zeros(N, D).to_mkldnn()}, TypeError, "hidden: expected a dense tensor but got a _mkldnn one"),
+    ({"hidden": SimpleNamespace(last_hidden_state=torch.zeros(N, D))}, TypeError, r"pass its \.last_hidden_state"),
+    ({"mode": "forward", "reduction": "none"}, ValueError, 'mode="forward" needs a scalar reduction'),
 ], ids=str)  # fmt: skip
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     hidden, weight, bias, labels = inputs(torch.float32)
@@ -812,6 +946,19 @@ def test_opinfo_errors() -> None:
             with pytest.raises(sample.error_type, match=sample.error_regex):
                 objkern.linear_cross_entropy(wrong.input, *wrong.args, **wrong.kwargs)
     assert count >= 3
+
+
+def test_bad_arguments_of_the_drop_in() -> None:
+    hidden, weight, bias, labels = inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="linear_weight to have the same dtype as input"):
+        objkern.linear_cross_entropy(hidden, weight.double(), labels)
+    with pytest.raises(RuntimeError, match="linear_bias to have the same dtype as input"):
+        objkern.linear_cross_entropy(hidden, weight, labels, linear_bias=bias.half())
+    with pytest.raises(RuntimeError, match="input of a floating-point dtype"):
+        objkern.linear_cross_entropy(hidden.int(), weight.int(), labels)
+    for options in (3, "x", {}):
+        with pytest.raises(TypeError, match=r"options: expected torch\.nn\.LinearCrossEntropyOptions or None"):
+            objkern.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
 def test_the_drop_in_with_regularizers() -> None:

@@ -134,3 +134,24 @@ def test_float64_values_and_gradients_against_the_native_formula(formula: str, b
 def test_bad_parameters_are_named(cls: type, arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         cls(**arguments)
+
+
+def test_rows_of_custom_terms() -> None:
+    """Each term gets the per-row tensors that it has arguments for; one that is missing, or that nobody reads, raises."""
+    logits, a, b = torch.randn(5, 7), torch.rand(5), torch.rand(5)
+
+    def first(s: Statistics, a: torch.Tensor) -> torch.Tensor:
+        return s.lse * a
+
+    def second(s: Statistics, *, b: torch.Tensor, c: float = 2.0) -> torch.Tensor:
+        return s.lse * b * c
+
+    both = objkern.custom(first) + objkern.custom(second)
+    expected = (logits.logsumexp(-1) * (a + 2.0 * b)).mean()
+    torch.testing.assert_close(both(logits, rows={"a": a, "b": b}), expected)
+    everything = objkern.custom(lambda s, **rows: s.lse * rows["a"] * rows["b"])
+    torch.testing.assert_close(everything(logits, rows={"a": a, "b": b}), (logits.logsumexp(-1) * a * b).mean())
+    with pytest.raises(ValueError, match=r"rows: custom\(<function second>\) needs 'b' but got \['a'\]"):
+        both(logits, rows={"a": a})
+    with pytest.raises(ValueError, match=r"rows: no term reads \['d'\]"):
+        both(logits, rows={"a": a, "b": b, "d": a})
