@@ -1,9 +1,10 @@
 // The derivatives of the ops, for every backend. Written once, over boxed arguments: an op whose arguments are
 // x_1, ..., x_n and whose results are (y, ..., kept) has a gradient op of (∂L/∂y, kept, unscaled, x_1, ..., x_n) ↦
-// ∂L/∂logits.
+// ∂L/∂x of the logits. Elementwise ops keep nothing.
 //
-//   objective, fused  ── ObjectiveBackward ──▶ gradient             ── GradientBackward ──▶ reference_second_order
-//   statistics        ── StatisticsBackward ─▶ statistics_gradient  ── GradientBackward ──▶ reference_second_order
+//   objective, fused               ─▶ gradient              ─▶ reference_second_order
+//   elementwise, elementwise_fused ─▶ elementwise_gradient  ─▶ reference_elementwise_second_order
+//   statistics                     ─▶ statistics_gradient   ─▶ reference_statistics_second_order
 //
 // First derivatives to logits, logit scale and coefficients run in kernels. Derivatives to probability targets, and
 // second derivatives, are taken through the reference (objkern/reference.py), which torch can differentiate.
@@ -53,21 +54,48 @@ c10::OperatorHandle find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
 
-// The ops that a backward pass calls: those of the family of the forward op, and the reference, which all share.
-struct Family {
-  c10::OperatorHandle gradient, rescale, statistics_gradient;
-  c10::OperatorHandle reference_gradient = find("objkern::reference_gradient"),
-                      reference_second_order = find("objkern::reference_second_order"),
-                      reference_statistics_gradient = find("objkern::reference_statistics_gradient"),
-                      reference_statistics_second_order = find("objkern::reference_statistics_second_order");
+// A kind of op: the ops that its backward pass calls, and the places of its differentiable arguments. They begin with
+// logits, target and logit scale; coefficients, if there are any, come next. What has no kernel for its derivative, the
+// target and what comes after the coefficients, goes through the reference.
+struct Kind {
+  const char *gradient, *rescale, *reference_gradient, *reference_second_order;
+  int kept;  // which result the gradient op takes; −1: none
+  std::vector<int> places;
+};
 
-  explicit Family(const std::string& name)
-      : gradient(find(name + "::gradient")),
-        rescale(find(name + "::rescale")),
-        statistics_gradient(find(name + "::statistics_gradient")) {}
+constexpr int kToLogits = 0, kToTarget = 1, kToScale = 2, kToCoefficients = 3;  // in `places`
 
-  static const Family& of(const c10::OperatorHandle& op) {
-    static const Family native("objkern"), triton("objkern_triton");
+const Kind objective_kind{"gradient", "rescale", "reference_gradient", "reference_second_order", 2,
+                          {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kCoefficientTensor}};
+const Kind elementwise_kind{"elementwise_gradient", "elementwise_rescale", "reference_elementwise_gradient",
+                            "reference_elementwise_second_order", -1,
+                            {kInput, kElementTarget, kElementScale, kElementCoefficients, kWeight, kPosWeight}};
+const Kind statistics_kind{"statistics_gradient", nullptr, "reference_statistics_gradient",
+                           "reference_statistics_second_order", 1, {kLogits, kTarget, kLogitScale}};
+
+// The ops of a kind in the family of the forward op; all families share the reference.
+struct Ops {
+  const Kind& kind;
+  c10::OperatorHandle gradient, rescale, reference_gradient, reference_second_order;
+
+  Ops(const std::string& family, const Kind& kind_)
+      : kind(kind_),
+        gradient(find(family + "::" + kind.gradient)),
+        rescale(find(family + "::" + (kind.rescale == nullptr ? kind.gradient : kind.rescale))),
+        reference_gradient(find(std::string("objkern::") + kind.reference_gradient)),
+        reference_second_order(find(std::string("objkern::") + kind.reference_second_order)) {}
+
+  int before_arguments() const { return kind.kept < 0 ? 2 : 3; }  // in the gradient op: ∂L/∂y, kept, unscaled
+
+  std::vector<int> places_in_gradient_op() const {  // ∂L/∂y is differentiable too
+    std::vector<int> found{0};
+    for (const int place : kind.places) found.push_back(before_arguments() + place);
+    return found;
+  }
+
+  template <const Kind& kKind>
+  static const Ops& of(const c10::OperatorHandle& op) {
+    static const Ops native("objkern", kKind), triton("objkern_triton", kKind);
     return op.schema().name().rfind("objkern::", 0) == 0 ? native : triton;
   }
 };
@@ -132,18 +160,6 @@ variable_list through_reference(const c10::OperatorHandle& op, Stack stack, c10:
   return gradients;
 }
 
-// The places of the differentiable arguments.
-const std::vector<int> objective_places{kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kCoefficientTensor};
-const std::vector<int> statistics_places{kLogits, kTarget, kLogitScale};
-
-constexpr int kBeforeArguments = 3;  // in a gradient op: ∂L/∂y, which is differentiable too, kept, unscaled
-
-std::vector<int> in_gradient_op(const std::vector<int>& places) {
-  std::vector<int> found{0};
-  for (const int place : places) found.push_back(kBeforeArguments + place);
-  return found;
-}
-
 // What the backward passes of all the ops share: saved arguments, and one result that is differentiable.
 struct RowsBackward : Node {
   SavedArguments arguments;
@@ -175,11 +191,10 @@ struct RowsBackward : Node {
 
 // The derivatives of a gradient op of (∂L/∂y, kept, unscaled, arguments...).
 struct GradientBackward final : RowsBackward {
-  const c10::OperatorHandle& second_order;
+  const Ops& ops;
 
-  GradientBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places,
-                   const c10::OperatorHandle& second_order_)
-      : RowsBackward(arguments_, places), second_order(second_order_) {}
+  GradientBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places, const Ops& ops_)
+      : RowsBackward(arguments_, places), ops(ops_) {}
 
   std::string name() const override { return "GradientBackward"; }
 
@@ -188,20 +203,18 @@ struct GradientBackward final : RowsBackward {
     const std::lock_guard<std::mutex> lock(mutex_);
     Stack saved;
     arguments.append_to(saved);
-    return through_reference(second_order, {IValue(grads[0]), saved[0]},
-                             c10::ArrayRef<IValue>(saved).slice(kBeforeArguments), needed());
+    return through_reference(ops.reference_second_order, {IValue(grads[0]), saved[0]},
+                             c10::ArrayRef<IValue>(saved).slice(ops.before_arguments()), needed());
   }
 };
 
-// The derivatives of objective, fused and statistics.
+// The derivatives of a forward op.
 struct ForwardBackward : RowsBackward {
   SavedVariable kept;
-  const c10::OperatorHandle& gradient_op;
-  const c10::OperatorHandle& reference_op;
+  const Ops& ops;
 
-  ForwardBackward(c10::ArrayRef<IValue> arguments_, const std::vector<int>& places,
-                  const c10::OperatorHandle& gradient_op_, const c10::OperatorHandle& reference_op_)
-      : RowsBackward(arguments_, places), gradient_op(gradient_op_), reference_op(reference_op_) {}
+  ForwardBackward(c10::ArrayRef<IValue> arguments_, const Ops& ops_)
+      : RowsBackward(arguments_, ops_.kind.places), ops(ops_) {}
 
   // What differs: a gradient that is there already, and the coefficients.
   virtual Tensor finished_gradient(const Tensor&, const Tensor&, const Stack&) { return {}; }
@@ -220,33 +233,37 @@ struct ForwardBackward : RowsBackward {
     const bool only_logits = std::find(need.begin() + 1, need.end(), true) == need.end();
     std::vector<bool> reference = need;
     if (!at::GradMode::is_enabled() || only_logits) reference.assign(need.size(), false);
-    reference[1] = need[1];  // the target
+    for (size_t i = 0; i < need.size(); ++i)
+      if (i == kToTarget || i > kToCoefficients) reference[i] = need[i];
     if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
-      found = through_reference(reference_op, {IValue(upstream)}, inputs, reference);
+      found = through_reference(ops.reference_gradient, {IValue(upstream)}, inputs, reference);
     }
     // Unpacked once: a checkpoint computes what it unpacks anew, and refuses to do so twice.
-    const bool to_logits = need[0] && !reference[0], to_scale = need[2] && !reference[2];
-    const Tensor kept_ = to_logits || to_scale ? kept.unpack() : Tensor();
-    if (to_logits) found[0] = finished_gradient(upstream, kept_, inputs);
-    if (to_logits && !found[0].defined()) found[0] = gradient(upstream, kept_, inputs, false);
+    const bool to_logits = need[kToLogits] && !reference[kToLogits], to_scale = need[kToScale] && !reference[kToScale];
+    const Tensor kept_ = (to_logits || to_scale) && ops.kind.kept >= 0 ? kept.unpack() : Tensor();
+    if (to_logits) found[kToLogits] = finished_gradient(upstream, kept_, inputs);
+    if (to_logits && !found[kToLogits].defined()) found[kToLogits] = gradient(upstream, kept_, inputs, false);
     if (to_scale) {
-      const int rows = differentiable[0] - kLogits;
-      const Tensor logits = inputs[rows + kLogits].toTensor();
+      const Tensor logits = inputs[differentiable[kToLogits]].toTensor();
       const bool doubles = logits.scalar_type() == at::kDouble;
       Stack wide = inputs;  // summed before it is rounded
-      wide[rows + kLogits] = logits.to(doubles ? at::kDouble : at::kFloat);
-      found[2] = scale_gradient(gradient(upstream, kept_, wide, true), logits, inputs[rows + kLogitScale].toTensor());
+      wide[differentiable[kToLogits]] = logits.to(doubles ? at::kDouble : at::kFloat);
+      found[kToScale] = scale_gradient(gradient(upstream, kept_, wide, true), logits,
+                                       inputs[differentiable[kToScale]].toTensor());
     }
-    if (need.size() > 3 && need[3] && !reference[3]) found[3] = coefficient_gradient(upstream, inputs);
+    if (need.size() > kToCoefficients && need[kToCoefficients] && !reference[kToCoefficients])
+      found[kToCoefficients] = coefficient_gradient(upstream, inputs);
     return found;
   }
 
   Tensor gradient(const Tensor& upstream, const Tensor& kept_, const Stack& inputs, bool unscaled) const {
     Stack stack;
-    stack.reserve(kBeforeArguments + inputs.size());
-    torch::jit::push(stack, upstream, kept_, unscaled);
+    stack.reserve(ops.before_arguments() + inputs.size());
+    stack.emplace_back(upstream);
+    if (ops.kind.kept >= 0) stack.emplace_back(kept_);
+    stack.emplace_back(unscaled);
     stack.insert(stack.end(), inputs.begin(), inputs.end());
-    gradient_op.callBoxed(stack);
+    ops.gradient.callBoxed(stack);
     return stack.back().toTensor();
   }
 
@@ -261,11 +278,7 @@ struct ObjectiveBackward final : ForwardBackward {
   SavedVariable parts;
   Tensor finished;  // by the forward pass; handed over once, a second backward pass computes its own
 
-  const c10::OperatorHandle& rescale_op;
-
-  ObjectiveBackward(c10::ArrayRef<IValue> arguments_, const Family& family)
-      : ForwardBackward(arguments_, objective_places, family.gradient, family.reference_gradient),
-        rescale_op(family.rescale) {}
+  using ForwardBackward::ForwardBackward;
 
   std::string name() const override { return "ObjectiveBackward"; }
 
@@ -278,14 +291,15 @@ struct ObjectiveBackward final : ForwardBackward {
       return half ? Tensor() : gradient * upstream;  // rounded already, half precision would lose digits
     }
     if (!torch::autograd::impl::is_tensor_stealable(gradient)) return {};  // its Python object counts as an owner too
-    Stack stack{IValue(gradient), IValue(upstream), IValue(row_gradient)};
+    Stack stack{IValue(gradient), IValue(upstream)};
+    if (ops.kind.kept >= 0) stack.emplace_back(row_gradient);
     stack.insert(stack.end(), inputs.begin(), inputs.end());
     const at::AutoDispatchBelowADInplaceOrView guard;
-    rescale_op.callBoxed(stack);
+    ops.rescale.callBoxed(stack);
     return gradient;
   }
 
-  bool coefficients_need_gradient() const { return next_edge(3).is_valid(); }
+  bool coefficients_need_gradient() const { return next_edge(kToCoefficients).is_valid(); }
 
   // d loss / d coefficient is the term itself.
   Tensor coefficient_gradient(const Tensor& upstream, const Stack& inputs) override {
@@ -296,7 +310,7 @@ struct ObjectiveBackward final : ForwardBackward {
       const Tensor own = values.select(0, static_cast<int64_t>(k)).to(at::kDouble) * upstream * terms[3 * k + 2];
       found.push_back(upstream.dim() == 0 ? own : own.sum());
     }
-    return at::stack(found).to(inputs[kCoefficientTensor].toTensor().device());
+    return at::stack(found).to(inputs[differentiable[kToCoefficients]].toTensor().device());
   }
 
   void release_variables() override {
@@ -308,10 +322,7 @@ struct ObjectiveBackward final : ForwardBackward {
 };
 
 struct StatisticsBackward final : ForwardBackward {
-  StatisticsBackward(c10::ArrayRef<IValue> arguments_, const Family& family)
-      : ForwardBackward(arguments_, statistics_places, family.statistics_gradient,
-                        family.reference_statistics_gradient) {}
-
+  using ForwardBackward::ForwardBackward;
   std::string name() const override { return "StatisticsBackward"; }
 };
 
@@ -337,62 +348,59 @@ void call_below(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* 
 
 // `record(node, results)` fills the node of N with what the results hold.
 template <class N, class F>
-void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const std::vector<int>& places,
+void forward_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const Ops& ops,
                 const F& record) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
-  auto node = make_node<N>(arguments, Family::of(op));
+  if (!requires_grad(arguments, ops.kind.places, op)) return call_below(op, keys, stack);
+  auto node = make_node<N>(arguments, ops);
   call_below(op, keys, stack);
   const auto results = torch::jit::last(*stack, op.schema().returns().size());
   torch::autograd::set_history(results[0].toTensor(), node);
+  if (ops.kind.kept >= 0) node->kept = SavedVariable(results[ops.kind.kept].toTensor(), false);
   record(*node, results);
 }
 
+template <const Kind& kKind>
 void objective(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   forward_op<ObjectiveBackward>(
-      op, keys, stack, objective_places, [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
+      op, keys, stack, Ops::of<kKind>(op), [](ObjectiveBackward& node, c10::ArrayRef<IValue> results) {
         TORCH_CHECK_VALUE(
             !node.coefficients_need_gradient() || results[1].toTensor().size(0) != 0,
             "objkern: coefficient_tensor requires a gradient, which is made of the parts: pass with_parts");
         node.parts = SavedVariable(results[1].toTensor(), false);
-        node.kept = SavedVariable(results[2].toTensor(), false);
-        if (results.size() > 3) node.finished = results[3].toTensor();
+        const size_t gradient = kKind.kept < 0 ? 2 : 3;  // of the fused op
+        if (results.size() > gradient) node.finished = results[gradient].toTensor();
       });
 }
 
 void statistics(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  forward_op<StatisticsBackward>(op, keys, stack, statistics_places,
-                                 [](StatisticsBackward& node, c10::ArrayRef<IValue> results) {
-                                   node.kept = SavedVariable(results[1].toTensor(), false);
-                                 });
+  forward_op<StatisticsBackward>(op, keys, stack, Ops::of<statistics_kind>(op),
+                                 [](StatisticsBackward&, c10::ArrayRef<IValue>) {});
 }
 
-void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack, const std::vector<int>& places,
-                 const c10::OperatorHandle& second_order) {
+template <const Kind& kKind>
+void gradient_op(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const Ops& ops = Ops::of<kKind>(op);
+  static const std::vector<int> places = ops.places_in_gradient_op();
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   if (!requires_grad(arguments, places, op)) return call_below(op, keys, stack);
-  TORCH_CHECK_NOT_IMPLEMENTED(!arguments[2].toBool(), op.schema().name(), ": no second derivative of `unscaled`");
-  auto node = make_node<GradientBackward>(arguments, places, second_order);
+  TORCH_CHECK_NOT_IMPLEMENTED(!arguments[ops.before_arguments() - 1].toBool(), op.schema().name(),
+                              ": no second derivative of `unscaled`");
+  auto node = make_node<GradientBackward>(arguments, places, ops);
   call_below(op, keys, stack);
   torch::autograd::set_history(stack->back().toTensor(), node);
 }
 
-void gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places = in_gradient_op(objective_places);
-  gradient_op(op, keys, stack, places, Family::of(op).reference_second_order);
-}
-
-void statistics_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  static const std::vector<int> places = in_gradient_op(statistics_places);
-  gradient_op(op, keys, stack, places, Family::of(op).reference_statistics_second_order);
-}
-
 void register_derivatives(torch::Library& m) {
-  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());
-  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&objective>());
-  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());
-  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient>());
-  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient>());
+  using torch::CppFunction;
+  m.impl("objective", CppFunction::makeFromBoxedFunction<&objective<objective_kind>>());
+  m.impl("fused", CppFunction::makeFromBoxedFunction<&objective<objective_kind>>());
+  m.impl("gradient", CppFunction::makeFromBoxedFunction<&gradient_op<objective_kind>>());
+  m.impl("elementwise", CppFunction::makeFromBoxedFunction<&objective<elementwise_kind>>());
+  m.impl("elementwise_fused", CppFunction::makeFromBoxedFunction<&objective<elementwise_kind>>());
+  m.impl("elementwise_gradient", CppFunction::makeFromBoxedFunction<&gradient_op<elementwise_kind>>());
+  m.impl("statistics", CppFunction::makeFromBoxedFunction<&statistics>());
+  m.impl("statistics_gradient", CppFunction::makeFromBoxedFunction<&gradient_op<statistics_kind>>());
 }
 
 }  // namespace

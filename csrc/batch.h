@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/ivalue.h>
 
 #include <cmath>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "elementwise.h"
 #include "objective.h"
 #include "rows.h"
 
@@ -65,35 +67,41 @@ struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
         masked(a[6].toBool()) {}
 };
 
-struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE_ARGUMENTS
-  std::vector<Term> terms;                  // `scale` is the coefficient as a number
+// The terms and what is made of their values: the first two arguments and the last four, which begin at `rest`.
+struct ProgramArguments {
+  std::vector<Term> terms;  // `scale` is the coefficient as a number
   Reduction reduction;
   std::optional<Tensor> coefficient_tensor, normalizer;
   bool empty_zero, with_parts;
 
-  explicit ObjectiveArguments(c10::ArrayRef<IValue> a)
-      : RowArguments(a.slice(kRows, kRowArguments)),
-        reduction(static_cast<Reduction>(a[kReduction].toInt())),
-        coefficient_tensor(optional_tensor(a[kCoefficientTensor])),
-        normalizer(optional_tensor(a[kCoefficientTensor + 1])),
-        empty_zero(a[kCoefficientTensor + 2].toBool()),
-        with_parts(a[kCoefficientTensor + 3].toBool()) {
+  ProgramArguments(c10::ArrayRef<IValue> a, int rest, int64_t kinds)
+      : reduction(static_cast<Reduction>(a[kReduction].toInt())),
+        coefficient_tensor(optional_tensor(a[rest])),
+        normalizer(optional_tensor(a[rest + 1])),
+        empty_zero(a[rest + 2].toBool()),
+        with_parts(a[rest + 3].toBool()) {
     const auto numbers = a[kTerms].toDoubleVector();
     TORCH_CHECK(numbers.size() % 3 == 0, "objkern: terms: expected a kind, a parameter and a coefficient of each");
     for (size_t i = 0; i < numbers.size(); i += 3) {
-      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kTermKinds && numbers[i] == std::floor(numbers[i]),
-                  "objkern: term kind ", numbers[i], " is not known");
+      TORCH_CHECK(0 <= numbers[i] && numbers[i] < kinds && numbers[i] == std::floor(numbers[i]), "objkern: term kind ",
+                  numbers[i], " is not known");
       terms.push_back({static_cast<int64_t>(numbers[i]), numbers[i + 1], numbers[i + 2]});
     }
     TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
                 "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
-    TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
-                      "objkern: target: a term needs one but got None");
     const auto size = static_cast<int64_t>(terms.size());
     TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
                 "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");
     TORCH_CHECK(!normalizer.has_value() || normalizer->dim() == 0, "objkern: normalizer: expected a 0-dim tensor but ",
                 "got ", normalizer->sizes());
+  }
+};
+
+struct ObjectiveArguments : RowArguments, ProgramArguments {  // in the order of OBJKERN_OBJECTIVE_ARGUMENTS
+  explicit ObjectiveArguments(c10::ArrayRef<IValue> a)
+      : RowArguments(a.slice(kRows, kRowArguments)), ProgramArguments(a, kCoefficientTensor, kTermKinds) {
+    TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
+                      "objkern: target: a term needs one but got None");
   }
 
   int64_t reads() const {
@@ -114,6 +122,71 @@ struct ObjectiveArguments : RowArguments {  // in the order of OBJKERN_OBJECTIVE
     for (const Term& term : terms)
       any |= static_cast<TermKind>(term.kind) == TermKind::kCrossEntropy && term.parameter > 0;
     return any;
+  }
+};
+
+struct ElementArguments : ProgramArguments {  // in the order of OBJKERN_ELEMENT_ARGUMENTS
+  Tensor input;
+  std::optional<Tensor> target, logit_scale, weight, pos_weight;
+  double softcap;
+  bool limits;
+
+  explicit ElementArguments(c10::ArrayRef<IValue> a)
+      : ProgramArguments(a, kElementCoefficients, kElementKinds),
+        input(a[kInput].toTensor()),
+        target(optional_tensor(a[kElementTarget])),
+        logit_scale(optional_tensor(a[kElementScale])),
+        weight(optional_tensor(a[kWeight])),
+        pos_weight(optional_tensor(a[kPosWeight])),
+        softcap(a[kPosWeight + 1].toDouble()),
+        limits(a[kPosWeight + 2].toBool()) {
+    bool needed = false;
+    for (const Term& term : terms) needed |= reads_target(static_cast<ElementKind>(term.kind));
+    TORCH_CHECK_VALUE(target.has_value() || !needed, "objkern: target: a term needs one but got None");
+    TORCH_CHECK_VALUE(softcap >= 0, "objkern: softcap: expected a number >= 0 but got ", softcap);
+  }
+};
+
+// A raw view of the elements, and tensors that live as long as it does. The logit scale is left to the backend.
+struct ElementBatch {
+  Elements elements;
+  Tensor input, target, weight, pos_weight;
+
+  explicit ElementBatch(const ElementArguments& in) : input(in.input.contiguous()) {
+    elements.dtype = dtype_of(input);
+    elements.input = input.const_data_ptr();
+    elements.count = input.numel();
+    elements.softcap = in.softcap;
+    elements.limits = in.limits;
+    const auto wide = accumulation_type(input);
+    if (in.target.has_value()) {
+      TORCH_CHECK(in.target->sizes() == input.sizes(), "objkern: target: expected the shape ", input.sizes(),
+                  " but got ", in.target->sizes());
+      const bool same = in.target->scalar_type() == input.scalar_type();
+      target = (same ? *in.target : in.target->to(wide)).contiguous();
+      elements.target = target.const_data_ptr();
+      elements.target_dtype = dtype_of(target);
+    }
+    weight = repeated("weight", in.weight, elements.weight, elements.weight_period);
+    pos_weight = repeated("pos_weight", in.pos_weight, elements.pos_weight, elements.pos_weight_period);
+  }
+
+ private:
+  // Numbers that broadcast to the input: once if they repeat over its first dimensions, otherwise one for each element.
+  Tensor repeated(const char* name, const std::optional<Tensor>& given, const void*& pointer, int64_t& period) const {
+    if (!given.has_value() || elements.count == 0) return {};
+    TORCH_CHECK_TYPE(!given->is_complex(), "objkern: ", name, ": expected real numbers");
+    TORCH_CHECK(at::is_expandable_to(given->sizes(), input.sizes()), "objkern: ", name,
+                ": expected a shape that broadcasts to ", input.sizes(), " but got ", given->sizes());
+    Tensor numbers = given->to(accumulation_type(input));
+    int64_t dim = 0;  // leading dimensions of size 1 repeat
+    while (dim < numbers.dim() && numbers.size(dim) == 1) ++dim;
+    const auto own = numbers.sizes().slice(dim);
+    const bool repeats = own == input.sizes().slice(input.dim() - static_cast<int64_t>(own.size()));
+    numbers = (repeats ? numbers : numbers.expand(input.sizes())).contiguous();
+    pointer = numbers.const_data_ptr();
+    period = numbers.numel();
+    return numbers;
   }
 };
 
@@ -199,7 +272,11 @@ inline Tensor take_given(torch::jit::Stack* stack, To to) {
   m.impl("gradient.into", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kGiven>>());                \
   m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());                             \
   m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kNew>>()); \
-  m.impl("statistics_gradient.into", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kGiven>>())
+  m.impl("statistics_gradient.into", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kGiven>>()); \
+  m.impl("elementwise", torch::CppFunction::makeFromBoxedFunction<&elementwise<false>>());                            \
+  m.impl("elementwise_fused", torch::CppFunction::makeFromBoxedFunction<&elementwise<true>>());                       \
+  m.impl("elementwise_rescale", torch::CppFunction::makeFromBoxedFunction<&elementwise_rescale>());                   \
+  m.impl("elementwise_gradient", torch::CppFunction::makeFromBoxedFunction<&elementwise_gradient>())
 
 inline void check_partials(const Batch& batch, const Tensor& partials, const Tensor& centred) {
   const int64_t n = batch.rows.rows;

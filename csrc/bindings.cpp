@@ -42,6 +42,10 @@ void define_kernels(torch::Library& m) {
   // From the gradient of `fused`, which is that under an upstream gradient of 1, to that under `upstream`.
   m.def("rescale(Tensor(a!) gradient, Tensor upstream, Tensor row_gradient, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> ()");
   m.def("statistics(" OBJKERN_ROW_ARGUMENTS ") -> (Tensor statistics, Tensor centred)");
+  m.def("elementwise(" OBJKERN_ELEMENT_ARGUMENTS ") -> (Tensor loss, Tensor parts)");
+  m.def("elementwise_fused(" OBJKERN_ELEMENT_ARGUMENTS ") -> (Tensor loss, Tensor parts, Tensor gradient)");
+  m.def("elementwise_gradient(Tensor upstream, bool unscaled, " OBJKERN_ELEMENT_ARGUMENTS ") -> Tensor");
+  m.def("elementwise_rescale(Tensor(a!) gradient, Tensor upstream, " OBJKERN_ELEMENT_ARGUMENTS ") -> ()");
   m.def("statistics_gradient(Tensor partials, Tensor centred, bool unscaled, " OBJKERN_ROW_ARGUMENTS ") -> Tensor");
   m.def("statistics_gradient.into(Tensor partials, Tensor centred, bool unscaled, " OBJKERN_ROW_ARGUMENTS
         ", *, Tensor(a!) gradient) -> ()");
@@ -59,6 +63,9 @@ TORCH_LIBRARY(objkern, m) {
   // marks: logits, target, logit scale and coefficients; in the second order the upstream gradient before them.
   m.def("reference_gradient(Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> Tensor[]");
   m.def("reference_second_order(Tensor grad, Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS
+        ") -> Tensor[]");
+  m.def("reference_elementwise_gradient(Tensor upstream, bool[] needed, " OBJKERN_ELEMENT_ARGUMENTS ") -> Tensor[]");
+  m.def("reference_elementwise_second_order(Tensor grad, Tensor upstream, bool[] needed, " OBJKERN_ELEMENT_ARGUMENTS
         ") -> Tensor[]");
   m.def("reference_statistics_gradient(Tensor partials, bool[] needed, " OBJKERN_ROW_ARGUMENTS ") -> Tensor[]");
   m.def("reference_statistics_second_order(Tensor grad, Tensor partials, bool[] needed, " OBJKERN_ROW_ARGUMENTS

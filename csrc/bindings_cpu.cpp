@@ -28,18 +28,18 @@ struct ReusingAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 
-// The one that was given, or a new one.
-Tensor gradient_of(const Rows& rows, const RowArguments& in, const Tensor& given) {
-  if (given.defined()) {
-    check_gradient(in, given, false);
-    return given;
-  }
-  const Tensor& logits = in.logits;
-  const std::array<int64_t, 2> sizes{rows.rows, rows.classes};
-  if (rows.rows * rows.classes * logits.element_size() < cpu::kLeastReused) return at::empty(sizes, logits.options());
+Tensor new_gradient(const Tensor& like) {
+  if (like.numel() * like.element_size() < cpu::kLeastReused) return at::empty(like.sizes(), like.options());
   static ReusingAllocator* const allocator = new ReusingAllocator;
-  return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), logits.scalar_type(),
-                                   std::nullopt);
+  return at::detail::empty_generic(like.sizes(), allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   like.scalar_type(), std::nullopt);
+}
+
+// The one that was given, or a new one.
+Tensor gradient_of(const RowArguments& in, const Tensor& given) {
+  if (!given.defined()) return new_gradient(in.logits);
+  check_gradient(in, given, false);
+  return given;
 }
 
 const cpu::Doors& cpu_doors() {
@@ -57,7 +57,7 @@ Batch batch_of(const RowArguments& in, int64_t reads = kEverything) {
   return batch;
 }
 
-std::vector<Term> terms_of(const ObjectiveArguments& in) {
+std::vector<Term> terms_of(const ProgramArguments& in) {
   std::vector<Term> terms = in.terms;
   if (!in.coefficient_tensor.has_value()) return terms;
   const Tensor factors = in.coefficient_tensor->to(at::kDouble).contiguous();
@@ -125,7 +125,7 @@ void run_objective(Stack* stack, To to) {
   const Tensor values = at::empty({size + kFreeStatistics, program.per_row ? n : 1}, options.dtype(at::kDouble));
   const Tensor row_gradient = at::empty({in.row_gradient_fields(), n}, options);
   if (with_gradient) {
-    gradient = gradient_of(rows, in, gradient);
+    gradient = gradient_of(in, gradient);
     cpu_doors().fused(rows, program, values.mutable_data_ptr<double>(), row_gradient.mutable_data_ptr(),
                       gradient.mutable_data_ptr());
   } else {
@@ -200,19 +200,23 @@ void gradient(const c10::OperatorHandle&, Stack* stack) {
   GradientCall call(all[1].toTensor(), all.slice(3));
   call.batch.rows.unscaled = all[2].toBool();
   torch::jit::drop(*stack, all.size());
-  const Tensor out = gradient_of(call.batch.rows, call.in, into);
+  const Tensor out = gradient_of(call.in, into);
   write_gradient(call.batch, call.row_gradient, upstream, out);
   if (kTo == To::kNew) torch::jit::push(*stack, out);
 }
 
-// In place where that loses no digits: half precision has been rounded already, and float16 may have underflowed; 0·∞
-// in an ignored row would be NaN.
+// Where that loses no digits: half precision has been rounded already, and float16 may have underflowed; 0·∞ in an
+// ignored row would be NaN.
+bool scales_in_place(const Tensor& gradient, double factor) {
+  const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
+  return !half && std::isfinite(factor);
+}
+
 void rescale(const c10::OperatorHandle&, Stack* stack) {
   const auto all = torch::jit::last(*stack, 3 + kObjectiveArguments);
   const Tensor gradient = all[0].toTensor(), upstream = all[1].toTensor();
   const double factor = upstream.item<double>();
-  const bool half = gradient.scalar_type() == at::kHalf || gradient.scalar_type() == at::kBFloat16;
-  if (factor != 1.0 && !half && std::isfinite(factor)) {
+  if (factor != 1.0 && scales_in_place(gradient, factor)) {
     gradient.mul_(upstream);
   } else if (factor != 1.0) {
     const GradientCall call(all[2].toTensor(), all.slice(3));
@@ -251,9 +255,106 @@ void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
   const Tensor f = partials.to(at::kDouble).contiguous();
   cpu_doors().chain(batch.rows, centred.const_data_ptr<double>(), f.const_data_ptr<double>(),
                     row_gradient.mutable_data_ptr());
-  const Tensor out = gradient_of(batch.rows, in, into);
+  const Tensor out = gradient_of(in, into);
   write_gradient(batch, row_gradient, at::ones({}, options), out);
   if (kTo == To::kNew) torch::jit::push(*stack, out);
+}
+
+// ---- elementwise objectives ---------------------------------------------------------------------------------------
+
+// A call whose terms are weighed: coefficients over the denominator, which is the same for all of them.
+struct ElementCall {
+  ElementArguments in;
+  ElementBatch batch;
+  std::vector<Term> weighted, terms;
+  double denominator = 1;
+
+  explicit ElementCall(c10::ArrayRef<IValue> arguments)
+      : in(arguments), batch(in), weighted(terms_of(in)), terms(weighted) {
+    Elements& elements = batch.elements;
+    if (in.logit_scale.has_value()) elements.logit_scale = in.logit_scale->item<double>();
+    const bool empty = elements.count == 0 && in.empty_zero;
+    if (in.normalizer.has_value()) {
+      denominator = in.normalizer->item<double>();
+    } else if (in.reduction == Reduction::kMean && !empty) {
+      denominator = static_cast<double>(elements.count);
+    }
+    for (Term& term : terms) term.scale /= denominator;
+  }
+
+  cpu::Program program() const {
+    return {terms.data(), static_cast<int64_t>(terms.size()), in.reduction == Reduction::kNone};
+  }
+
+  void write_gradient(const Tensor& upstream, const Tensor& out) const {
+    const Tensor u = upstream.to(accumulation_type(batch.input)).contiguous();
+    TORCH_CHECK(u.dim() == 0 || u.sizes() == batch.input.sizes(), "objkern: upstream: expected () or ",
+                batch.input.sizes(), " but got ", u.sizes());
+    const int64_t stride = upstream.dim() == 0 && in.reduction != Reduction::kNone ? 0 : 1;
+    cpu_doors().elementwise_gradient(batch.elements, program(), u.const_data_ptr(), stride, out.mutable_data_ptr());
+  }
+};
+
+template <bool kFused>
+void elementwise(const c10::OperatorHandle&, Stack* stack) {
+  const ElementCall call(torch::jit::last(*stack, kElementArguments));
+  torch::jit::drop(*stack, kElementArguments);
+  const cpu::Program program = call.program();
+  TORCH_CHECK_VALUE(!kFused || !program.per_row,
+                    "objkern: elementwise_fused: the gradient of unreduced losses is only known in the backward pass");
+  const Tensor& input = call.batch.input;
+  const auto type = accumulation_type(input);
+  const auto options = input.options().dtype(type);
+  const Tensor gradient = kFused ? new_gradient(input) : Tensor();
+  Tensor loss, parts;
+  if (program.per_row) {
+    std::vector<int64_t> sizes = input.sizes().vec();
+    loss = at::empty(sizes, options);
+    sizes.insert(sizes.begin(), call.in.with_parts ? program.size : 0);
+    parts = at::empty(sizes, options);
+    const cpu::Unreduced unreduced{loss.mutable_data_ptr(),
+                                   call.in.with_parts ? parts.mutable_data_ptr() : nullptr};
+    cpu_doors().elementwise(call.batch.elements, program, nullptr, unreduced, nullptr);
+  } else {
+    std::vector<double> sums(program.size);
+    cpu_doors().elementwise(call.batch.elements, program, sums.data(), {},
+                            kFused ? gradient.mutable_data_ptr() : nullptr);
+    double total = 0;
+    for (int64_t k = 0; k < program.size; ++k) {
+      sums[k] /= call.denominator;
+      total += call.weighted[k].scale * sums[k];
+    }
+    loss = filled({}, type, std::array<double, 1>{total});
+    parts = call.in.with_parts ? filled({program.size}, type, sums) : at::empty({0}, options);
+  }
+  torch::jit::push(*stack, loss, parts);
+  if (kFused) torch::jit::push(*stack, gradient);
+}
+
+void elementwise_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kElementArguments);
+  const Tensor upstream = all[0].toTensor();
+  ElementCall call(all.slice(2));
+  call.batch.elements.unscaled = all[1].toBool();
+  torch::jit::drop(*stack, all.size());
+  const Tensor out = new_gradient(call.batch.input);
+  call.write_gradient(upstream, out);
+  torch::jit::push(*stack, out);
+}
+
+void elementwise_rescale(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kElementArguments);
+  const Tensor gradient = all[0].toTensor(), upstream = all[1].toTensor();
+  if (const double factor = upstream.item<double>(); factor != 1.0 && scales_in_place(gradient, factor)) {
+    gradient.mul_(upstream);
+  } else if (factor != 1.0) {
+    const ElementCall call(all.slice(2));
+    TORCH_CHECK(gradient.is_contiguous() && gradient.sizes() == call.batch.input.sizes() &&
+                    gradient.scalar_type() == call.batch.input.scalar_type(),
+                "objkern: gradient does not belong to this input");
+    call.write_gradient(upstream, gradient);
+  }
+  torch::jit::drop(*stack, all.size());
 }
 
 }  // namespace

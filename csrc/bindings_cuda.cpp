@@ -25,36 +25,29 @@ void check(cuda::Status status) {
   TORCH_CHECK(status == cuda::kOk, "objkern: CUDA: ", cuda::message(status));
 }
 
-// A call on the logits' device and its current stream.
-struct Launch {
+// A call on the device of a tensor and its current stream.
+struct OnDevice {
+  const Tensor input;
   const c10::DeviceGuard guard;
   cuda::Stream stream = nullptr;
-  Batch batch;
-  cuda::Scalar logit_scale;
   std::vector<Tensor> alive;  // what was converted for the kernels
 
-  explicit Launch(const RowArguments& in, int64_t reads = kEverything) : guard(in.logits.device()), batch(in, reads) {
-    TORCH_CHECK(batch.rows.classes < (int64_t{1} << 31), "objkern: logits: expected fewer than 2^31 classes but got ",
-                batch.rows.classes);
-    check_device("target", in.target);
-    check_device("class weight", in.class_weight);
+  explicit OnDevice(const Tensor& input_) : input(input_), guard(input.device()) {
 #ifndef OBJKERN_EMULATED
-    stream = current_stream(in.logits.device());
+    stream = current_stream(input.device());
 #endif
-    logit_scale = number("logit_scale", in.logit_scale);
   }
 
   void check_device(const char* name, const std::optional<Tensor>& t) const {
-    TORCH_CHECK_VALUE(!t.has_value() || t->device() == batch.logits.device(), "objkern: ", name,
-                      ": expected a tensor on ", batch.logits.device(), ", as the logits, but got one on ",
-                      t->device());
+    TORCH_CHECK_VALUE(!t.has_value() || t->device() == input.device(), "objkern: ", name, ": expected a tensor on ",
+                      input.device(), ", as the logits, but got one on ", t->device());
   }
 
   // A 0-dim tensor: of the CPU as the number it is, of the device as a place to read it from.
   cuda::Scalar number(const char* name, const std::optional<Tensor>& t) {
     cuda::Scalar scalar;
     if (!t.has_value()) return scalar;
-    if (t->device() != batch.logits.device() && t->is_cpu()) {
+    if (t->device() != input.device() && t->is_cpu()) {
       scalar.value = t->item<double>();
       return scalar;
     }
@@ -66,7 +59,7 @@ struct Launch {
     return scalar;
   }
 
-  cuda::Program program(const ObjectiveArguments& in) {
+  cuda::Program program(const ProgramArguments& in) {
     cuda::Program program;
     TORCH_CHECK_VALUE(in.terms.size() <= cuda::kMostTerms, "objkern: terms: expected at most ", cuda::kMostTerms,
                       " on a GPU but got ", in.terms.size());
@@ -75,10 +68,10 @@ struct Launch {
     if (in.coefficient_tensor.has_value()) {
       alive.push_back(in.coefficient_tensor->to(at::kDouble).contiguous());
       const double* factors = alive.back().const_data_ptr<double>();
-      if (alive.back().device() == batch.logits.device()) {
+      if (alive.back().device() == input.device()) {
         program.factors = factors;
       } else {
-        TORCH_CHECK_VALUE(alive.back().is_cpu(), "objkern: coefficient_tensor: expected it on ", batch.logits.device(),
+        TORCH_CHECK_VALUE(alive.back().is_cpu(), "objkern: coefficient_tensor: expected it on ", input.device(),
                           " or the CPU but got it on ", alive.back().device());
         for (int k = 0; k < program.size; ++k) program.terms[k].scale *= factors[k];
       }
@@ -91,7 +84,20 @@ struct Launch {
     return program;
   }
 
-  at::TensorOptions options() const { return batch.logits.options().dtype(accumulation_type(batch.logits)); }
+  at::TensorOptions options() const { return input.options().dtype(accumulation_type(input)); }
+};
+
+struct Launch : OnDevice {
+  Batch batch;
+  cuda::Scalar logit_scale;
+
+  explicit Launch(const RowArguments& in, int64_t reads = kEverything) : OnDevice(in.logits), batch(in, reads) {
+    TORCH_CHECK(batch.rows.classes < (int64_t{1} << 31), "objkern: logits: expected fewer than 2^31 classes but got ",
+                batch.rows.classes);
+    check_device("target", in.target);
+    check_device("class weight", in.class_weight);
+    logit_scale = number("logit_scale", in.logit_scale);
+  }
 
   // The one that was given, or a new one.
   Tensor gradient(const RowArguments& in, const Tensor& given) {
@@ -227,6 +233,85 @@ void statistics_gradient(const c10::OperatorHandle&, Stack* stack) {
   const Tensor out = call.gradient(in, into);
   write_gradient(call, row_gradient, at::ones({}, call.options()), false, out);
   if (kTo == To::kNew) torch::jit::push(*stack, out);
+}
+
+// ---- elementwise objectives ---------------------------------------------------------------------------------------
+
+struct ElementLaunch : OnDevice {
+  ElementBatch batch;
+  cuda::Scalar logit_scale;
+  cuda::Program program;
+
+  explicit ElementLaunch(const ElementArguments& in) : OnDevice(in.input), batch(in), program(OnDevice::program(in)) {
+    check_device("target", in.target);
+    check_device("weight", in.weight);
+    check_device("pos_weight", in.pos_weight);
+    logit_scale = number("logit_scale", in.logit_scale);
+  }
+
+  void write_gradient(const Tensor& upstream, bool unless_one, const Tensor& out) {
+    check_device("upstream", upstream);
+    const Tensor u = upstream.to(accumulation_type(input)).contiguous();
+    TORCH_CHECK(u.dim() == 0 || u.sizes() == input.sizes(), "objkern: upstream: expected () or ", input.sizes(),
+                " but got ", u.sizes());
+    const int64_t stride = u.dim() == 0 && program.reduction != Reduction::kNone ? 0 : 1;
+    check(cuda::elementwise_gradient(batch.elements, logit_scale, program, u.const_data_ptr(), stride, unless_one,
+                                     out.mutable_data_ptr(), stream));
+  }
+};
+
+template <bool kFused>
+void elementwise(const c10::OperatorHandle&, Stack* stack) {
+  const ElementArguments in(torch::jit::last(*stack, kElementArguments));
+  torch::jit::drop(*stack, kElementArguments);
+  const bool per_element = in.reduction == Reduction::kNone;
+  TORCH_CHECK_VALUE(!kFused || !per_element,
+                    "objkern: elementwise_fused: the gradient of unreduced losses is only known in the backward pass");
+  ElementLaunch call(in);
+  const auto options = call.options();
+  std::vector<int64_t> sizes;
+  if (per_element) sizes = call.input.sizes().vec();
+  const Tensor loss = at::empty(sizes, options);
+  sizes.insert(sizes.begin(), in.with_parts ? call.program.size : 0);
+  const Tensor parts = at::empty(sizes, options);
+  const Tensor gradient = kFused ? at::empty(call.input.sizes(), call.input.options()) : Tensor();
+  const int64_t numbers = per_element ? 0 : cuda::element_blocks(call.batch.elements) * call.program.size;
+  const Tensor workspace = at::empty({numbers}, options.dtype(at::kDouble));
+  cuda::ElementResults results;
+  results.loss = loss.mutable_data_ptr();
+  results.parts = in.with_parts ? parts.mutable_data_ptr() : nullptr;
+  results.gradient = kFused ? gradient.mutable_data_ptr() : nullptr;
+  results.workspace = workspace.mutable_data_ptr();
+  check(cuda::elementwise(call.batch.elements, call.logit_scale, call.program, results, call.stream));
+  torch::jit::push(*stack, loss, parts);
+  if (kFused) torch::jit::push(*stack, gradient);
+}
+
+void elementwise_gradient(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kElementArguments);
+  const Tensor upstream = all[0].toTensor();
+  const bool unscaled = all[1].toBool();
+  const ElementArguments in(all.slice(2));
+  torch::jit::drop(*stack, all.size());
+  ElementLaunch call(in);
+  call.batch.elements.unscaled = unscaled;
+  const Tensor out = at::empty(call.input.sizes(), call.input.options());
+  call.write_gradient(upstream, false, out);
+  torch::jit::push(*stack, out);
+}
+
+void elementwise_rescale(const c10::OperatorHandle&, Stack* stack) {
+  const auto all = torch::jit::last(*stack, 2 + kElementArguments);
+  const Tensor gradient = all[0].toTensor(), upstream = all[1].toTensor();
+  const ElementArguments in(all.slice(2));
+  torch::jit::drop(*stack, all.size());
+  ElementLaunch call(in);
+  TORCH_CHECK(upstream.dim() == 0, "objkern: upstream: expected a 0-dim tensor but got ", upstream.sizes());
+  TORCH_CHECK(gradient.is_contiguous() && gradient.sizes() == call.input.sizes() &&
+                  gradient.scalar_type() == call.input.scalar_type(),
+              "objkern: gradient does not belong to this input");
+  call.check_device("gradient", gradient);
+  call.write_gradient(upstream, true, gradient);
 }
 
 }  // namespace

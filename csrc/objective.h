@@ -74,9 +74,10 @@ OBJKERN_INLINE R rounded_off(R a, R b, R sum) {
 // |d| = 10 the last digit of a float32 d is a millionth of exp(−|d|).
 template <class R>
 struct LogOdds {
-  R softplus_plus, softplus_minus, sigmoid_plus, sigmoid_minus;
+  R softplus_plus = R(0), softplus_minus = R(0), sigmoid_plus = R(0), sigmoid_minus = R(0);
   R softplus_plus_low = R(0);  // what softplus_plus was rounded by
 
+  LogOdds() = default;
   OBJKERN_INLINE explicit LogOdds(R d, R low = R(0)) {
     using L = Lane<R>;
     const auto negative = L::less(d, R(0));

@@ -38,8 +38,27 @@ struct Rows {
   bool free_statistics = true;  // whether lse, accuracy and target probability are asked for beside the terms
 };
 
+// The elements of a prediction, and what stands beside each.
+struct Elements {
+  const void* input = nullptr;  // (count), contiguous
+  DType dtype = DType::kFloat32;
+  int64_t count = 0;
+
+  const void* target = nullptr;          // (count) of target_dtype, or none
+  DType target_dtype = DType::kFloat32;  // the input's type, or the accumulation type
+  // Of the accumulation type; element i has number i modulo `period`. None: 1.
+  const void* weight = nullptr;
+  const void* pos_weight = nullptr;
+  int64_t weight_period = 0, pos_weight_period = 0;
+
+  double logit_scale = 1.0;
+  double softcap = 0.0;
+  bool unscaled = false;  // as in Rows
+  bool limits = true;     // see ElementInputs
+};
+
 struct Term {
-  int64_t kind = 0;  // TermKind
+  int64_t kind = 0;  // TermKind, or ElementKind
   double parameter = 0;
   double scale = 0;  // coefficient, over the denominator where that is known
 };

@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,6 +239,100 @@ ENTRIES = {
 }
 
 
+# ---- elementwise terms ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ElementEntry:
+    """A term that compares element by element: what its docstring does not say."""
+
+    examples: tuple[Term, ...]
+    gradient: Callable[[Tensor, Tensor, Term], Tensor]  # of z and y to ∂value/∂z
+    formula: str  # the same in LaTeX
+    when: str
+    targets: tuple[float, ...] = (0.0,)  # of the curves in the plot
+
+
+def binary_cross_entropy(z: Tensor, y: Tensor, term: Term) -> Tensor:
+    y = y * (1 - term.parameter) + term.parameter / 2
+    a = 1.0 if term.pos_weight is None else term.pos_weight
+    w = 1.0 if term.weight is None else term.weight
+    return w * ((1 - y) * torch.sigmoid(z) - a * y * torch.sigmoid(-z))
+
+
+ELEMENT_ENTRIES = {
+    "BinaryCrossEntropy": ElementEntry(
+        examples=(
+            objkern.BinaryCrossEntropy(),
+            objkern.BinaryCrossEntropy(label_smoothing=0.1),
+            objkern.BinaryCrossEntropy(
+                weight=torch.tensor([0.5], dtype=torch.float64), pos_weight=torch.tensor([3.0], dtype=torch.float64)
+            ),
+        ),
+        gradient=binary_cross_entropy,
+        formula=r"w\left((1 - y')\,\sigma(z) - a\,y'\,\sigma(-z)\right) \quad \text{which is } "
+        r"\sigma(z) - y \text{ without weights and smoothing}",
+        when="Each element is a question of its own: several labels at once, or one against the rest. `pos_weight` "
+        "above 1 buys recall for precision; (negatives / positives) of each class balances them.",
+        targets=(0.0, 1.0),
+    ),
+    "BernoulliEntropy": ElementEntry(
+        examples=(objkern.BernoulliEntropy(),),
+        gradient=lambda z, y, term: -z * torch.sigmoid(z) * torch.sigmoid(-z),
+        formula=r"-z\,\sigma(z)\,\sigma(-z)",
+        when="The confidence penalty of independent labels: subtract a little of it from `BinaryCrossEntropy`. Added, "
+        "it sharpens, as in semi-supervised training.",
+    ),
+    "MeanSquaredError": ElementEntry(
+        examples=(objkern.MeanSquaredError(),),
+        gradient=lambda z, y, term: 2 * (z - y),
+        formula=r"2\,(z - y)",
+        when="Regression whose errors are of one size: it estimates the mean. An outlier of ten times the error "
+        "weighs a hundred times as much; then take `Huber`.",
+    ),
+    "MeanAbsoluteError": ElementEntry(
+        examples=(objkern.MeanAbsoluteError(),),
+        gradient=lambda z, y, term: torch.sign(z - y),
+        formula=r"\mathrm{sign}(z - y)",
+        when="It estimates the median, so outliers do not move it; but its gradient is as large near the target as far "
+        "from it, and the learning rate has to fall for the last digits.",
+    ),
+    "Huber": ElementEntry(
+        examples=(objkern.Huber(), objkern.Huber(delta=0.3)),
+        gradient=lambda z, y, term: (z - y).clamp(-term.parameter, term.parameter),
+        formula=r"\max(-\delta, \min(\delta,\, z - y))",
+        when="Squares near the target and absolute values far from it. δ is the error from which on an example is an "
+        "outlier.",
+    ),
+}  # fmt: skip
+
+
+def element_sections() -> str:
+    links = ", ".join(f"[{name}](#{name.lower()})" for name in ELEMENT_ENTRIES)
+    return "\n\n".join([f"{links}.", *(element_section(name, entry) for name, entry in ELEMENT_ENTRIES.items())])
+
+
+def element_section(name: str, entry: ElementEntry) -> str:
+    gradient = rf"\frac{{\partial}}{{\partial z}} = {entry.formula}"
+    against = "the prediction, for each target" if len(entry.targets) > 1 else "the prediction, for a target of 0"
+    return section_of(name, entry.examples[0], gradient, against, entry.when)
+
+
+def draw_element(name: str, entry: ElementEntry) -> None:
+    z = torch.linspace(-6.0, 6.0, 161, dtype=torch.float64)
+
+    def curves(left: Any, right: Any) -> None:
+        for target, color in zip(entry.targets, (INK, ACCENT), strict=False):
+            leaf = z.clone().requires_grad_()
+            value = entry.examples[0](leaf, torch.full_like(z, target), reduction="none")
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            label = repr(entry.examples[0]) + (f", y = {target:.0f}" if len(entry.targets) > 1 else "")
+            left.plot(z, value.detach(), color=color, label=label)
+            right.plot(z, gradient, color=color, label=f"y = {target:.0f}" if len(entry.targets) > 1 else None)
+
+    plot(name, curves, "prediction", [-6, -3, 0, 3, 6])
+
+
 # ---- docstrings as Markdown -----------------------------------------------------------------------------------------
 
 
@@ -295,20 +390,25 @@ def term_sections() -> str:
 
 def section(name: str, entry: Entry) -> str:
     """Paragraphs are single lines: a wrapped one might begin with a "+", which Markdown takes for a list."""
-    doc = Docstring.of(Term.registry[name])
     gradient = [
         rf"\frac{{\partial}}{{\partial z_y}} &= {entry.target}",
         rf"\frac{{\partial}}{{\partial z_j}} &= {entry.others}",
         *([" &= ".join(entry.where)] if entry.where else []),
     ]
+    aligned = "\\begin{aligned}\n" + " \\\\\n".join(gradient) + "\n\\end{aligned}"
+    return section_of(name, entry.examples[0], aligned, "the margin", entry.when)
+
+
+def section_of(name: str, example: Term, gradient: str, against: str, when: str) -> str:
+    doc = Docstring.of(Term.registry[name])
     facts = [f"- `{argument}`: {meaning}" for argument, meaning in doc.arguments]
-    facts += [f"- **When:** {entry.when}", f"- **Source:** {doc.source}"]
+    facts += [f"- **When:** {when}", f"- **Source:** {doc.source}"]
     return "\n\n".join([
         f"### {name}",
         f"`objkern.{name}({signature(Term.registry[name])})` is `{doc.eager}`",
         doc.prose,
-        "```math\n\\begin{aligned}\n" + " \\\\\n".join(gradient) + "\n\\end{aligned}\n```",
-        f"![Value and gradient of {entry.examples[0]!r} against the margin]({IMAGES.name}/{image(name).name})",
+        f"```math\n{gradient}\n```",
+        f"![Value and gradient of {example!r} against {against}]({IMAGES.name}/{image(name).name})",
         "\n".join(facts),
     ])  # fmt: skip
 
@@ -322,7 +422,8 @@ def signature(term: type[Term]) -> str:
 
 def page(current: str) -> str:
     """The page with its generated parts renewed."""
-    for part, text in (("statistics", statistics_table()), ("terms", term_sections())):
+    parts = {"statistics": statistics_table(), "terms": term_sections(), "elements": element_sections()}
+    for part, text in parts.items():
         begin, end = f"<!-- begin {part} -->", f"<!-- end {part} -->"
         before, found, rest = current.partition(begin)
         _, closed, after = rest.partition(end)
@@ -353,6 +454,21 @@ def curves(term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def draw(name: str, term: Term) -> None:
+    def lines(left: Any, right: Any) -> None:
+        if term.target != "none":
+            margins, value, own, _ = curves(objkern.CrossEntropy())
+            left.plot(margins, value, color=PALE, linewidth=1.0, label="CrossEntropy()")
+            right.plot(margins, own, color=PALE, linewidth=1.0, label="CrossEntropy(), target")
+        margins, value, own, other = curves(term)
+        left.plot(margins, value, color=INK, label=repr(term))
+        right.plot(margins, own, color=INK, label="target")
+        right.plot(margins, other, color=ACCENT, label="largest other", linestyle=(0, (4, 1.5)))
+
+    plot(name, lines, "margin", [-8, -4, 0, 4, 8])
+
+
+def plot(name: str, lines: Callable[[Any, Any], None], variable: str, ticks: list[int]) -> None:
+    """Value and gradient side by side; `lines` draws on the two axes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -367,22 +483,16 @@ def draw(name: str, term: Term) -> None:
     with mpl.rc_context(style):
         figure = Figure(figsize=(6.8, 2.3), layout="constrained")
         left, right = figure.subplots(1, 2)
-        if term.target != "none":
-            margins, value, own, _ = curves(objkern.CrossEntropy())
-            left.plot(margins, value, color=PALE, linewidth=1.0, label="CrossEntropy()")
-            right.plot(margins, own, color=PALE, linewidth=1.0, label="CrossEntropy(), target")
-        margins, value, own, other = curves(term)
-        left.plot(margins, value, color=INK, label=repr(term))
-        right.plot(margins, own, color=INK, label="target")
-        right.plot(margins, other, color=ACCENT, label="largest other", linestyle=(0, (4, 1.5)))
+        lines(left, right)
         left.set_title("value")
         right.set_title("gradient")
         for axes in (left, right):
             axes.axhline(0.0, color="#d0d0d0", linewidth=0.6, zorder=0)
             axes.axvline(0.0, color="#d0d0d0", linewidth=0.6, zorder=0)
-            axes.set_xlabel("margin")
-            axes.set_xticks([-8, -4, 0, 4, 8])
-            axes.legend(loc="best")
+            axes.set_xlabel(variable)
+            axes.set_xticks(ticks)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best")
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     # Six decimals of a point are half of the file.
@@ -394,7 +504,8 @@ def draw(name: str, term: Term) -> None:
 
 
 def check_entries() -> None:
-    missing, unknown = sorted(set(Term.registry) - set(ENTRIES)), sorted(set(ENTRIES) - set(Term.registry))
+    entries = {*ENTRIES, *ELEMENT_ENTRIES}
+    missing, unknown = sorted(set(Term.registry) - entries), sorted(entries - set(Term.registry))
     if missing or unknown:
         raise SystemExit(f"ENTRIES: terms without an entry: {missing}; entries without a term: {unknown}")
 
@@ -404,7 +515,7 @@ def problems() -> list[str]:
     check_entries()
     text = PAGE.read_text(encoding="utf-8")
     found = [] if page(text) == text else [f"{PAGE.name} is stale: run make docs"]
-    return found + [f"{image(name)} is missing" for name in ENTRIES if not image(name).is_file()]
+    return found + [f"{image(name)} is missing" for name in (*ENTRIES, *ELEMENT_ENTRIES) if not image(name).is_file()]
 
 
 def main() -> int:
@@ -419,6 +530,8 @@ def main() -> int:
     IMAGES.mkdir(exist_ok=True)
     for name, entry in ENTRIES.items():
         draw(name, entry.examples[0])
+    for name, entry in ELEMENT_ENTRIES.items():
+        draw_element(name, entry)
     return 0
 
 

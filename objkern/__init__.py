@@ -7,7 +7,15 @@ loss.backward()
 
 from .batch import set_validation
 from .buffers import buffer_limit, release_buffers, set_buffer_limit
-from .functional import cross_entropy, linear_cross_entropy, linear_row_statistics, row_statistics
+from .elementwise import BernoulliEntropy, BinaryCrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError
+from .functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_row_statistics,
+    mse_loss,
+    row_statistics,
+)
 from .objective import Objective, parse
 from .penalties import EWC, L1, L2, L2SP, ElasticNet, diagonal_fisher
 from .statistics import Statistics
@@ -32,25 +40,32 @@ __all__ = [
     "L1",
     "L2",
     "L2SP",
+    "BernoulliEntropy",
+    "BinaryCrossEntropy",
     "CrossEntropy",
     "ElasticNet",
     "Entropy",
     "Focal",
     "GeneralizedCrossEntropy",
+    "Huber",
     "LogitL2",
     "Margin",
     "MaxZLoss",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
     "Objective",
     "Poly1",
     "Statistics",
     "Unlikelihood",
     "ZLoss",
+    "binary_cross_entropy_with_logits",
     "buffer_limit",
     "cross_entropy",
     "custom",
     "diagonal_fisher",
     "linear_cross_entropy",
     "linear_row_statistics",
+    "mse_loss",
     "parse",
     "release_buffers",
     "row_statistics",

@@ -105,36 +105,51 @@ def flatten(
         raise TypeError(f"rows: expected a dict of tensors but got {describe(rows)}")
     if validate not in (None, True, False):
         raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(
-            f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
-        )
+    check_normalizer(normalizer, reduction)
     if target is not None:
         target = _check_target(target, logits, shape, class_dim)
     if shift:
         target = _shifted(target, shape, ignore_index)
     if class_weight is not None:
-        _check_same_device("class weight", class_weight, logits)
+        check_same_device("class weight", class_weight, logits)
         if class_weight.requires_grad:
             raise ValueError("class weight: a constant here, so its gradient would be lost; pass weight.detach()")
         if class_weight.shape != (classes,):
             raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
-    if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):
-        raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {softcap!r}")
+    softcap = checked_softcap(softcap)
     if len(shape) != 1:
         logits = logits.reshape(-1, classes)
         if target is not None:
             target = target.reshape(-1, *target.shape[len(shape) :])
     return Batch(
         logits, target, class_weight,
-        None if normalizer is None else _scalar_tensor("normalizer", normalizer, None),
-        None if type(logit_scale) is float and logit_scale == 1.0 else _scalar_tensor("logit_scale", logit_scale, 1.0),
-        0.0 if softcap is None else float(softcap),
+        None if normalizer is None else scalar_tensor("normalizer", normalizer, None),
+        None if type(logit_scale) is float and logit_scale == 1.0 else scalar_tensor("logit_scale", logit_scale, 1.0),
+        softcap,
         ignore_index, reduction, empty == "zero", masked,
         logits.is_cpu or bool(validate) or (validate is None and validates(logits)),
         shape,
         {name: _check_row(name, value, shape, logits) for name, value in rows.items()} if rows else {},
     )  # fmt: skip
+
+
+def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f'normalizer: replaces the denominator of reduction="mean" and has no meaning for {reduction!r}'
+        )
+
+
+def checked_softcap(softcap: float | None) -> float:
+    """A cap as the ops take it: 0 is none."""
+    if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):
+        raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {softcap!r}")
+    return 0.0 if softcap is None else float(softcap)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor but got a {_layout_of(x)} one")
 
 
 def _integer(name: str, value: object) -> int:
@@ -146,8 +161,7 @@ def _integer(name: str, value: object) -> int:
 def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor but got {describe(logits)}")
-    if logits.layout is not torch.strided or logits.is_nested:
-        raise TypeError(f"logits: expected a dense tensor but got a {layout_of(logits)} one")
+    check_dense("logits", logits)
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16 but got {describe(logits)}")
     if logits.dim() == 0:
@@ -162,7 +176,7 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
     return logits
 
 
-def layout_of(x: Tensor) -> str:
+def _layout_of(x: Tensor) -> str:
     """The name of a layout that no kernel reads."""
     return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
 
@@ -171,10 +185,9 @@ def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: 
     """`logits` has its classes last and rows of `shape`; a dense target comes with its classes at `class_dim`."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor but got {describe(target)}")
-    if target.layout is not torch.strided or target.is_nested:
-        raise TypeError(f"target: expected a dense tensor but got a {layout_of(target)} one")
+    check_dense("target", target)
     if not (target.is_cpu and logits.is_cpu):
-        _check_same_device("target", target, logits)
+        check_same_device("target", target, logits)
     if target.dtype is torch.int64:
         if target.shape != shape:
             raise ValueError(f"target: expected labels of shape {tuple(shape)} but got {tuple(target.shape)}")
@@ -203,16 +216,16 @@ def _shifted(target: Tensor | None, shape: torch.Size, ignore_index: int) -> Ten
 def _check_row(name: str, value: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != shape:
         raise ValueError(f"rows: {name}: expected a tensor of shape {tuple(shape)} but got {describe(value)}")
-    _check_same_device(f"rows: {name}", value, logits)
+    check_same_device(f"rows: {name}", value, logits)
     return value.reshape(-1)
 
 
-def _check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
+def check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
     if value.device != logits.device:
         raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on {value.device}")
 
 
-def _scalar_tensor(name: str, value: float | Tensor | None, neutral: float | None) -> Tensor | None:
+def scalar_tensor(name: str, value: float | Tensor | None, neutral: float | None) -> Tensor | None:
     """0-dim tensor, or None for the neutral value. Numbers stay on the CPU, where every backend can read them."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not (value.is_floating_point() or value.dtype == torch.int64):

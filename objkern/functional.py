@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import linear, ops
-from .batch import Batch, describe, flatten, is_autocast
+from . import elementwise, linear, ops
+from .batch import DTYPES, Batch, describe, flatten, is_autocast
+from .elementwise import BernoulliEntropy, BinaryCrossEntropy, MeanSquaredError
 from .statistics import Statistics
-from .terms import CrossEntropy, Entropy, ZLoss, checked_number
+from .terms import CrossEntropy, Entropy, LogitL2, ZLoss, checked_number
 
 
 def row_statistics(
@@ -302,6 +304,130 @@ def linear_cross_entropy(
     if len(batch.shape) != 1 and reduction == "none":
         loss = loss.view(batch.shape)
     dtype = torch.promote_types(layer.hidden.dtype, target.dtype) if dense else layer.hidden.dtype
+    return _as_torch(loss, dtype)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    entropy: float = 0.0,
+    logit_l2: float = 0.0,
+) -> Tensor:
+    """``torch.nn.functional.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction,
+    pos_weight)``, plus ``entropy * H(sigmoid(input))`` and ``logit_l2 * input.square()`` over the same elements
+
+    Args:
+        input: of any shape; float32, float64, bfloat16 or float16.
+        target: of the input's shape, any floating-point dtype.
+        weight, pos_weight: of shapes that broadcast to the input's.
+        label_smoothing: ε moves targets towards ½: y (1 − ε) + ε/2.
+        entropy, logit_l2: coefficients of the regularizers; a negative `entropy` is the confidence penalty.
+
+    Returns:
+        The loss, of the dtype that the arguments promote to: 0-dim, or the input's shape for ``reduction="none"``.
+
+    Raises:
+        As torch: ValueError for another shape or reduction, RuntimeError for weights that do not broadcast,
+            NotImplementedError for other dtypes.
+
+    The weights receive gradients if they require them, which torch refuses.
+    """
+    name = "binary_cross_entropy_with_logits"
+    reduction = _checked_elementwise(name, input, target, size_average, reduce, reduction)
+    if target.shape != input.shape:
+        raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
+    for w in (weight, pos_weight):
+        if w is not None and torch.broadcast_shapes(input.shape, w.shape) != input.shape:
+            raise RuntimeError(f"input with shape {list(input.shape)} doesn't match the weights' {list(w.shape)}")
+    terms = [BinaryCrossEntropy.element_kind, checked_number("label_smoothing", label_smoothing, 0.0, 1.0), 1.0]
+    for coefficient, kind, option in (
+        (entropy, BernoulliEntropy.element_kind, "entropy"), (logit_l2, LogitL2.element_kind, "logit_l2"),
+    ):  # fmt: skip
+        if coefficient != 0.0:
+            terms += [kind, 0.0, checked_number(option, coefficient)]
+    return _elementwise(input, target, input.shape, terms, reduction, weight, pos_weight)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``torch.nn.functional.mse_loss(input, target, size_average, reduce, reduction, weight)``
+
+    Args:
+        input, target: of shapes that broadcast, with torch's warning where they differ; float32, float64, bfloat16 or
+            float16.
+        weight: of the input's shape; a weighted mean divides by the sum of the weights.
+
+    Returns:
+        The loss, of the dtype that input and target promote to.
+
+    Raises:
+        As torch: ValueError for a weight of another shape or a reduction that there is not, NotImplementedError for
+            other dtypes.
+    """
+    reduction = _checked_elementwise("mse_loss", input, target, size_average, reduce, reduction)
+    if target.shape != input.shape:
+        warnings.warn(
+            f"Using a target size ({target.shape}) that is different to the input size ({input.shape}). This will "
+            "likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
+            stacklevel=2,
+        )
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError("Weights and input must have the same size.")
+    shape = torch.broadcast_shapes(input.shape, target.shape)
+    normalizer = None
+    if weight is not None and reduction == "mean":
+        if weight.requires_grad:  # the denominator has a gradient, too
+            return mse_loss(input, target, reduction="sum", weight=weight) / weight.sum()
+        normalizer = weight.sum(dtype=torch.float64)
+    weighted = 0.0 if weight is None else 1.0
+    terms = [MeanSquaredError.element_kind, weighted, 1.0]
+    return _elementwise(input, target, shape, terms, reduction, weight, None, normalizer)
+
+
+def _checked_elementwise(
+    name: str, input: Tensor, target: Tensor, size_average: bool | None, reduce: bool | None, reduction: str
+) -> str:
+    """What the elementwise drop-ins share; returns the reduction."""
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    for argument, x in (("input", input), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {argument}: expected a tensor but got {describe(x)}")
+        if x.dtype not in DTYPES:
+            raise NotImplementedError(f"{name}: {argument}: not implemented for {x.dtype}")
+    return reduction
+
+
+def _elementwise(
+    input: Tensor, target: Tensor, shape: torch.Size, terms: list[float], reduction: str, weight: Tensor | None,
+    pos_weight: Tensor | None, normalizer: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    others = [x.dtype for x in (weight, pos_weight) if x is not None]
+    dtype = functools.reduce(torch.promote_types, [input.dtype, target.dtype, *others])
+    wide = torch.promote_types(input.dtype, target.dtype)
+    if wide == torch.float64:
+        input = input.to(wide)
+    e = elementwise.checked(
+        input.expand(shape), target.expand(shape), (weight, pos_weight), reduction=reduction, normalizer=normalizer,
+        logit_scale=1.0, softcap=None, empty="nan", limits=False,
+    )  # fmt: skip
+    family = ops.backend_for("auto", input).family
+    loss, _ = elementwise.run_family(family, e, ops.Program(terms), False, False)
     return _as_torch(loss, dtype)
 
 

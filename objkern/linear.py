@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .batch import REDUCTIONS, Batch, describe, is_autocast, layout_of
+from .batch import REDUCTIONS, Batch, check_dense, describe, is_autocast
 from .statistics import Statistics
 
 MODES = ("auto", "forward", "recompute")
@@ -907,8 +907,8 @@ def layer(
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{name}: expected a tensor but got {describe(x)}")
-        if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
-            raise TypeError(f"{name}: expected a dense tensor but got a {layout_of(x)} one")
+        if isinstance(x, Tensor):
+            check_dense(name, x)
         if hasattr(x, "full_tensor"):
             raise TypeError(f"{name}: expected a whole tensor but got a DTensor; gather it first: {name}.full_tensor()")
     if is_autocast(hidden.device):  # as F.linear under autocast

@@ -81,6 +81,7 @@ class Objective(nn.Module):
             for coefficient, term in terms
         ]
         self._penalized = any(term.about_parameters for _, term in terms)
+        self._elementwise = any(term._elementwise for _, term in terms)
 
     def _factors(self, factors: tuple[str | Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f) if isinstance(f, str) else f for f in factors)
@@ -201,6 +202,13 @@ class Objective(nn.Module):
                 terms, penalties = _apart(terms, reduction, parameter_weight)
                 if not terms:
                     return self._result(None, [], None, return_parts, penalties)
+            if self._elementwise:
+                _check_elementwise_options(ignore_index, rows, shift)
+                loss, parts = _evaluate_elements(
+                    terms, logits, target, gradient, return_parts, backend, reduction=reduction, normalizer=normalizer,
+                    logit_scale=logit_scale, softcap=softcap, empty=empty, class_dim=class_dim,
+                )  # fmt: skip
+                return self._result(loss, parts, None, return_parts, penalties)
             class_weight = _class_weight(terms)
             program = ops.Program.of(terms)
             if class_weight is None:
@@ -295,6 +303,11 @@ class Objective(nn.Module):
         Second derivatives, and those of a probability target, are taken through eager torch with all logits at once.
         """
         try:
+            if self._elementwise:
+                raise NotImplementedError(
+                    "linear: terms that compare element by element are not fused with the linear layer; use "
+                    "objective(F.linear(hidden, weight, bias), target)"
+                )
             if mode not in linear.MODES:
                 raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {mode!r}')
             if gradient == "forward":
@@ -478,6 +491,45 @@ def _check_call(
     return built_in
 
 
+def _check_elementwise_options(ignore_index: int, rows: object, shift: int) -> None:
+    for name, given, neutral in (("ignore_index", ignore_index, -100), ("rows", rows, None), ("shift", shift, 0)):
+        if given is not neutral and given != neutral:
+            raise ValueError(
+                f"{name}: has no meaning for terms that compare element by element, but got {describe(given)}; "
+                "a weight of 0 leaves an element out"
+            )
+
+
+def _evaluate_elements(
+    terms: list[tuple[float | Tensor, Term]], prediction: Tensor, target: Tensor | None, gradient: str,
+    return_parts: bool, backend: str, *, class_dim: int, **options: Any,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The loss of an elementwise objective and the value of each term in order. Terms on rows get a pass of their own,
+    over the same prediction and without a target."""
+    from . import elementwise
+
+    if not isinstance(return_parts, bool):
+        raise TypeError(f"return_parts: expected True or False but got {describe(return_parts)}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+    of_elements, of_rows = elementwise.apart(terms, options["reduction"])
+    elements = elementwise.checked(prediction, target, elementwise.weights_of(of_elements), limits=True, **options)
+    loss, found = elementwise.evaluate(of_elements, backend, elements, gradient == "forward", return_parts)
+    found = list(found) if return_parts else []
+    if of_rows:
+        several = Objective((Coefficient.of(coefficient), term) for coefficient, term in of_rows)
+        own = several(
+            prediction, gradient=gradient, backend=backend, class_dim=class_dim, return_parts=return_parts, **options
+        )
+        if return_parts:
+            own, parts = own
+            rest = iter(parts.values())
+            values = iter(found)
+            found = [next(values if term.element_kind is not None else rest) for _, term in terms]
+        loss = loss + own
+    return loss, found
+
+
 class Term(Objective):
     """One term: an objective of its own, with coefficient 1, and a building block of sums.
 
@@ -487,18 +539,24 @@ class Term(Objective):
 
     name: ClassVar[str]
     kind: ClassVar[int | None] = None  # TermKind in csrc/objective.h
-    target: ClassVar[str] = "none"  # what it reads: "none", "index" (class labels), "any" (labels or probabilities)
+    element_kind: ClassVar[int | None] = None  # ElementKind in csrc/elementwise.h: it runs on single elements
+    # What it reads: "none", "index" (class labels), "any" (labels or probabilities), "elements" (one number for each)
+    target: ClassVar[str] = "none"
     reads_class_weight: ClassVar[bool] = False
     required_rows: tuple[str, ...] = ()  # per-row tensors that a call has to give
     about_parameters: ClassVar[bool] = False  # a term of penalties.py, which reads no logits
     registry: ClassVar[dict[str, type[Term]]] = {}
     by_kind: ClassVar[dict[int, type[Term]]] = {}
+    by_element_kind: ClassVar[dict[int, type[Term]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.kind is not None:
+        if cls.kind is not None or cls.element_kind is not None:
             Term.registry[cls.__name__] = cls
+        if cls.kind is not None:
             Term.by_kind[cls.kind] = cls
+        if cls.element_kind is not None:
+            Term.by_element_kind[cls.element_kind] = cls
 
     def __init__(self) -> None:
         super(Objective, self).__init__()  # a term is its own summand
@@ -507,6 +565,10 @@ class Term(Objective):
     @property
     def _penalized(self) -> bool:
         return self.about_parameters
+
+    @property
+    def _elementwise(self) -> bool:
+        return self.element_kind is not None and self.kind is None
 
     @property
     def _summands(self) -> list[tuple[float, tuple[str | Tensor, ...], Term]]:
@@ -519,6 +581,11 @@ class Term(Objective):
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
         """The value of each row; `weight` is the class weight of its label."""
+        raise NotImplementedError
+
+    @staticmethod
+    def element_formula(z: Tensor, y: Tensor, parameter: float, weight: Any, pos_weight: Any) -> Tensor:
+        """The value of each element of a prediction z with target y."""
         raise NotImplementedError
 
     def value(self, s: Statistics, batch: Batch) -> Tensor:

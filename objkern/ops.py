@@ -230,6 +230,41 @@ def statistics_forward(
     return torch.stack(reference.statistics(batch)).to(torch.float64)
 
 
+class _ElementTerm(NamedTuple):
+    """A term of a program, to the reference what the term itself is."""
+
+    term: type[Any]
+    parameter: float
+
+    @property
+    def element_kind(self) -> int:
+        return self.term.element_kind
+
+    @property
+    def element_formula(self) -> Callable[..., Tensor]:
+        return self.term.element_formula
+
+
+def elementwise_forward(
+    terms: list[float], reduction: int, input: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    weight: Tensor | None = None, pos_weight: Tensor | None = None, softcap: float = 0.0, limits: bool = True,
+    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
+    with_parts: bool = False,
+) -> Tensor:  # fmt: skip
+    from . import elementwise
+    from .objective import Term
+
+    elements = elementwise.Elements(
+        input, target, weight, pos_weight, normalizer, logit_scale, softcap, REDUCTIONS[reduction], empty_zero, limits
+    )
+    weighted = [
+        (terms[3 * k + 2] * (1.0 if coefficient_tensor is None else coefficient_tensor[k]),
+         _ElementTerm(Term.by_element_kind[int(terms[3 * k])], terms[3 * k + 1]))
+        for k in range(len(terms) // 3)
+    ]  # fmt: skip
+    return elementwise.reference(elements, weighted)[0]
+
+
 class _Family(NamedTuple):
     """An op in the reference, and the places of its differentiable arguments; the logits are the first."""
 
@@ -239,6 +274,7 @@ class _Family(NamedTuple):
 
 _OBJECTIVE = _Family(objective_forward, (2, 3, 4, 9))
 _STATISTICS = _Family(statistics_forward, (0, 1, 2))
+_ELEMENTWISE = _Family(elementwise_forward, (2, 3, 4, 9, 5, 6))
 
 
 def _reference_gradient(family: _Family, upstream: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
@@ -286,6 +322,8 @@ _library = torch.library.Library("objkern", "IMPL")
 for _name, _function, _family in (
     ("reference_gradient", _reference_gradient, _OBJECTIVE),
     ("reference_second_order", _reference_second_order, _OBJECTIVE),
+    ("reference_elementwise_gradient", _reference_gradient, _ELEMENTWISE),
+    ("reference_elementwise_second_order", _reference_second_order, _ELEMENTWISE),
     ("reference_statistics_gradient", _reference_gradient, _STATISTICS),
     ("reference_statistics_second_order", _reference_second_order, _STATISTICS),
 ):
@@ -364,6 +402,36 @@ def _fake_rescale(*_: Any) -> None:
     return None
 
 
+def _fake_elementwise(
+    terms: list[float], reduction: int, input: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+    weight: Tensor | None = None, pos_weight: Tensor | None = None, softcap: float = 0.0, limits: bool = True,
+    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
+    with_parts: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    no_meta_beside(
+        "prediction", input, target=target, logit_scale=logit_scale, weight=weight, pos_weight=pos_weight,
+        coefficient=coefficient_tensor, normalizer=normalizer,
+    )  # fmt: skip
+    dtype, parts = torch.float64 if input.dtype == torch.float64 else torch.float32, len(terms) // 3 * with_parts
+    shape = input.shape if REDUCTIONS[reduction] == "none" else ()
+    return input.new_empty(shape, dtype=dtype), input.new_empty((parts, *shape), dtype=dtype)
+
+
+def _fake_elementwise_fused(
+    terms: list[float], reduction: int, input: Tensor, *options: Any, **others: Any
+) -> tuple[Tensor, ...]:
+    return *_fake_elementwise(terms, reduction, input, *options, **others), torch.empty_like(
+        input, memory_format=torch.contiguous_format
+    )
+
+
+def _fake_elementwise_gradient(
+    upstream: Tensor, unscaled: bool, terms: list[float], reduction: int, input: Tensor, *options: Any, **others: Any
+) -> Tensor:
+    no_meta_beside("prediction", input, upstream=upstream, target=next(iter(options), None))
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
 _FAKES = {
     "objective": _fake_objective,
     "fused": _fake_fused,
@@ -371,6 +439,10 @@ _FAKES = {
     "rescale": _fake_rescale,
     "statistics": _fake_statistics,
     "statistics_gradient": _fake_statistics_gradient,
+    "elementwise": _fake_elementwise,
+    "elementwise_fused": _fake_elementwise_fused,
+    "elementwise_gradient": _fake_elementwise_gradient,
+    "elementwise_rescale": _fake_rescale,
 }
 for _family_name in FAMILIES:
     for _name, _fake in _FAKES.items():
@@ -406,10 +478,13 @@ def one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 _REFERENCE_OPS = (
     "reference_gradient", "reference_second_order", "reference_statistics_gradient",
-    "reference_statistics_second_order",
+    "reference_statistics_second_order", "reference_elementwise_gradient", "reference_elementwise_second_order",
 )  # fmt: skip
 for _family_name in FAMILIES:
-    for _name in (*(_FAKES.keys() - {"rescale"}), *(_REFERENCE_OPS if _family_name == "objkern" else ())):
+    for _name in (
+        *(_FAKES.keys() - {"rescale", "elementwise_rescale"}),
+        *(_REFERENCE_OPS if _family_name == "objkern" else ()),
+    ):
         _op = getattr(getattr(torch.ops, _family_name), _name)
         torch.library.register_vmap(f"{_family_name}::{_name}", one_by_one(_op))
 

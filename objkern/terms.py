@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,11 +222,15 @@ class LogitL2(Term):
     BatchNorm".
     """
 
-    name, kind = "logit_l2", 9
+    name, kind, element_kind = "logit_l2", 9, 5
 
     @staticmethod
     def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
         return s.mean_square_logit
+
+    @staticmethod
+    def element_formula(z: Tensor, y: Tensor, parameter: float, weight: Any, pos_weight: Any) -> Tensor:
+        return z.square()
 
 
 class Custom(Term):

@@ -65,6 +65,17 @@ def test_stated_gradients(name: str, term: Term, seed: int) -> None:
     torch.testing.assert_close(stated, expected, rtol=1e-9, atol=1e-14)
 
 
+ELEMENT_EXAMPLES = [(name, example) for name, entry in gallery.ELEMENT_ENTRIES.items() for example in entry.examples]
+
+
+@pytest.mark.parametrize(("name", "term"), ELEMENT_EXAMPLES, ids=[repr(example) for _, example in ELEMENT_EXAMPLES])
+def test_stated_elementwise_gradients(name: str, term: Term) -> None:
+    z, y = (3 * torch.randn(50, dtype=torch.float64)).requires_grad_(), torch.rand(50, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(term(z, y, reduction="sum"), z)
+    stated = gallery.ELEMENT_ENTRIES[name].gradient(z.detach(), y, term)
+    torch.testing.assert_close(stated, expected, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path) -> None:
     """In one namespace, top to bottom, as a reader would; a block fenced with more than "python" is not run."""

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "elementwise.h"
 #include "narrow.h"
 #include "tile.h"
 #include "vectors.h"
@@ -23,22 +24,9 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a task of their own
 
-// f(wide kernel or narrow kernel type) with the element types of a batch.
 template <class F>
 void with_types(const Rows& in, const F& f) {
-  const bool dense_as_logits = in.dense_target == nullptr || in.dense_dtype == in.dtype;
-  switch (in.dtype) {
-    case DType::kFloat32:
-      return f.template operator()<float, float>();
-    case DType::kFloat64:
-      return f.template operator()<double, double>();
-    case DType::kBFloat16:
-      return dense_as_logits ? f.template operator()<c10::BFloat16, c10::BFloat16>()
-                             : f.template operator()<c10::BFloat16, float>();
-    case DType::kFloat16:
-      return dense_as_logits ? f.template operator()<c10::Half, c10::Half>()
-                             : f.template operator()<c10::Half, float>();
-  }
+  with_element_types(in.dtype, in.dense_target == nullptr || in.dense_dtype == in.dtype, f);
 }
 
 int64_t rows_per_tile(const Rows& in) {  // as many rows as the second-level cache keeps until their gradient is written
@@ -276,7 +264,8 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
 #define OBJKERN_STRING(x) OBJKERN_STRING_OF(x)
 extern const Doors table;
 const Doors table = {
-    OBJKERN_STRING(OBJKERN_VARIANT), scan, statistics_door, objective_door, fused_door, chain_door, gradient_door};
+    OBJKERN_STRING(OBJKERN_VARIANT), scan,       statistics_door, objective_door,   fused_door,
+    chain_door,                      gradient_door, elementwise_door, elementwise_gradient_door};
 
 }  // namespace OBJKERN_VARIANT
 }  // namespace objkern::cpu

@@ -5,6 +5,7 @@
 //   fused        logits ─▶ the same and the gradient; a row's logits are read from memory once
 //   chain        centred sums + ∂L/∂statistics ─▶ the coefficients of the row's gradient
 //   gradient     logits + coefficients + upstream ─▶ the gradient
+//   elementwise, elementwise_gradient   the same for elements, which need no coefficients
 //
 // The accumulation type is float32, and float64 for float64 logits. Centred sums, statistics and values are float64.
 // Numbers of a row lie field by field: (fields, rows). Sums are taken over pieces of fixed size in a fixed order, so
@@ -20,7 +21,13 @@ namespace objkern::cpu {
 struct Program {
   const Term* terms = nullptr;
   int64_t size = 0;
-  bool per_row = true;  // the values of every row; false: their sums over the rows that count
+  bool per_row = true;  // the values of every row or element; false: their sums over those that count
+};
+
+// Values of every element, of the accumulation type.
+struct Unreduced {
+  void* loss = nullptr;   // (count)
+  void* parts = nullptr;  // (size, count), or none
 };
 
 // What can be known of the targets before any logit is read.
@@ -54,6 +61,11 @@ struct Doors {
   // upstream: accumulation type, stride 0 for one number for all rows
   void (*gradient)(const Rows&, const void* row_gradient, const void* upstream, int64_t upstream_stride,
                    void* gradient);
+  // sums: (size) float64, or `unreduced`; gradient: (count) of dtype under an upstream gradient of 1, or none
+  void (*elementwise)(const Elements&, const Program&, double* sums, const Unreduced& unreduced, void* gradient);
+  // upstream: accumulation type, stride 0 for one number or 1 for one for each element
+  void (*elementwise_gradient)(const Elements&, const Program&, const void* upstream, int64_t upstream_stride,
+                               void* gradient);
 };
 
 // The fastest set that this processor can run, or the one named by OBJKERN_CPU_CAPABILITY (default, avx2, avx512);

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../dtypes.h"
 #include "../objective.h"
 
 namespace objkern {
@@ -410,6 +411,23 @@ struct Walk {
     return static_cast<int64_t>((kBytes - reinterpret_cast<uintptr_t>(p) % kBytes) % kBytes / sizeof(T));
   }
 };
+
+// f(type of the elements, type of what stands beside them) for a batch: the second is the first, or its accumulation
+// type.
+template <class F>
+void with_element_types(DType dtype, bool same, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f.template operator()<float, float>();
+    case DType::kFloat64:
+      return f.template operator()<double, double>();
+    case DType::kBFloat16:
+      return same ? f.template operator()<c10::BFloat16, c10::BFloat16>()
+                  : f.template operator()<c10::BFloat16, float>();
+    case DType::kFloat16:
+      return same ? f.template operator()<c10::Half, c10::Half>() : f.template operator()<c10::Half, float>();
+  }
+}
 
 // tanh within 3 ulp: x + x³ P(x²) near 0, else 1 − 2e / (1 + e) with e = exp(−2|x|).
 inline Vec<float> fast_tanh(const Vec<float>& x) {

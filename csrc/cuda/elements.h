@@ -136,11 +136,12 @@ template <class A, bool kOn>
 struct Transform {
   A scale = A(1), cap = A(0), gain = A(1);
 
-  OBJKERN_DEVICE Transform(const Rows& rows, const Scalar& logit_scale) {
+  template <class In>  // Rows or Elements
+  OBJKERN_DEVICE Transform(const In& in, const Scalar& logit_scale) {
     if constexpr (kOn) {
       scale = static_cast<A>(number(logit_scale));
-      cap = static_cast<A>(rows.softcap);
-      gain = rows.unscaled ? A(1) : scale;
+      cap = static_cast<A>(in.softcap);
+      gain = in.unscaled ? A(1) : scale;
     }
   }
   OBJKERN_DEVICE A operator()(A x) const {

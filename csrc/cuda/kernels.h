@@ -5,6 +5,7 @@
 //   statistics   logits ─▶ centred sums and statistics of every row
 //   chain        centred sums + ∂L/∂statistics ─▶ the coefficients of the row's gradient
 //   gradient     logits + coefficients + upstream ─▶ the gradient; or nothing at all where upstream is 1 already
+//   elementwise, elementwise_gradient   the same for elements, which need no coefficients
 //
 // Every pointer is to device memory. A door launches on the current device and the stream it is given, waits for
 // nothing, allocates nothing, and reads no number back, so that a CUDA graph can capture it. The accumulation type A is
@@ -87,5 +88,21 @@ Status chain(const Rows& rows, const double* centred, const double* partials, vo
 // upstream: of A, stride 0 for one number for all rows. `unless_one`: leave the gradient as it is if that number is 1.
 Status gradient(const Rows& rows, const Scalar& logit_scale, const void* row_gradient, const void* upstream,
                 int64_t upstream_stride, bool unless_one, void* gradient, Stream stream);
+
+// ---- elementwise objectives ---------------------------------------------------------------------------------------
+
+struct ElementResults {
+  void* loss = nullptr;       // () or (count) of A
+  void* parts = nullptr;      // (size) or (size, count) of A, or none
+  void* gradient = nullptr;   // (count) of dtype; null: not asked for
+  void* workspace = nullptr;  // element_blocks × size float64, where the loss is reduced
+};
+
+int64_t element_blocks(const Elements& in);
+Status elementwise(const Elements& in, const Scalar& logit_scale, const Program& program, const ElementResults& results,
+                   Stream stream);
+// upstream: of A, stride 0 or 1; `unless_one` as in `gradient`
+Status elementwise_gradient(const Elements& in, const Scalar& logit_scale, const Program& program, const void* upstream,
+                            int64_t upstream_stride, bool unless_one, void* gradient, Stream stream);
 
 }  // namespace objkern::cuda

@@ -50,6 +50,7 @@ EPILOGUE_ROWS = 128
 PROGRAMS = 512  # fewer rows than this are split into pieces, so that a GPU of a hundred and more processors is busy
 MOST_PIECES = 32
 COUNT_ROWS = 4096  # labels that the one program of `prepare_kernel` looks at together
+ELEMENTS = 1024  # of a prediction that a program of 4 warps takes
 REDUCE_ELEMENTS = 2048  # values that the one program of `reduce_kernel` adds together; 8 float64 a thread
 
 
@@ -91,6 +92,7 @@ def words(*numbers: float) -> tuple[int, ...]:
 # not 0.
 _READS = (1, 4, 16, 8, 1, 3, 1, 2, 3, 64)
 _READS_WITH_PARAMETER = {0: 512, 4: 2}
+_ELEMENT_KINDS = 6  # ElementKind in csrc/elementwise.h
 _DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3}  # by the number of fields that a row's gradient keeps
 
 
@@ -122,10 +124,95 @@ class Terms:
         return _DEPTHS[self.fields]
 
 
+def element_kinds(terms: list[float]) -> tuple[int, ...]:
+    """As `Terms.kinds`, of an elementwise objective."""
+    for kind in terms[::3]:
+        if not (0 <= kind < _ELEMENT_KINDS and kind == int(kind)):
+            raise RuntimeError(f"objkern: term kind {kind} is not known")
+    return tuple(2 * int(kind) + (parameter != 0) for kind, parameter in zip(terms[::3], terms[1::3], strict=True))
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-class Rows:
+class OnDevice:
+    """What calls share that run where a tensor is."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.device = x.device
+        double = x.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32  # in which sums are taken
+        self.type = tl.float64 if double else tl.float32
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def on_device(self, number: Tensor | None) -> Tensor | None:
+        """A number or a few of them, without waiting for the device."""
+        if number is None or number.device == self.device:
+            return number
+        return number.to(self.device, non_blocking=True)
+
+    def on_its_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.get_device_module(self.device).device(self.device)
+
+    def set_transform(self, logit_scale: Tensor | None, softcap: float) -> None:
+        """A scale of the CPU is a number of the launch; one of the device is read there."""
+        self.logit_scale, scale = None, 1.0
+        if logit_scale is not None and logit_scale.is_cpu and self.device.type != "cpu":
+            scale = float(logit_scale)
+        elif logit_scale is not None:
+            self.logit_scale = logit_scale
+        self.transform = 2 if softcap else int(self.logit_scale is not None or scale != 1.0)
+        self.transform_numbers = words(scale, softcap)
+
+
+class Elements(OnDevice):
+    """A prediction and what stands beside its elements, checked, as kernels take them."""
+
+    def __init__(
+        self, input: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
+        weight: Tensor | None = None, pos_weight: Tensor | None = None, softcap: float = 0.0, limits: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(input)
+        self.input, self.limits = input.contiguous(), limits
+        self.count = input.numel()
+        self.target = None
+        if target is not None:
+            if target.shape != input.shape:
+                raise RuntimeError(
+                    f"objkern: target: expected the shape {tuple(input.shape)} but got {tuple(target.shape)}"
+                )
+            self.target = target.contiguous()
+        self.weight, self.weight_period = self._repeated(weight)
+        self.pos_weight, self.pos_weight_period = self._repeated(pos_weight)
+        self.set_transform(logit_scale, softcap)
+
+    def _repeated(self, numbers: Tensor | None) -> tuple[Tensor | None, int]:
+        """Numbers that broadcast to the input: once if they repeat over its first dimensions, else one per element."""
+        if numbers is None:
+            return None, 1
+        numbers = numbers.to(self.dtype)
+        while numbers.dim() and numbers.shape[0] == 1:
+            numbers = numbers.squeeze(0)
+        shape = self.input.shape
+        if numbers.shape != shape[len(shape) - numbers.dim() :]:
+            numbers = numbers.expand(shape)
+        return numbers.contiguous(), max(1, numbers.numel())
+
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "x": self.input, "target": self.target, "weight": self.weight, "pos_weight": self.pos_weight,
+            "logit_scale": self.logit_scale, "transform": self.transform_numbers, "elements": self.count,
+            "weight_period": self.weight_period, "pos_weight_period": self.pos_weight_period, "A": self.type,
+            "TRANSFORM": self.transform, "LIMITS": self.limits,
+        }  # fmt: skip
+
+
+class Rows(OnDevice):
     """The row arguments of an op, checked, as kernels take them; the counterpart of `Batch` in csrc/batch.h."""
 
     def __init__(
@@ -140,10 +227,7 @@ class Rows:
             raise ValueError(f"logits: the Triton backend counts classes in 32 bits but got {logits.shape[1]}")
         self.logits = with_unit_class_stride(logits)
         self.rows, self.classes = logits.shape
-        self.device = logits.device
-        double = logits.dtype == torch.float64
-        self.dtype = torch.float64 if double else torch.float32  # in which sums are taken
-        self.type = tl.float64 if double else tl.float32
+        super().__init__(logits)
         self.vector = 16 // logits.element_size()
         self.ignore_index, self.masked = ignore_index, masked
         self.labels = self.dense = None
@@ -167,13 +251,7 @@ class Rows:
             class_weight = class_weight.to(self.dtype).contiguous()
         self.class_weight = class_weight
         # A number of the host travels with the call; one of the device is read there.
-        self.logit_scale, scale = None, 1.0
-        if logit_scale is not None and logit_scale.is_cpu and logits.device.type != "cpu":
-            scale = float(logit_scale)
-        elif logit_scale is not None:
-            self.logit_scale = logit_scale
-        self.transform = 2 if softcap else int(self.logit_scale is not None or scale != 1.0)
-        self.transform_numbers = words(scale, softcap)
+        self.set_transform(logit_scale, softcap)
         self.few, self.narrow = self.classes <= FEW, self.classes <= NARROW
 
     @property
@@ -189,26 +267,11 @@ class Rows:
             "TRANSFORM": self.transform, "MASKED": self.masked,
         }  # fmt: skip
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def on_device(self, number: Tensor | None) -> Tensor | None:
-        """A number or a few of them, without waiting for the device."""
-        if number is None or number.device == self.device:
-            return number
-        return number.to(self.device, non_blocking=True)
-
     def aligned_with(self, gradient: Tensor) -> bool:
         """Whether every row of the gradient begins as many elements past a whole vector as the row of logits does."""
         places = self.logits.data_ptr() // self.logits.element_size(), gradient.data_ptr() // gradient.element_size()
         apart = self.logits.stride(0) - self.classes
         return (places[0] - places[1]) % self.vector == 0 and (self.rows <= 1 or apart % self.vector == 0)
-
-    def on_its_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        if self.device.type == "cpu":
-            return contextlib.nullcontext()
-        return torch.get_device_module(self.device).device(self.device)
 
 
 def with_unit_class_stride(t: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .elementwise import element_kernel
 from .epilogue import chain_kernel
-from .launch import Rows, Terms
+from .launch import Elements, Rows, Terms
 from .narrow import few_kernel, narrow_collect_kernel, narrow_gradient_kernel
 from .reduce import prepare_kernel, reduce_kernel
 from .wide import collect_kernel, epilogue_kernel, fused_kernel, gradient_kernel
@@ -112,7 +113,7 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         parts = rows.empty(fields + 1 if call.with_parts else 0)
         width = max(1, 1 << (fields - 1).bit_length())
         reduce_kernel[(1,)](
-            values, scales, loss, parts, programs, COUNT=count, PARTS=call.with_parts, FIELDS=width,
+            values, scales, loss, parts, programs, COUNT=count, PARTS=call.with_parts, FREE=_FREE, FIELDS=width,
             BLOCK=max(1, launch.REDUCE_ELEMENTS // width), num_warps=8,
         )  # fmt: skip
         found = (loss, parts, row_gradient)
@@ -266,10 +267,124 @@ def statistics_gradient(
     return out if gradient is None else None
 
 
+# ---- elementwise objectives -----------------------------------------------------------------------------------------
+
+
+class ElementCall:
+    """The arguments of an elementwise objective."""
+
+    def __init__(
+        self, terms: list[float], reduction: int, input: Tensor, target: Tensor | None = None,
+        logit_scale: Tensor | None = None, weight: Tensor | None = None, pos_weight: Tensor | None = None,
+        softcap: float = 0.0, limits: bool = True, coefficient_tensor: Tensor | None = None,
+        normalizer: Tensor | None = None, empty_zero: bool = False, with_parts: bool = False,
+    ) -> None:  # fmt: skip
+        self.elements = Elements(input, target, logit_scale, weight, pos_weight, softcap, limits)
+        self.kinds = launch.element_kinds(terms)
+        if target is None and any(kind // 2 not in (1, 5) for kind in self.kinds):
+            raise ValueError("objkern: target: a term needs one but got None")
+        self.per_element, self.mean = reduction == _NONE, reduction == _MEAN
+        self.coefficient_tensor, self.normalizer = coefficient_tensor, normalizer
+        self.numbers = launch.words(*(x for k in range(len(self.kinds)) for x in terms[3 * k + 1 : 3 * k + 3]))
+        self.empty_zero, self.with_parts = empty_zero, with_parts
+
+    def scales(self) -> Tensor:
+        e, count = self.elements, len(self.kinds)
+        scales = e.empty(3 * count + 1, dtype=torch.float64)
+        tensor = e.on_device(self.coefficient_tensor)
+        prepare_kernel[(1,)](
+            None, None, None if tensor is None else tensor.contiguous(), e.on_device(self.normalizer), self.numbers,
+            scales, e.count, 0, 1, TERMS=self.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero,
+            BLOCK=launch.COUNT_ROWS, num_warps=8,
+        )  # fmt: skip
+        return scales
+
+    def run(
+        self, task: int, *, values: Tensor | None = None, loss: Tensor | None = None, gradient: Tensor | None = None,
+        upstream: Tensor | None = None, unscaled: bool = False, rescale: bool = False, scales: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        e = self.elements
+        programs = _programs(e.count, launch.ELEMENTS)
+        stride = 0
+        if upstream is not None:
+            if not (upstream.dim() == 0 or upstream.shape == e.input.shape):
+                raise RuntimeError(
+                    f"objkern: upstream: expected () or {tuple(e.input.shape)} but got {tuple(upstream.shape)}"
+                )
+            upstream = e.on_device(upstream.to(e.dtype)).contiguous()
+            stride = 0 if upstream.dim() == 0 and not self.per_element else 1
+        element_kernel[(programs,)](
+            **e.sizes(), scales=self.scales() if scales is None else scales, values=values, loss=loss,
+            gradient=gradient, upstream=upstream, upstream_stride=stride, programs=programs, TASK=task,
+            KINDS=self.kinds, PARTS=self.with_parts, UNSCALED=unscaled, ODDS=any(kind // 2 <= 1 for kind in self.kinds),
+            RESCALE=rescale, BLOCK=launch.ELEMENTS, num_warps=4,
+        )  # fmt: skip
+
+
+_SUMS, _VALUES, _GRADIENT = 0, 1, 2  # tasks of the kernel over elements
+
+
+def _run_elementwise(call: ElementCall, with_gradient: bool) -> tuple[Tensor, ...]:
+    e, count = call.elements, len(call.kinds)
+    with e.on_its_device():
+        parts = count if call.with_parts else 0
+        if call.per_element:
+            loss, values = e.empty(*e.input.shape), e.empty(parts, *e.input.shape)
+            if e.count:
+                call.run(_VALUES, values=values, loss=loss)
+            return loss, values
+        gradient = torch.empty_like(e.input) if with_gradient else None
+        scales, programs = call.scales(), _programs(e.count, launch.ELEMENTS)
+        values = e.empty(count, programs, dtype=torch.float64)
+        call.run(_SUMS, values=values, gradient=gradient, scales=scales)
+        loss, found = e.empty(), e.empty(parts + 1 if parts else 0)
+        width = max(1, 1 << (count - 1).bit_length())
+        reduce_kernel[(1,)](
+            values, scales, loss, found, programs, COUNT=count, PARTS=call.with_parts, FREE=0, FIELDS=width,
+            BLOCK=max(1, launch.REDUCE_ELEMENTS // width), num_warps=8,
+        )  # fmt: skip
+        results = (loss, found[:parts].clone())
+        return (*results, gradient) if with_gradient else results
+
+
+def elementwise(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    return _run_elementwise(ElementCall(*arguments, **options), False)
+
+
+def elementwise_fused(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    call = ElementCall(*arguments, **options)
+    if call.per_element:
+        raise ValueError(
+            "objkern: elementwise_fused: the gradient of unreduced losses is only known in the backward pass"
+        )
+    return _run_elementwise(call, True)
+
+
+def elementwise_gradient(upstream: Tensor, unscaled: bool, *arguments: Any, **options: Any) -> Tensor:
+    call = ElementCall(*arguments, **options)
+    with call.elements.on_its_device():
+        gradient = torch.empty_like(call.elements.input)
+        if call.elements.count:
+            call.run(_GRADIENT, gradient=gradient, upstream=upstream, unscaled=unscaled)
+    return gradient
+
+
+def elementwise_rescale(gradient: Tensor, upstream: Tensor, *arguments: Any, **options: Any) -> None:
+    """Computed anew where the upstream gradient is not 1; the device alone knows."""
+    call = ElementCall(*arguments, **options)
+    e = call.elements
+    if not (gradient.is_contiguous() and gradient.shape == e.input.shape and gradient.dtype == e.input.dtype):
+        raise RuntimeError("objkern: gradient does not belong to this input")
+    with e.on_its_device():
+        if e.count:
+            call.run(_GRADIENT, gradient=gradient, upstream=upstream, rescale=True)
+
+
 _OPS = {
     "objective": objective, "fused": fused, "fused.into": fused, "gradient": gradient, "gradient.into": gradient,
     "rescale": rescale, "statistics": statistics, "statistics_gradient": statistics_gradient,
-    "statistics_gradient.into": statistics_gradient,
+    "statistics_gradient.into": statistics_gradient, "elementwise": elementwise, "elementwise_fused": elementwise_fused,
+    "elementwise_gradient": elementwise_gradient, "elementwise_rescale": elementwise_rescale,
 }  # fmt: skip
 _library = torch.library.Library("objkern_triton", "IMPL")
 

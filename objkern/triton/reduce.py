@@ -60,16 +60,16 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def reduce_kernel(
-    values, scales, loss, parts, programs: tl.int64, COUNT: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    values, scales, loss, parts, programs: tl.int64, COUNT: tl.constexpr, PARTS: tl.constexpr, FREE: tl.constexpr,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """values (COUNT + free statistics if PARTS, programs) ─▶ loss (), parts (COUNT + 3 + 1).
+    """values (COUNT + FREE if PARTS, programs) ─▶ loss (), parts (COUNT + FREE + 1).
 
     Parts: terms over their denominators, free statistics over the number of rows that count, and that number.
     FIELDS: the next power of two.
     """
     field = tl.arange(0, FIELDS)
-    SIZE: tl.constexpr = COUNT + 3 if PARTS else COUNT
+    SIZE: tl.constexpr = COUNT + FREE if PARTS else COUNT
     total = tl.zeros((FIELDS, BLOCK), tl.float64)
     for first in range(0, programs, BLOCK):
         place = first + tl.arange(0, BLOCK).to(tl.int64)

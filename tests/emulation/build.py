@@ -6,19 +6,18 @@ the schemas, the derivatives, and the CPU kernels, which then stand unused.
 
 from __future__ import annotations
 
-import functools
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent.parent
+from ..faults import ROOT, Replacement, copy_python, plant
+
 KEPT = ROOT / "build/emulation"
 CXX = os.environ.get("CXX", "g++")
 # Speed matters less than the time to compile; kernels look at the same memory through several types.
@@ -67,41 +66,30 @@ class Build:
         (library,) = (ROOT / "objkern").glob("_C*.so")
         inputs = " ".join(map(str, [*self.objects, *others]))
         self.lines.append(f"build {self.folder / 'objkern' / library.name}: link {inputs}")
-        for name in ("objkern", "tests"):
-            ignored = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(ROOT / name, self.folder / name, ignore=ignored, dirs_exist_ok=True)
-        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        copy_python(self.folder)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         done = subprocess.run(["ninja", "-C", str(self.folder)], capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout}")
 
 
-@functools.cache
-def emulated(sanitized: bool = False) -> Path:
-    """The build of the kernels as they are. The sanitized one looks for accesses out of bounds and undefined behaviour."""
+def emulated(sanitized: bool = False, faults: Sequence[Iterable[Replacement]] = ()) -> Path:
+    """The build of the kernels, with faults that sleep. The sanitized one looks for accesses out of bounds and undefined
+    behaviour."""
     folder = KEPT / ("sanitized" if sanitized else "plain")
+    csrc = folder / "csrc"
+    plant(csrc, faults)
     build = Build(folder, SANITIZED if sanitized else ())
-    for source in (*kernel_sources(ROOT / "csrc"), ROOT / "tests/emulation/emulation.cpp"):
-        build.compile(source, [*KERNEL, *EMULATED, f"-I{ROOT}/csrc"])
+    for source in (*kernel_sources(csrc), ROOT / "tests/emulation/emulation.cpp"):
+        build.compile(source, [*KERNEL, *EMULATED, f"-I{csrc}"])
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    binding = [*KERNEL, "-O0", "-Wno-psabi", *EMULATED, f"-I{ROOT}/csrc", *(f"-isystem{path}" for path in includes)]
+    binding = [*KERNEL, "-O0", "-Wno-psabi", *EMULATED, f"-I{csrc}", *(f"-isystem{path}" for path in includes)]
     if not sanitized:
-        build.compile(ROOT / "csrc/bindings_cuda.cpp", binding)
+        build.compile(csrc / "bindings_cuda.cpp", binding)
         build.finish(ordinary_objects())
     else:
-        build.finish([emulated() / "objects/bindings_cuda.o", *ordinary_objects()])
+        build.finish([emulated(False, faults) / "objects/bindings_cuda.o", *ordinary_objects()])
     return folder
-
-
-def mutant(folder: Path, csrc: Path, sources: list[str], sanitized: bool = False) -> None:
-    """A build of another csrc, of which only the named kernel sources are compiled; the rest is that of the kernels as
-    they are."""
-    build = Build(folder, SANITIZED if sanitized else ())
-    for name in sources:
-        build.compile(csrc / "cuda" / name, [*KERNEL, *EMULATED, f"-I{csrc}"])
-    kept = {*(emulated().glob("objects/bindings_cuda.o")), *emulated(sanitized).glob("objects/*.o")}
-    build.finish([*(path for path in sorted(kept) if f"{path.stem}.cu" not in sources), *ordinary_objects()])
 
 
 def library_of_compiler(name: str) -> str:

@@ -244,7 +244,7 @@ def test_bad_labels_are_nan_in_their_row_alone(label: int, kind: str, monkeypatc
         REGULARIZED(z, y, backend="triton")
     with pytest.raises(IndexError, match=rf"row 1 holds label {label}\b"):
         objkern.row_statistics(z, y, backend="triton")
-    monkeypatch.setattr(objkern.reference, "check_labels", lambda batch: None)  # as on a GPU
+    monkeypatch.setattr(objkern.reference, "check_labels", lambda *_: None)  # as on a GPU
     gradient = "forward" if label < 0 else "backward"
     loss, found = run(REGULARIZED, z, y, reduction="sum", gradient=gradient)
     assert loss.isnan()
@@ -527,3 +527,75 @@ def test_the_gradient_of_a_part_of_the_vocabulary(kind: str) -> None:
         f[4] *= (z.argmax(1) // 15 * 15 == begin) | (centred[13] == 1)
         found = ops.statistics_gradient(f, centred, False, *arguments, ignore_index=5 - begin)
         torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)
+
+
+# ---- elementwise objectives -----------------------------------------------------------------------------------------
+
+ELEMENTWISE = (
+    "BinaryCrossEntropy(label_smoothing=0.1) - 0.1*BernoulliEntropy() + 0.5*MeanSquaredError() + "
+    "0.25*MeanAbsoluteError() + 2.0*Huber(delta=0.3) + 0.01*LogitL2()"
+)
+
+
+def elements(dtype: torch.dtype, shape: tuple[int, ...] = (3, 7)) -> tuple[torch.Tensor, torch.Tensor]:
+    z = 3 * torch.randn(shape, dtype=torch.float64)
+    return z.to(dtype), torch.rand(shape, dtype=torch.float64).round(decimals=1).to(dtype)
+
+
+@pytest.fixture
+def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ELEMENTS", 8)
+
+
+@pytest.mark.usefixtures("few_elements")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elementwise(reduction: str, dtype: torch.dtype) -> None:
+    z, y = elements(dtype)
+    objective = objkern.parse(ELEMENTWISE)
+    upstream = torch.rand(3, 7) if reduction == "none" else torch.tensor(-0.7)
+    assert_same(objective, z, y, upstream, reduction=reduction)
+    if reduction != "none":
+        assert_same(objective, z, y, upstream, reduction=reduction, gradient="forward")
+        assert_same(objective, z, y, reduction=reduction, gradient="forward")
+
+
+@pytest.mark.usefixtures("few_elements")
+@pytest.mark.parametrize("text", ELEMENTWISE.replace(" - ", " + ").split(" + ")[:-1])
+def test_each_elementwise_term_alone(text: str) -> None:
+    z, y = elements(torch.float64)
+    assert_same(objkern.parse(text), z, y)
+
+
+@pytest.mark.usefixtures("few_elements")
+def test_elementwise_options() -> None:
+    z, y = elements(torch.float32)
+    for shape in ((), (7,), (1, 7), (3, 1), (3, 7)):
+        term = objkern.BinaryCrossEntropy(weight=torch.rand(shape), pos_weight=torch.rand(shape))
+        assert_same(term + 0.1 * objkern.MeanSquaredError(), z, y, logit_scale=torch.tensor(1.7), softcap=2.0)
+    whole = objkern.parse(ELEMENTWISE)
+    loss, parts = whole(z, y, return_parts=True, backend="triton", normalizer=torch.tensor(5.0))
+    exact, exact_parts = whole(z, y, return_parts=True, backend="reference", normalizer=torch.tensor(5.0))
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(parts, exact_parts)
+    coefficient, scale = torch.tensor(0.3, requires_grad=True), torch.tensor(1.7, requires_grad=True)
+    found = []
+    for backend in ("triton", "reference"):
+        loss = (objkern.BinaryCrossEntropy() + coefficient * objkern.Huber())(z, y, logit_scale=scale, backend=backend)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (coefficient, scale))))
+    torch.testing.assert_close(*found)
+    nothing = torch.empty(0, 3)
+    assert objkern.MeanSquaredError()(nothing, nothing, backend="triton").isnan()
+    assert objkern.MeanSquaredError()(nothing, nothing, backend="triton", empty="zero") == 0.0
+
+
+@pytest.mark.usefixtures("few_elements")
+@pytest.mark.parametrize("limits", [True, False])
+def test_elementwise_infinities(limits: bool) -> None:
+    z = torch.tensor([INF, -INF, INF, -INF, float("nan"), 3.0])
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.5])
+    found = [
+        torch.ops.objkern_triton.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, limits=limits, with_parts=True),
+        torch.ops.objkern.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, limits=limits, with_parts=True),
+    ]
+    torch.testing.assert_close(*found, equal_nan=True)
