@@ -15,9 +15,9 @@
 #define OBJKERN_OBJECTIVE_ARGUMENTS                      \
   "float[] terms, int reduction, " OBJKERN_ROW_ARGUMENTS \
   ", Tensor? coefficient_tensor=None, Tensor? normalizer=None, bool empty_zero=False, bool with_parts=False"
-#define OBJKERN_ELEMENT_ARGUMENTS                                                                           \
-  "float[] terms, int reduction, Tensor input, Tensor? target=None, Tensor? logit_scale=None, "             \
-  "Tensor? weight=None, Tensor? pos_weight=None, float softcap=0, bool limits=True, "                       \
+#define OBJKERN_ELEMENT_ARGUMENTS                                                               \
+  "float[] terms, int reduction, Tensor input, Tensor? target=None, Tensor? logit_scale=None, " \
+  "Tensor? weight=None, Tensor? pos_weight=None, float softcap=0, bool limits=True, "           \
   "Tensor? coefficient_tensor=None, Tensor? normalizer=None, bool empty_zero=False, bool with_parts=False"
 
 namespace objkern {

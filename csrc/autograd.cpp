@@ -65,13 +65,21 @@ struct Kind {
 
 constexpr int kToLogits = 0, kToTarget = 1, kToScale = 2, kToCoefficients = 3;  // in `places`
 
-const Kind objective_kind{"gradient", "rescale", "reference_gradient", "reference_second_order", 2,
+const Kind objective_kind{"gradient",
+                          "rescale",
+                          "reference_gradient",
+                          "reference_second_order",
+                          2,
                           {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kCoefficientTensor}};
-const Kind elementwise_kind{"elementwise_gradient", "elementwise_rescale", "reference_elementwise_gradient",
-                            "reference_elementwise_second_order", -1,
+const Kind elementwise_kind{"elementwise_gradient",
+                            "elementwise_rescale",
+                            "reference_elementwise_gradient",
+                            "reference_elementwise_second_order",
+                            -1,
                             {kInput, kElementTarget, kElementScale, kElementCoefficients, kWeight, kPosWeight}};
-const Kind statistics_kind{"statistics_gradient", nullptr, "reference_statistics_gradient",
-                           "reference_statistics_second_order", 1, {kLogits, kTarget, kLogitScale}};
+const Kind statistics_kind{
+    "statistics_gradient",          nullptr, "reference_statistics_gradient", "reference_statistics_second_order", 1,
+    {kLogits, kTarget, kLogitScale}};
 
 // The ops of a kind in the family of the forward op; all families share the reference.
 struct Ops {
@@ -248,8 +256,8 @@ struct ForwardBackward : RowsBackward {
       const bool doubles = logits.scalar_type() == at::kDouble;
       Stack wide = inputs;  // summed before it is rounded
       wide[differentiable[kToLogits]] = logits.to(doubles ? at::kDouble : at::kFloat);
-      found[kToScale] = scale_gradient(gradient(upstream, kept_, wide, true), logits,
-                                       inputs[differentiable[kToScale]].toTensor());
+      found[kToScale] =
+          scale_gradient(gradient(upstream, kept_, wide, true), logits, inputs[differentiable[kToScale]].toTensor());
     }
     if (need.size() > kToCoefficients && need[kToCoefficients] && !reference[kToCoefficients])
       found[kToCoefficients] = coefficient_gradient(upstream, inputs);

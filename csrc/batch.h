@@ -263,19 +263,19 @@ inline Tensor take_given(torch::jit::Stack* stack, To to) {
 }
 
 // The kernels of a device, boxed functions of these names.
-#define OBJKERN_IMPLEMENT(m)                                                                                  \
-  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());                               \
-  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused<To::kNew>>());                             \
-  m.impl("fused.into", torch::CppFunction::makeFromBoxedFunction<&fused<To::kGiven>>());                      \
-  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());                                   \
-  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kNew>>());                       \
-  m.impl("gradient.into", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kGiven>>());                \
-  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());                             \
-  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kNew>>()); \
+#define OBJKERN_IMPLEMENT(m)                                                                                         \
+  m.impl("objective", torch::CppFunction::makeFromBoxedFunction<&objective>());                                      \
+  m.impl("fused", torch::CppFunction::makeFromBoxedFunction<&fused<To::kNew>>());                                    \
+  m.impl("fused.into", torch::CppFunction::makeFromBoxedFunction<&fused<To::kGiven>>());                             \
+  m.impl("rescale", torch::CppFunction::makeFromBoxedFunction<&rescale>());                                          \
+  m.impl("gradient", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kNew>>());                              \
+  m.impl("gradient.into", torch::CppFunction::makeFromBoxedFunction<&gradient<To::kGiven>>());                       \
+  m.impl("statistics", torch::CppFunction::makeFromBoxedFunction<&statistics>());                                    \
+  m.impl("statistics_gradient", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kNew>>());        \
   m.impl("statistics_gradient.into", torch::CppFunction::makeFromBoxedFunction<&statistics_gradient<To::kGiven>>()); \
-  m.impl("elementwise", torch::CppFunction::makeFromBoxedFunction<&elementwise<false>>());                            \
-  m.impl("elementwise_fused", torch::CppFunction::makeFromBoxedFunction<&elementwise<true>>());                       \
-  m.impl("elementwise_rescale", torch::CppFunction::makeFromBoxedFunction<&elementwise_rescale>());                   \
+  m.impl("elementwise", torch::CppFunction::makeFromBoxedFunction<&elementwise<false>>());                           \
+  m.impl("elementwise_fused", torch::CppFunction::makeFromBoxedFunction<&elementwise<true>>());                      \
+  m.impl("elementwise_rescale", torch::CppFunction::makeFromBoxedFunction<&elementwise_rescale>());                  \
   m.impl("elementwise_gradient", torch::CppFunction::makeFromBoxedFunction<&elementwise_gradient>())
 
 inline void check_partials(const Batch& batch, const Tensor& partials, const Tensor& centred) {

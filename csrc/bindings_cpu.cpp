@@ -312,8 +312,7 @@ void elementwise(const c10::OperatorHandle&, Stack* stack) {
     loss = at::empty(sizes, options);
     sizes.insert(sizes.begin(), call.in.with_parts ? program.size : 0);
     parts = at::empty(sizes, options);
-    const cpu::Unreduced unreduced{loss.mutable_data_ptr(),
-                                   call.in.with_parts ? parts.mutable_data_ptr() : nullptr};
+    const cpu::Unreduced unreduced{loss.mutable_data_ptr(), call.in.with_parts ? parts.mutable_data_ptr() : nullptr};
     cpu_doors().elementwise(call.batch.elements, program, nullptr, unreduced, nullptr);
   } else {
     std::vector<double> sums(program.size);

@@ -1,5 +1,5 @@
-// The mathematics of elementwise objectives: a prediction z (after logit scale and softcap), a target y, and what a term
-// makes of the two. Host and device code, as objective.h.
+// The mathematics of elementwise objectives: a prediction z (after logit scale and softcap), a target y, and what a
+// term makes of the two. Host and device code, as objective.h.
 //
 // Each term adds scale · ∂value/∂z to a gradient; there is nothing else to know of an element, so an objective is one
 // pass that reads z and y, and one that writes, or both at once.
@@ -28,8 +28,9 @@ OBJKERN_INLINE bool reads_odds(ElementKind kind) {
   return kind == ElementKind::kBinaryCrossEntropy || kind == ElementKind::kBernoulliEntropy;
 }
 
-// `weight` is of binary cross-entropy or the squared error, `pos_weight` of the former; 1 where there are none. `limits`: where the prediction is
-// infinite, a value is its limit; otherwise binary cross-entropy is the number (NaN or ∞) that torch's formula gives.
+// `weight` is of binary cross-entropy or the squared error, `pos_weight` of the former; 1 where there are none.
+// `limits`: where the prediction is infinite, a value is its limit; otherwise binary cross-entropy is the number (NaN
+// or ∞) that torch's formula gives.
 template <class R>
 struct ElementInputs {
   R z = R(0), y = R(0), weight = R(1), pos_weight = R(1);

@@ -263,9 +263,15 @@ void gradient_door(const Rows& in, const void* row_gradient_, const void* upstre
 #define OBJKERN_STRING_OF(x) #x
 #define OBJKERN_STRING(x) OBJKERN_STRING_OF(x)
 extern const Doors table;
-const Doors table = {
-    OBJKERN_STRING(OBJKERN_VARIANT), scan,       statistics_door, objective_door,   fused_door,
-    chain_door,                      gradient_door, elementwise_door, elementwise_gradient_door};
+const Doors table = {OBJKERN_STRING(OBJKERN_VARIANT),
+                     scan,
+                     statistics_door,
+                     objective_door,
+                     fused_door,
+                     chain_door,
+                     gradient_door,
+                     elementwise_door,
+                     elementwise_gradient_door};
 
 }  // namespace OBJKERN_VARIANT
 }  // namespace objkern::cpu

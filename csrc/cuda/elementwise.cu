@@ -2,10 +2,9 @@
 //
 //   element_kernel   a vector of 16 bytes a thread at a time ──▶ values, gradient; sums of the block, for each term
 //   reduce_kernel    one block: sums of the blocks, in their order ──▶ loss and parts
-#include "../elementwise.h"
-
 #include <algorithm>
 
+#include "../elementwise.h"
 #include "elements.h"
 
 namespace objkern::cuda {
@@ -261,7 +260,8 @@ ElementCall call_of(const Elements& in, const Scalar& logit_scale, const Program
 template <Asked kAsked>
 Status run(const Elements& in, const ElementCall& call, Stream stream) {
   const int64_t numbers = call.program.size * (kAsked == Asked::kSums ? 1 + kElementThreads : 1);
-  return launch(kernel_for<kAsked>(in), Grid{call.blocks, kElementThreads, 1, 8 * std::max<int64_t>(numbers, 1)}, stream, call);
+  return launch(kernel_for<kAsked>(in), Grid{call.blocks, kElementThreads, 1, 8 * std::max<int64_t>(numbers, 1)},
+                stream, call);
 }
 
 }  // namespace
