@@ -5,17 +5,21 @@ test_cuda_emulation.py runs this file inside a build whose CPU tensors go to the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import zlib
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import objkern
 from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from tests import properties
 from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_within_budget, random_rows
 
 from . import control
@@ -684,3 +688,18 @@ def test_no_elements() -> None:
     assert objkern.MeanSquaredError()(nothing, nothing).isnan()
     assert objkern.MeanSquaredError()(nothing, nothing, empty="zero") == 0.0
     assert objkern.MeanSquaredError()(nothing, nothing, reduction="none").shape == (0, 3)
+
+
+# ---- random calls ---------------------------------------------------------------------------------------------------
+
+
+def test_random_objectives() -> None:
+    """60 tiny ones, or as many as OBJKERN_CASES says, under any plan."""
+
+    @properties.settings(60)
+    @hypothesis.given(properties.cases(most_rows=5, most_classes=150), st.sampled_from([None, *PLANS]))
+    def each(case: properties.Case, plan: Plan | None) -> None:
+        with control.plan(plan) if plan is not None and case.linear is None else contextlib.nullcontext():
+            properties.check(case)
+
+    each()

@@ -7,14 +7,17 @@ runs several times. Its casts to bfloat16 cut digits off instead of rounding, an
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import objkern
 from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
 from objkern.triton import launch
 
 from ..conftest import EVERY_NATIVE, EVERY_TERM, NATIVE, assert_within_budget, native_objective, random_rows
+from ..properties import Case, cases, check, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the infinities that kernels make
 
@@ -599,3 +602,22 @@ def test_elementwise_infinities(limits: bool) -> None:
         torch.ops.objkern.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, limits=limits, with_parts=True),
     ]
     torch.testing.assert_close(*found, equal_nan=True)
+
+
+# ---- random calls ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_elements")
+def test_random_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 tiny ones, or as many as OBJKERN_CASES says; the kernels for few, some and many classes take turns."""
+
+    @settings(60)
+    @hypothesis.given(cases(most_rows=4, most_classes=40, linear=False), st.sampled_from([*KINDS, "pieces"]))
+    def each(case: Case, kind: str) -> None:
+        # The interpreter cuts digits off where it should round to bfloat16, and has no float16 subnormals to speak of.
+        if case.dtype in (torch.bfloat16, torch.float16):
+            case.dtype = torch.float32
+        choose(kind, monkeypatch)
+        check(case, backend="triton")
+
+    each()
