@@ -80,6 +80,16 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("memory is a chunk and the gradients, flat in the rows; none for a frozen weight (23)",
               ("linear::memory_is_a_chunk_and_the_gradients",)),
     ],
+    "Elementwise objectives": [
+        Claim("values, gradients and parts of every term, dtype and reduction, at most twice as far from float64 as "
+              "torch's own; weights that broadcast",
+              ("elementwise::every_term", "elementwise::weights_options_and_parts")),
+        Claim("the drop-ins follow torch's", ("elementwise::the_drop_ins_follow_torch",), WHICHEVER),
+        Claim("nothing waits for the device; a CUDA graph captures forward and backward (20)",
+              ("elementwise::nothing_waits_and_a_graph_captures",)),
+        Claim("bitwise the same in every run (30); elements that begin anywhere",
+              ("elementwise::bitwise_the_same_and_more_than_one_block",)),
+    ],
     "Memory and layout": [
         Claim("more than 2^31 and 2^32 logits: the last rows are right (10)",
               ("large::more_logits_than_32_bits_count",)),

@@ -69,6 +69,27 @@ def options(device: str, backend: str) -> int:
     return 11
 
 
+def elementwise(device: str, backend: str) -> int:
+    objective = objkern.parse(
+        "BinaryCrossEntropy(label_smoothing=0.1) - 0.1*BernoulliEntropy() + MeanSquaredError() + MeanAbsoluteError() + "
+        "Huber(delta=0.3) + 0.01*LogitL2()"
+    )
+    calls = 0
+    for dtype in DTYPES:
+        for shape in ((1,), (7,), (33, 129), (3, 20011)):
+            x = torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+            y = torch.rand(shape, dtype=dtype, device=device)
+            for mode in ("backward", "forward"):
+                both(objective(x, y, gradient=mode, backend=backend), x)
+            both(objective(x, y, reduction="none", backend=backend), x)
+            calls += 3
+    x, y = (torch.rand(33, 129, device=device, requires_grad=True) for _ in range(2))
+    term = objkern.BinaryCrossEntropy(torch.rand(129, device=device), torch.rand(33, 1, device=device))
+    both(term(x, y.detach(), softcap=3.0, backend=backend), x)
+    both(objective(x[1:], y.detach()[1:], backend=backend), x)
+    return calls + 2
+
+
 def forced_plans(device: str, backend: str) -> int:
     """Each cluster and number of lanes, whatever the table would choose."""
     from .plans import plans
@@ -90,7 +111,7 @@ def forced_plans(device: str, backend: str) -> int:
 
 
 def main(device: str, backend: str, quick: str = "") -> None:
-    calls = sizes(device, backend, bool(quick)) + options(device, backend)
+    calls = sizes(device, backend, bool(quick)) + options(device, backend) + elementwise(device, backend)
     if backend == "cuda" and not quick:
         calls += forced_plans(device, backend)
     if device == "cuda":

@@ -40,6 +40,7 @@ TARGETS = {
         "torch's chunked op / the best of objkern",
         1.0,
     ),
+    "elementwise": Target("elementwise objectives with penalties, eager torch: its time / the best of objkern", 3.0),
     "host": Target("512 × 32, the host's time for forward and backward / F.cross_entropy's", 1.1, at_least=False),
 }
 
@@ -85,7 +86,7 @@ def best(entry: Entry, *words: str) -> str | None:
 
 
 def findings(result: Result) -> list[Finding]:
-    return [*bandwidths(result), *speeds(result), *prices(result), *linears(result), *hosts(result)]
+    return [*bandwidths(result), *speeds(result), *prices(result), *linears(result), *elements(result), *hosts(result)]
 
 
 def bandwidths(result: Result) -> Iterator[Finding]:
@@ -141,6 +142,13 @@ def linears(result: Result) -> Iterator[Finding]:
         ]
         if name is not None and others:
             yield Finding("linear, rivals", place, min(others), name)
+
+
+def elements(result: Result) -> Iterator[Finding]:
+    for entry in entries(result, "elementwise"):
+        name = best(entry)
+        if name is not None and (ratio := entry["ratio"].get(f"eager / {name}")) is not None:
+            yield Finding("elementwise", f"{where(entry)} {entry['workload']}", ratio[1], name)
 
 
 def hosts(result: Result) -> Iterator[Finding]:
