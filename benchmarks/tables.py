@@ -36,6 +36,10 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
         yield "Memory of the fused linear path", linear_memory(chosen)
     if chosen := of_kind(entries, "linear memory law"):
         yield "Memory of the fused linear path over the number of rows", linear_law(chosen)
+    if chosen := of_kind(entries, "elementwise"):
+        yield "Elementwise objectives", elementwise(chosen)
+    if chosen := of_kind(entries, "penalty"):
+        yield "Terms on parameters", penalties(chosen)
     if steps:
         yield "Errors against float64", errors(steps)
 
@@ -182,6 +186,27 @@ def linear_law(entries: list[Entry]) -> str:
         ]
         lines.append([str(classes), *cells])
     return table(["classes", *(f"{n} rows" for n in rows)], lines)
+
+
+def elementwise(entries: list[Entry]) -> str:
+    names = ["eager", "compiled", "objkern", "objkern, forward"]
+    return table(["elements", "objective", *names, "eager / objkern", "compiled / objkern"], [
+        [
+            logits(entry), entry["workload"], *(time(entry, name) for name in names),
+            ratio(entry, "eager"), ratio(entry, "compiled"),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def penalties(entries: list[Entry]) -> str:
+    return table(["parameters", "term", "eager", "objkern", "eager / objkern"], [
+        [
+            f"{entry['classes'] / 1e6:.1f} M {entry['dtype']}", entry["workload"], time(entry, "eager"),
+            time(entry, "objkern"), ratio(entry, "eager"),
+        ]
+        for entry in entries
+    ])  # fmt: skip
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------

@@ -140,9 +140,6 @@ struct ElementArguments : ProgramArguments {  // in the order of OBJKERN_ELEMENT
         pos_weight(optional_tensor(a[kPosWeight])),
         softcap(a[kPosWeight + 1].toDouble()),
         limits(a[kPosWeight + 2].toBool()) {
-    bool needed = false;
-    for (const Term& term : terms) needed |= reads_target(static_cast<ElementKind>(term.kind));
-    TORCH_CHECK_VALUE(target.has_value() || !needed, "objkern: target: a term needs one but got None");
     TORCH_CHECK_VALUE(softcap >= 0, "objkern: softcap: expected a number >= 0 but got ", softcap);
   }
 };

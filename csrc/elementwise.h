@@ -21,11 +21,28 @@ enum class ElementKind : int64_t {
 };
 constexpr int64_t kElementKinds = 6;
 
-OBJKERN_INLINE bool reads_target(ElementKind kind) {
-  return kind != ElementKind::kBernoulliEntropy && kind != ElementKind::kLogitL2;
-}
 OBJKERN_INLINE bool reads_odds(ElementKind kind) {
   return kind == ElementKind::kBinaryCrossEntropy || kind == ElementKind::kBernoulliEntropy;
+}
+
+// f with the kind as a constant, so that the choice is made once for many elements.
+#pragma nv_exec_check_disable
+template <class F>
+OBJKERN_INLINE void with_kind(ElementKind kind, const F& f) {
+  switch (kind) {
+    case ElementKind::kBinaryCrossEntropy:
+      return f.template operator()<ElementKind::kBinaryCrossEntropy>();
+    case ElementKind::kBernoulliEntropy:
+      return f.template operator()<ElementKind::kBernoulliEntropy>();
+    case ElementKind::kMeanSquaredError:
+      return f.template operator()<ElementKind::kMeanSquaredError>();
+    case ElementKind::kMeanAbsoluteError:
+      return f.template operator()<ElementKind::kMeanAbsoluteError>();
+    case ElementKind::kHuber:
+      return f.template operator()<ElementKind::kHuber>();
+    case ElementKind::kLogitL2:
+      return f.template operator()<ElementKind::kLogitL2>();
+  }
 }
 
 // `weight` is of binary cross-entropy or the squared error, `pos_weight` of the former; 1 where there are none.

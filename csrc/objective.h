@@ -38,6 +38,7 @@ struct Lane {
   using Mask = bool;
   static constexpr bool kCompensated = sizeof(R) == 4;  // sums keep the part that rounding took off
   OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
+  OBJKERN_INLINE static R exp_nonpositive(R x) { return std::exp(x); }
   // exp(a·b): what a product of −20 is rounded by is a millionth of the result in float32, and is put back.
   OBJKERN_INLINE static R exp_of_product(R a, R b) {
     const R product = a * b, e = std::exp(product);
@@ -81,7 +82,7 @@ struct LogOdds {
   OBJKERN_INLINE explicit LogOdds(R d, R low = R(0)) {
     using L = Lane<R>;
     const auto negative = L::less(d, R(0));
-    R e = L::exp(R(0) - L::abs(d));
+    R e = L::exp_nonpositive(R(0) - L::abs(d));
     if constexpr (L::kCompensated) e = e - e * L::select(negative, R(0) - low, low);
     const R tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
     softplus_plus = L::select(negative, tail, d + (low + tail));

@@ -44,7 +44,7 @@ struct Elements {
   DType dtype = DType::kFloat32;
   int64_t count = 0;
 
-  const void* target = nullptr;          // (count) of target_dtype, or none
+  const void* target = nullptr;          // (count) of target_dtype, or none, which is 0
   DType target_dtype = DType::kFloat32;  // the input's type, or the accumulation type
   // Of the accumulation type; element i has number i modulo `period`. None: 1.
   const void* weight = nullptr;

@@ -4,8 +4,9 @@ One formula serves all of them, θ − θ₀ = d:
 
     value  Σ l1·|d| + ½·l2·F·d²          gradient  l1·sign(d) + l2·F·d
 
-with θ₀ = 0 and F = 1 where there is none. The value reads every parameter once and writes nothing; the gradient is
-returned to autograd and not added to `.grad` behind its back.
+with θ₀ = 0 and F = 1 where there is none. That is an elementwise objective of every parameter, so the kernels are those
+of elementwise.py: the value reads every parameter once and writes nothing. The gradient is returned to autograd and
+not added to `.grad` behind its back.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .batch import describe
+from . import ops
+from .batch import REDUCTIONS, describe
+from .elementwise import MeanAbsoluteError, MeanSquaredError
 from .objective import Term
 from .terms import checked_number
 
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
-# Elements that are worked on together: what is computed of them on the way stays in the caches of a CPU, and a GPU has
-# few launches to make.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 24
+_BLOCK = 1 << 20  # elements that eager torch works on together
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -34,7 +35,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
-    return iter(x.reshape(-1).split(_CPU_BLOCK if x.is_cpu else _GPU_BLOCK))
+    return iter(x.reshape(-1).split(_BLOCK))
 
 
 def _distances(
@@ -49,17 +50,38 @@ def _distances(
         yield d if origin is None else d - origin.to(wide), None if weight is None else weight.to(wide)
 
 
+def _kernels(x: Tensor) -> Any | None:
+    """The kernels for elements on a device, if it has any."""
+    try:
+        return getattr(torch.ops, ops.backend_for("auto", x).family)
+    except NotImplementedError:
+        return None
+
+
+def _terms(weighted: bool, l1: float, l2: float) -> list[float]:
+    """The penalty as an elementwise objective, with the origin as target; none is 0."""
+    found = [MeanSquaredError.element_kind, float(weighted), 0.5 * l2] if l2 else []
+    return [*found, *((MeanAbsoluteError.element_kind, 0.0, l1) if l1 else ())]
+
+
+_SUM = REDUCTIONS.index("sum")
+
+
+def _of_one(origins: list[Tensor], weights: list[Tensor], k: int) -> tuple[Tensor | None, Tensor | None]:
+    return origins[k] if origins else None, weights[k] if weights else None
+
+
 def _value(parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float) -> Tensor:
-    sums: list[Tensor] = []
-    device = parameters[0].device
+    values, device = [], parameters[0].device
     for k, theta in enumerate(parameters):
-        for d, f in _distances(theta, origins, weights, k):
-            if l1:
-                sums.append((l1 * d.abs().sum(dtype=torch.float64)).to(device))
-            if l2:
-                square = d * d if f is None else (d * d).mul_(f)
-                sums.append((0.5 * l2 * square.sum(dtype=torch.float64)).to(device))
-    total = torch.stack(sums).sum() if sums else torch.zeros((), device=device)
+        kernels, (origin, weight) = _kernels(theta), _of_one(origins, weights, k)
+        if kernels is None:
+            values.append(_eager_value(theta, origins, weights, k, l1, l2).to(device))
+        elif l1 or l2:
+            terms = _terms(weight is not None, l1, l2)
+            loss, _ = kernels.elementwise(terms, _SUM, theta, origin, weight=weight)
+            values.append(loss.to(device, torch.float64))
+    total = torch.stack(values).sum() if values else torch.zeros((), device=device)
     return total.to(torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32)
 
 
@@ -69,15 +91,34 @@ def _gradient(
     """Rounded once to the parameter's dtype, after the upstream gradient."""
     found = []
     for k, theta in enumerate(parameters):
+        kernels, (origin, weight) = _kernels(theta), _of_one(origins, weights, k)
         u = upstream.to(theta.device, _wide(theta))
-        blocks = []
-        for d, f in _distances(theta, origins, weights, k):
-            g = d * (u * l2) if f is None else d * f * (u * l2)
-            if l1:
-                g = g + d.sign() * (u * l1)
-            blocks.append(g.to(theta.dtype))
-        found.append(torch.cat(blocks).view(theta.shape) if blocks else torch.zeros_like(theta))
+        if kernels is None:
+            found.append(_eager_gradient(u, theta, origins, weights, k, l1, l2))
+        else:
+            terms = _terms(weight is not None, l1, l2)
+            found.append(kernels.elementwise_gradient(u, False, terms, _SUM, theta, origin, weight=weight))
     return found
+
+
+def _eager_value(
+    theta: Tensor, origins: list[Tensor], weights: list[Tensor], k: int, l1: float, l2: float
+) -> Tensor:  # fmt: skip
+    total = theta.new_zeros((), dtype=torch.float64)
+    for d, f in _distances(theta, origins, weights, k):
+        square = d * d if f is None else d * d * f
+        total = total + l1 * d.abs().sum(dtype=torch.float64) + 0.5 * l2 * square.sum(dtype=torch.float64)
+    return total
+
+
+def _eager_gradient(
+    u: Tensor, theta: Tensor, origins: list[Tensor], weights: list[Tensor], k: int, l1: float, l2: float
+) -> Tensor:
+    blocks = []
+    for d, f in _distances(theta, origins, weights, k):
+        g = d * (u * l2) if f is None else d * f * (u * l2)
+        blocks.append((g + d.sign() * (u * l1) if l1 else g).to(theta.dtype))
+    return torch.cat(blocks).view(theta.shape) if blocks else torch.zeros_like(theta)
 
 
 _SCHEMA = "Tensor[] parameters, Tensor[] origins, Tensor[] weights, float l1, float l2"
@@ -108,9 +149,15 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     count, with_origin = ctx.sizes
     saved = list(ctx.saved_tensors)
     parameters, origins, weights = saved[:count], saved[count : count + with_origin], saved[count + with_origin :]
-    # Plain torch where a second derivative may be asked for.
-    run = _gradient if torch.is_grad_enabled() else torch.ops.objkern.parameter_penalty_gradient
-    found = run(upstream, parameters, origins, weights, ctx.l1, ctx.l2)
+    if torch.is_grad_enabled():  # plain torch where a second derivative may be asked for
+        found = [
+            _eager_gradient(upstream.to(theta.device, _wide(theta)), theta, origins, weights, k, ctx.l1, ctx.l2)
+            for k, theta in enumerate(parameters)
+        ]
+    else:
+        found = torch.ops.objkern.parameter_penalty_gradient(
+            upstream, parameters, origins, weights, ctx.l1, ctx.l2
+        )
     return found, [None] * len(origins), [None] * len(weights), None, None
 
 

@@ -50,10 +50,13 @@ TERMS: dict[str, tuple[Callable[..., objkern.Objective], Callable[[Tensor, Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("name", TERMS)
-def test_values_and_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients(name: str, kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within twice the error of eager torch in the same dtype, and one rounding of the exact gradient."""
-    monkeypatch.setattr(penalties, "_CPU_BLOCK", 64)  # several blocks, and a rest
+    if not kernels:  # a device that has none
+        monkeypatch.setattr(penalties, "_kernels", lambda x: None)
+        monkeypatch.setattr(penalties, "_BLOCK", 64)  # several blocks, and a rest
     make, formula = TERMS[name]
     torch.manual_seed(1)
     parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((7, 30), (3,), (), (0, 4), (64, 2))]

@@ -44,10 +44,10 @@ STEPS = [
     Step("objectives", "large logits against eager, compiled, Liger-Kernel", 170, 110, "objectives"),
     Step("linear", "the fused linear path against everyone and the bare GEMMs", 80, 45, "linear"),
     Step("small", "small logits", 60, 30, "small"),
-    Step("elementwise", "elementwise objectives", 40, 20, "elementwise"),
+    Step("elementwise", "elementwise objectives", 40, 15, "elementwise"),
     Step("host", "what a call costs the host", 50, 20, "host"),
-    Step("variants", "forward, gradient and fused apart", 50, 25, "variants"),
-    Step("plans", "every way to launch, for the tables", 70, 45, "plans"),
+    Step("variants", "forward, gradient and fused apart", 45, 20, "variants"),
+    Step("plans", "every way to launch, for the tables", 65, 40, "plans"),
 ]
 
 

@@ -12,7 +12,6 @@ inline namespace OBJKERN_VARIANT {
 namespace {
 
 constexpr int64_t kElementPiece = 16384;  // elements of a task, whose sums are a number for each term
-constexpr int kPacksOfBlock = 16;         // whose sums are in the accumulation type
 
 // Numbers that repeat with a period, a vector at a time.
 template <class A>
@@ -34,26 +33,19 @@ enum class Asked { kSums, kValues, kGradient };  // the gradient alone
 
 // T: the prediction; D: the target, T or the accumulation type.
 template <class T, class D>
-struct ElementKernel {
+class ElementKernel {
+ public:
   using W = Walk<T>;
   using A = typename W::A;
-  using V = Vec<A>;
 
-  const Elements& in;
-  const Program& program;
-  const Transform<A> transform;
-  const Periodic<A> weight, pos_weight;
-  bool odds = false;
-  std::vector<V> of_block;
-
-  ElementKernel(const Elements& elements, const Program& program_)
-      : in(elements),
-        program(program_),
-        transform(in.logit_scale, in.softcap, in.unscaled),
-        weight{static_cast<const A*>(in.weight), in.weight_period},
-        pos_weight{static_cast<const A*>(in.pos_weight), in.pos_weight_period},
-        of_block(program.size, V(A(0))) {
-    for (int64_t k = 0; k < program.size; ++k) odds |= reads_odds(static_cast<ElementKind>(program.terms[k].kind));
+  ElementKernel(const Elements& elements, const Program& program)
+      : in_(elements),
+        program_(program),
+        transform_(elements.logit_scale, elements.softcap, elements.unscaled),
+        weight_{static_cast<const A*>(elements.weight), elements.weight_period},
+        pos_weight_{static_cast<const A*>(elements.pos_weight), elements.pos_weight_period} {
+    for (int64_t k = 0; k < program.size; ++k) odds_ |= reads_odds(static_cast<ElementKind>(program.terms[k].kind));
+    for (ElementInputs<V>& e : inputs_) e.limits = elements.limits;
   }
 
   // Elements [begin, end). `sums` (size) get theirs added, or `unreduced` every one; `gradient`, if there is one, the
@@ -61,60 +53,100 @@ struct ElementKernel {
   template <Asked kAsked>
   void run(int64_t begin, int64_t end, double* sums, const Unreduced& unreduced, const A* upstream,
            int64_t upstream_stride, T* gradient) {
-    const T* x = static_cast<const T*>(in.input);
-    const D* y = static_cast<const D*>(in.target);
-    typename W::Pack z, target, found;
-    for (V& v : target) v = V(A(0));
-    for (int64_t block = begin; block < end; block += kPacksOfBlock * W::kPack) {
-      const int64_t stop = std::min(block + kPacksOfBlock * W::kPack, end);
-      for (int64_t i = block; i < stop; i += W::kPack) {
-        const int64_t count = std::min(W::kPack, stop - i);
-        W::load(x + i, count, 0.0f, z);
-        if (y != nullptr) W::load(y + i, count, 0.0f, target);
-        for (int v = 0; v < W::kVectors; ++v) {
-          const int64_t first = i + v * W::kLanes, there = std::clamp<int64_t>(count - v * W::kLanes, 0, W::kLanes);
-          found[v] = element<kAsked>(z[v], target[v], first, there, unreduced);
-          if (upstream_stride != 0) {
-            found[v] = found[v] * load_first(upstream + first, there, 0.0f);
-          } else if (upstream != nullptr) {
-            found[v] = found[v] * V(*upstream);
-          }
-        }
-        if (gradient != nullptr) W::store(gradient + i, count, found);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t count = std::min(kBlock, end - first);
+      load(first, count);
+      if (kAsked == Asked::kValues) std::fill(total_, total_ + kVectors, V(A(0)));
+      std::fill(gradient_, gradient_ + kVectors, V(A(0)));
+      for (int64_t k = 0; k < program_.size; ++k) {
+        const Term& term = program_.terms[k];
+        with_kind(static_cast<ElementKind>(term.kind), [&]<ElementKind kKind>() {
+          const double sum = values<kKind, kAsked>(term, k, first, count, unreduced);
+          if (kAsked == Asked::kSums) sums[k] += sum;
+        });
       }
-      if (kAsked != Asked::kSums) continue;
-      for (int64_t k = 0; k < program.size; ++k) {
-        sums[k] += horizontal_sum(of_block[k]);
-        of_block[k] = V(A(0));
-      }
+      if (kAsked == Asked::kValues) store_total(first, count, static_cast<A*>(unreduced.loss));
+      if (gradient != nullptr) write(first, count, upstream, upstream_stride, gradient);
     }
   }
 
-  // A vector of ∂L/∂x; the values go to `unreduced`, to the sums of the block, or nowhere.
-  template <Asked kAsked>
-  V element(const V& x, const V& y, int64_t first, int64_t there, const Unreduced& unreduced) {
-    ElementInputs<V> e;
-    e.z = transform(x);
-    e.y = y;
-    e.weight = weight.at(first, there);
-    e.pos_weight = pos_weight.at(first, there);
-    e.limits = in.limits;
-    const LogOdds<V> of_z(odds ? e.z : V(A(0)));
-    V gradient(A(0)), total(A(0));
-    for (int64_t k = 0; k < program.size; ++k) {
-      const Term& term = program.terms[k];
-      const V value = element_value<V>(static_cast<ElementKind>(term.kind), term.parameter, e, of_z,
-                                       V(static_cast<A>(term.scale)), gradient);
-      if constexpr (kAsked == Asked::kValues) {
-        total = total + V(static_cast<A>(term.scale)) * value;
-        if (unreduced.parts != nullptr)
-          store_first(static_cast<A*>(unreduced.parts) + k * in.count + first, there, value);
-      } else if constexpr (kAsked == Asked::kSums) {
-        of_block[k] = of_block[k] + (there == W::kLanes ? value : V::set(V(A(0)), value, there));
+ private:
+  using V = Vec<A>;
+  static constexpr int kPacks = 8, kVectors = kPacks * W::kVectors;
+  static constexpr int64_t kBlock = kPacks * W::kPack;
+
+  const Elements& in_;
+  const Program& program_;
+  const Transform<A> transform_;
+  const Periodic<A> weight_, pos_weight_;
+  bool odds_ = false;
+  // A block of elements, which stays in the first-level cache while the terms take their turns.
+  ElementInputs<V> inputs_[kVectors];
+  LogOdds<V> of_z_[kVectors];
+  V gradient_[kVectors], total_[kVectors];
+
+  static int64_t there(int64_t count, int v) { return std::clamp<int64_t>(count - v * W::kLanes, 0, W::kLanes); }
+
+  void load(int64_t first, int64_t count) {
+    const T* x = static_cast<const T*>(in_.input) + first;
+    const D* y = in_.target == nullptr ? nullptr : static_cast<const D*>(in_.target) + first;
+    typename W::Pack z, target;
+    for (int p = 0; p < kPacks; ++p) {
+      const int64_t left = count - p * W::kPack;
+      if (left >= W::kPack) {
+        W::load(x + p * W::kPack, z);
+      } else {
+        W::load(x + p * W::kPack, std::max<int64_t>(left, 0), 0.0f, z);
+      }
+      for (int v = 0; v < W::kVectors; ++v) inputs_[p * W::kVectors + v].z = transform_(z[v]);
+      if (y == nullptr) continue;
+      if (left >= W::kPack) {
+        W::load(y + p * W::kPack, target);
+      } else {
+        W::load(y + p * W::kPack, std::max<int64_t>(left, 0), 0.0f, target);
+      }
+      for (int v = 0; v < W::kVectors; ++v) inputs_[p * W::kVectors + v].y = target[v];
+    }
+    for (int v = 0; v < kVectors && in_.weight != nullptr; ++v)
+      inputs_[v].weight = weight_.at(first + v * W::kLanes, there(count, v));
+    for (int v = 0; v < kVectors && in_.pos_weight != nullptr; ++v)
+      inputs_[v].pos_weight = pos_weight_.at(first + v * W::kLanes, there(count, v));
+    for (int v = 0; v < kVectors && odds_; ++v) of_z_[v] = LogOdds<V>(inputs_[v].z);
+  }
+
+  // Adds a term's part to the gradient. Its values go to their sum, which is returned, to `unreduced`, or nowhere.
+  template <ElementKind kKind, Asked kAsked>
+  double values(const Term& term, int64_t k, int64_t first, int64_t count, const Unreduced& unreduced) {
+    const V scale(static_cast<A>(term.scale));
+    V sum(A(0));
+    for (int v = 0; v < kVectors; ++v) {
+      const V value = element_value<V>(kKind, term.parameter, inputs_[v], of_z_[v], scale, gradient_[v]);
+      if constexpr (kAsked == Asked::kSums) {
+        sum = sum + (count == kBlock ? value : V::set(V(A(0)), value, there(count, v)));
+      } else if constexpr (kAsked == Asked::kValues) {
+        total_[v] = total_[v] + scale * value;
+        if (unreduced.parts == nullptr) continue;
+        store_first(static_cast<A*>(unreduced.parts) + k * in_.count + first + v * W::kLanes, there(count, v), value);
       }
     }
-    if constexpr (kAsked == Asked::kValues) store_first(static_cast<A*>(unreduced.loss) + first, there, total);
-    return gradient * transform.slope(e.z);
+    return kAsked == Asked::kSums ? horizontal_sum(sum) : 0.0;
+  }
+
+  void store_total(int64_t first, int64_t count, A* loss) const {
+    for (int v = 0; v < kVectors; ++v) store_first(loss + first + v * W::kLanes, there(count, v), total_[v]);
+  }
+
+  void write(int64_t first, int64_t count, const A* upstream, int64_t stride, T* out) const {
+    const V u(upstream == nullptr ? A(1) : *upstream);
+    typename W::Pack found;
+    for (int p = 0; p < kPacks; ++p) {
+      for (int i = 0; i < W::kVectors; ++i) {
+        const int v = p * W::kVectors + i;
+        found[i] = gradient_[v] * transform_.slope(inputs_[v].z);
+        found[i] = found[i] * (stride == 0 ? u : load_first(upstream + first + v * W::kLanes, there(count, v), 0.0f));
+      }
+      if (const int64_t left = count - p * W::kPack; left > 0) W::store(out + first + p * W::kPack, left, found);
+    }
   }
 };
 

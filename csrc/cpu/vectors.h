@@ -20,33 +20,6 @@ inline namespace OBJKERN_VARIANT {
 template <class A>
 using Vec = at::vec::Vectorized<A>;
 
-// log(1 + x) for 0 ≤ x ≤ 1 or NaN, all that objective.h asks for, within 2 ulp: 2 atanh(s) for s = x / (2 + x) ≤ 1/3,
-// by its series. Half the price of the general function, which was a quarter of a row of ten classes.
-template <class A>
-inline Vec<A> log1p_of_unit(const Vec<A>& x) {
-  const Vec<A> s = x / (x + Vec<A>(A(2))), square = s * s;
-  Vec<A> sum(A(1) / A(31));
-  for (int k = 29; k >= 3; k -= 2) sum = at::vec::fmadd(sum, square, Vec<A>(A(1) / A(k)));
-  return at::vec::fmadd(sum * square, s + s, s + s);
-}
-
-// One row per lane: the formulas of objective.h on vectors.
-template <class A>
-struct Lane<Vec<A>> {
-  using R = Vec<A>;
-  using Mask = Vec<A>;
-  static constexpr bool kCompensated = false;  // the epilogue is in float64
-  static R exp(const R& x) { return x.exp(); }
-  static R exp_of_product(const R& a, const R& b) { return (a * b).exp(); }  // the epilogue is in float64
-  static R expm1(const R& x) { return x.expm1(); }
-  static R log(const R& x) { return x.log(); }
-  static R log1p(const R& x) { return log1p_of_unit(x); }
-  static R abs(const R& x) { return x.abs(); }
-  static Mask equal(const R& a, const R& b) { return a == b; }
-  static Mask less(const R& a, const R& b) { return a < b; }
-  static R select(const Mask& m, const R& yes, const R& no) { return R::blendv(no, yes, m); }
-};
-
 }  // namespace OBJKERN_VARIANT
 
 namespace cpu {
@@ -145,6 +118,45 @@ template <bool in_range = false>
 inline Vec<double> exp_nonpositive(const Vec<double>& t) {
   return t.exp();
 }
+
+}  // namespace OBJKERN_VARIANT
+}  // namespace cpu
+
+inline namespace OBJKERN_VARIANT {
+
+// log(1 + x) for 0 ≤ x ≤ 1 or NaN, all that objective.h asks for, within 2 ulp: 2 atanh(s) for s = x / (2 + x) ≤ 1/3,
+// by its series. Half the price of the general function, which was a quarter of a row of ten classes.
+template <class A>
+inline Vec<A> log1p_of_unit(const Vec<A>& x) {
+  const Vec<A> s = x / (x + Vec<A>(A(2))), square = s * s;
+  constexpr int kLast = sizeof(A) == 4 ? 15 : 31;
+  Vec<A> sum(A(1) / A(kLast));
+  for (int k = kLast - 2; k >= 3; k -= 2) sum = at::vec::fmadd(sum, square, Vec<A>(A(1) / A(k)));
+  return at::vec::fmadd(sum * square, s + s, s + s);
+}
+
+// One row per lane: the formulas of objective.h on vectors.
+template <class A>
+struct Lane<Vec<A>> {
+  using R = Vec<A>;
+  using Mask = Vec<A>;
+  static constexpr bool kCompensated = false;  // the epilogue is in float64
+  static R exp(const R& x) { return x.exp(); }
+  static R exp_nonpositive(const R& x) { return cpu::exp_nonpositive(x); }
+  static R exp_of_product(const R& a, const R& b) { return (a * b).exp(); }  // the epilogue is in float64
+  static R expm1(const R& x) { return x.expm1(); }
+  static R log(const R& x) { return x.log(); }
+  static R log1p(const R& x) { return log1p_of_unit(x); }
+  static R abs(const R& x) { return x.abs(); }
+  static Mask equal(const R& a, const R& b) { return a == b; }
+  static Mask less(const R& a, const R& b) { return a < b; }
+  static R select(const Mask& m, const R& yes, const R& no) { return R::blendv(no, yes, m); }
+};
+
+}  // namespace OBJKERN_VARIANT
+
+namespace cpu {
+inline namespace OBJKERN_VARIANT {
 
 // ---- across the lanes ---------------------------------------------------------------------------------------------
 

@@ -75,25 +75,6 @@ OBJKERN_DEVICE void read_vector(const E* p, A (&found)[kVector]) {
   }
 }
 
-// f with the kind as a constant.
-template <class F>
-OBJKERN_DEVICE void with_kind(ElementKind kind, const F& f) {
-  switch (kind) {
-    case ElementKind::kBinaryCrossEntropy:
-      return f.template operator()<ElementKind::kBinaryCrossEntropy>();
-    case ElementKind::kBernoulliEntropy:
-      return f.template operator()<ElementKind::kBernoulliEntropy>();
-    case ElementKind::kMeanSquaredError:
-      return f.template operator()<ElementKind::kMeanSquaredError>();
-    case ElementKind::kMeanAbsoluteError:
-      return f.template operator()<ElementKind::kMeanAbsoluteError>();
-    case ElementKind::kHuber:
-      return f.template operator()<ElementKind::kHuber>();
-    case ElementKind::kLogitL2:
-      return f.template operator()<ElementKind::kLogitL2>();
-  }
-}
-
 // T: the prediction; D: the target, T or the accumulation type.
 template <class T, class D, Asked kAsked>
 OBJKERN_KERNEL(kElementThreads, 2)
