@@ -53,7 +53,7 @@ FAULTS = {
         "cpu/elementwise.h", "⟦count == kBlock ? value : V::set(V(A(0)), value, there(count, v))⟧", "value"
     ),
     "the gradient of a block of elements added to the next": Replacement(
-        "cpu/elementwise.h", "std::fill(gradient_, gradient_ + kVectors, V(A(0)));", ""
+        "cpu/elementwise.h", "if (⟦kWrites⟧) std::fill(gradient_", "false"
     ),
     "the binary gradient from σ(z) − y": Replacement(
         "elementwise.h", "(⟦no * odds.sigmoid_plus - yes * odds.sigmoid_minus⟧)", "odds.sigmoid_plus - yes"

@@ -29,7 +29,7 @@ struct Periodic {
   }
 };
 
-enum class Asked { kSums, kValues, kGradient };  // the gradient alone
+enum class Asked { kSums, kSumsAndGradient, kValues, kGradient };
 
 // T: the prediction; D: the target, T or the accumulation type.
 template <class T, class D>
@@ -48,31 +48,32 @@ class ElementKernel {
     for (ElementInputs<V>& e : inputs_) e.limits = elements.limits;
   }
 
-  // Elements [begin, end). `sums` (size) get theirs added, or `unreduced` every one; `gradient`, if there is one, the
-  // gradient times `upstream`, of which there is one or (stride 1) one for each element.
+  // Elements [begin, end). `sums` (size) get theirs added, or `unreduced` every one; `gradient` is the gradient times
+  // `upstream`, of which there is one or (stride 1) one for each element. What is not asked for is not touched.
   template <Asked kAsked>
   void run(int64_t begin, int64_t end, double* sums, const Unreduced& unreduced, const A* upstream,
            int64_t upstream_stride, T* gradient) {
+    constexpr bool kSums = sums_asked(kAsked), kWrites = gradient_asked(kAsked);
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t count = std::min(kBlock, end - first);
       load(first, count);
       if (kAsked == Asked::kValues) std::fill(total_, total_ + kVectors, V(A(0)));
-      std::fill(gradient_, gradient_ + kVectors, V(A(0)));
+      if (kWrites) std::fill(gradient_, gradient_ + kVectors, V(A(0)));
       for (int64_t k = 0; k < program_.size; ++k) {
         const Term& term = program_.terms[k];
         with_kind(static_cast<ElementKind>(term.kind), [&]<ElementKind kKind>() {
           const double sum = values<kKind, kAsked>(term, k, first, count, unreduced);
-          if (kAsked == Asked::kSums) sums[k] += sum;
+          if (kSums) sums[k] += sum;
         });
       }
       if (kAsked == Asked::kValues) store_total(first, count, static_cast<A*>(unreduced.loss));
-      if (gradient != nullptr) write(first, count, upstream, upstream_stride, gradient);
+      if (kWrites) write(first, count, upstream, upstream_stride, gradient);
     }
   }
 
  private:
   using V = Vec<A>;
-  static constexpr int kPacks = 8, kVectors = kPacks * W::kVectors;
+  static constexpr int kPacks = Vec<float>::size() == 16 ? 8 : 16, kVectors = kPacks * W::kVectors;
   static constexpr int64_t kBlock = kPacks * W::kPack;
 
   const Elements& in_;
@@ -85,6 +86,10 @@ class ElementKernel {
   LogOdds<V> of_z_[kVectors];
   V gradient_[kVectors], total_[kVectors];
 
+  static constexpr bool sums_asked(Asked asked) { return asked == Asked::kSums || asked == Asked::kSumsAndGradient; }
+  static constexpr bool gradient_asked(Asked asked) {
+    return asked == Asked::kGradient || asked == Asked::kSumsAndGradient;
+  }
   static int64_t there(int64_t count, int v) { return std::clamp<int64_t>(count - v * W::kLanes, 0, W::kLanes); }
 
   void load(int64_t first, int64_t count) {
@@ -120,8 +125,10 @@ class ElementKernel {
     const V scale(static_cast<A>(term.scale));
     V sum(A(0));
     for (int v = 0; v < kVectors; ++v) {
-      const V value = element_value<V>(kKind, term.parameter, inputs_[v], of_z_[v], scale, gradient_[v]);
-      if constexpr (kAsked == Asked::kSums) {
+      V unread(A(0));
+      const V value = element_value<V>(kKind, term.parameter, inputs_[v], of_z_[v], scale,
+                                       gradient_asked(kAsked) ? gradient_[v] : unread);
+      if constexpr (sums_asked(kAsked)) {
         sum = sum + (count == kBlock ? value : V::set(V(A(0)), value, there(count, v)));
       } else if constexpr (kAsked == Asked::kValues) {
         total_[v] = total_[v] + scale * value;
@@ -129,7 +136,7 @@ class ElementKernel {
         store_first(static_cast<A*>(unreduced.parts) + k * in_.count + first + v * W::kLanes, there(count, v), value);
       }
     }
-    return kAsked == Asked::kSums ? horizontal_sum(sum) : 0.0;
+    return sums_asked(kAsked) ? horizontal_sum(sum) : 0.0;
   }
 
   void store_total(int64_t first, int64_t count, A* loss) const {
@@ -166,14 +173,18 @@ void elementwise_door(const Elements& in, const Program& program, double* sums, 
     T* gradient = static_cast<T*>(gradient_);
     if (program.per_row) {
       over_pieces(in, [&](int64_t begin, int64_t end, int64_t) {
-        Kernel(in, program).template run<Asked::kValues>(begin, end, nullptr, unreduced, nullptr, 0, gradient);
+        Kernel(in, program).template run<Asked::kValues>(begin, end, nullptr, unreduced, nullptr, 0, nullptr);
       });
       return;
     }
     std::vector<double> of_pieces((in.count + kElementPiece - 1) / kElementPiece * program.size);
     over_pieces(in, [&](int64_t begin, int64_t end, int64_t piece) {
       double* const own = of_pieces.data() + piece * program.size;
-      Kernel(in, program).template run<Asked::kSums>(begin, end, own, {}, nullptr, 0, gradient);
+      if (gradient == nullptr) {
+        Kernel(in, program).template run<Asked::kSums>(begin, end, own, {}, nullptr, 0, nullptr);
+      } else {
+        Kernel(in, program).template run<Asked::kSumsAndGradient>(begin, end, own, {}, nullptr, 0, gradient);
+      }
     });
     std::fill(sums, sums + program.size, 0.0);
     for (size_t i = 0; i < of_pieces.size(); ++i) sums[i % program.size] += of_pieces[i];
