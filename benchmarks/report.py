@@ -82,7 +82,8 @@ REMARKS = {
     '`mode="recompute"`; 64 features, regularized, float32.',
     "What reuse of the gradient's memory buys": "Fresh pages: `objkern.set_buffer_limit(0)`.",
     "Elementwise objectives": "Penalties: label smoothing, Bernoulli entropy and logit L2 beside binary "
-    "cross-entropy; Huber and logit L2 beside the squared error. Eager: as in `benchmarks/test_elementwise.py`.",
+    "cross-entropy; Huber and logit L2 beside the squared error. Eager torch: the formulas in "
+    "`benchmarks/test_elementwise.py`.",
     "Terms on parameters": "Value and gradients of all weight matrices of a sentence encoder; eager torch: the sum over "
     "the parameters as training scripts have it.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",
