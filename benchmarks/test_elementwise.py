@@ -119,9 +119,7 @@ def pull(p: Tensor, origin: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["L2", "L2SP"])
-def test_penalties(
-    name: str, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config
-) -> None:
+def test_penalties(name: str, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config) -> None:
     """A penalty's value and gradients, against the sum over the parameters as training scripts have it."""
     theta = parameters()
     origins = [p.detach().clone() for p in theta]

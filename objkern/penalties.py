@@ -155,9 +155,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
             for k, theta in enumerate(parameters)
         ]
     else:
-        found = torch.ops.objkern.parameter_penalty_gradient(
-            upstream, parameters, origins, weights, ctx.l1, ctx.l2
-        )
+        found = torch.ops.objkern.parameter_penalty_gradient(upstream, parameters, origins, weights, ctx.l1, ctx.l2)
     return found, [None] * len(origins), [None] * len(weights), None, None
 
 
