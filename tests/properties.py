@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of the sum of what the terms are by themselves. A gradient is rounded to its dtype at the end.
 OF_LOSS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 OF_GRADIENT = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
-LEAST = {torch.float64: 1e-14, torch.float32: 1e-9, torch.bfloat16: 1e-9, torch.float16: 6e-8}  # of a gradient
+LEAST = {torch.float64: 1e-14, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}  # of a gradient
 
 
 @dataclass
@@ -181,7 +181,10 @@ def mismatch(case: Case, found: list[Tensor], exact: list[Tensor], *sizes: list[
     largest = lambda x: x.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if x.numel() else 0.0  # noqa: E731
     for k, (ours, truth) in enumerate(zip(found, exact, strict=True)):
         if k >= len(found) - leaves:
-            bound = OF_GRADIENT[case.dtype] * sum(largest(x[k - len(found)]) for x in sizes) + LEAST[case.dtype]
+            # Gradients are differences of probabilities, a digit of 1 each; where a cap saturates, its slope
+            # 1 − (z/c)² is what rounding left of a difference.
+            steep = 1.0 + (4.0 + 2.0 * case.options.get("softcap", 0.0)) * sum(abs(c) for c, _ in case.terms)
+            bound = OF_GRADIENT[case.dtype] * sum(largest(x[k - len(found)]) for x in sizes) + LEAST[case.dtype] * steep
         else:  # where logits have an offset, so have their squares
             bound = OF_LOSS[case.dtype] * (sum(largest(x[0]) for x in sizes) + case.offset**2 + largest(truth) + 1.0)
         try:
