@@ -83,7 +83,7 @@ REMARKS = {
     "What reuse of the gradient's memory buys": "Fresh pages: `objkern.set_buffer_limit(0)`.",
     "Elementwise objectives": "Penalties: label smoothing, Bernoulli entropy and logit L2 beside binary "
     "cross-entropy; Huber and logit L2 beside the squared error. Eager torch: the formulas in "
-    "`benchmarks/test_elementwise.py`.",
+    "`benchmarks/workloads.py`.",
     "Terms on parameters": "Value and gradients of all weight matrices of a sentence encoder; eager torch: the sum "
     "over the parameters as training scripts have it.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",

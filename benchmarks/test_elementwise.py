@@ -10,40 +10,18 @@ from time import perf_counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-import objkern
 from objkern import L2, L2SP
 
 from . import machine
 from .contestants import FORWARD, OURS
 from .pairing import Step, race
 from .test_objective import Record, compare
-from .workloads import Workload
+from .workloads import ELEMENTWISE, Workload
 
 SHAPE = (4096, 1024)  # 4M elements
-
-
-def binary(z: Tensor, y: Tensor) -> Tensor:
-    loss = F.binary_cross_entropy_with_logits(z, y * 0.9 + 0.05)
-    return loss - 0.01 * torch.distributions.Bernoulli(logits=z).entropy().mean() + 1e-4 * z.square().mean()
-
-
-def squares(z: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(z, y) + 0.1 * F.huber_loss(z, y) + 1e-4 * z.square().mean()
-
-
-WORKLOADS = [
-    Workload("binary", objkern.parse("BinaryCrossEntropy()"), F.binary_cross_entropy_with_logits),
-    Workload(
-        "binary, penalties",
-        objkern.parse("BinaryCrossEntropy(label_smoothing=0.1) - 0.01*BernoulliEntropy() + 0.0001*LogitL2()"), binary,
-    ),
-    Workload("squares", objkern.parse("MeanSquaredError()"), F.mse_loss),
-    Workload("squares, penalties", objkern.parse("MeanSquaredError() + 0.1*Huber() + 0.0001*LogitL2()"), squares),
-]  # fmt: skip
 
 
 def step(loss: Callable[[], Tensor], *leaves: Tensor) -> Step:
@@ -60,7 +38,7 @@ def step(loss: Callable[[], Tensor], *leaves: Tensor) -> Step:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+@pytest.mark.parametrize("workload", ELEMENTWISE, ids=str)
 def test_elementwise(
     workload: Workload, dtype: torch.dtype, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config
 ) -> None:
@@ -114,20 +92,18 @@ def parameters() -> list[Tensor]:
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def pull(p: Tensor, origin: Tensor) -> Tensor:
-    return 0.5 * (p - origin).square().sum()
-
-
 @pytest.mark.parametrize("name", ["L2", "L2SP"])
 def test_penalties(name: str, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config) -> None:
     """A penalty's value and gradients, against the sum over the parameters as training scripts have it."""
     theta = parameters()
     origins = [p.detach().clone() for p in theta]
-    if name == "L2":
-        term, naive = L2(theta), lambda: sum(0.5 * p.square().sum() for p in theta)
-    else:
-        term = L2SP(theta)
-        naive = lambda: sum(pull(p, o) for p, o in zip(theta, origins, strict=True))  # noqa: E731
+
+    def naive() -> Tensor:
+        if name == "L2":
+            return sum(0.5 * p.square().sum() for p in theta)
+        return sum(0.5 * (p - origin).square().sum() for p, origin in zip(theta, origins, strict=True))
+
+    term = {"L2": L2, "L2SP": L2SP}[name](theta)
     torch.testing.assert_close(term(), naive(), rtol=1e-5, atol=0.0)
     timed = {"eager": step(naive, *theta), OURS: step(term, *theta)}
     benchmark.group = name

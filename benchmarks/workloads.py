@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from objkern import CrossEntropy, Entropy, LogitL2, Objective, ZLoss
+from objkern import (
+    BernoulliEntropy,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Entropy,
+    Huber,
+    LogitL2,
+    MeanSquaredError,
+    Objective,
+    ZLoss,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Targets = dict[str, float]  # what each number means: figures.TARGETS
@@ -47,6 +57,27 @@ REGULARIZED = Workload(
     eager_regularized,
 )
 WORKLOADS = {workload.name: workload for workload in (PLAIN, REGULARIZED)}
+
+
+def eager_binary(z: Tensor, y: Tensor) -> Tensor:
+    loss = F.binary_cross_entropy_with_logits(z, y * 0.9 + 0.05)
+    return loss - 0.01 * torch.distributions.Bernoulli(logits=z).entropy().mean() + 1e-4 * z.square().mean()
+
+
+def eager_squares(z: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(z, y) + 0.1 * F.huber_loss(z, y) + 1e-4 * z.square().mean()
+
+
+# On predictions and targets of one shape.
+ELEMENTWISE = [
+    Workload("binary", BinaryCrossEntropy(), F.binary_cross_entropy_with_logits),
+    Workload(
+        "binary, penalties",
+        BinaryCrossEntropy(label_smoothing=0.1) - 0.01 * BernoulliEntropy() + 1e-4 * LogitL2(), eager_binary,
+    ),
+    Workload("squares", MeanSquaredError(), F.mse_loss),
+    Workload("squares, penalties", MeanSquaredError() + 0.1 * Huber() + 1e-4 * LogitL2(), eager_squares),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ class Objective(nn.Module):
                 if not terms:
                     return self._result(None, [], None, return_parts, penalties)
             if self._elementwise:
-                _check_elementwise_options(ignore_index, rows, shift)
+                _check_elementwise_options(ignore_index, rows, shift, validate)
                 loss, parts = _evaluate_elements(
                     terms, logits, target, gradient, return_parts, backend, reduction=reduction, normalizer=normalizer,
                     logit_scale=logit_scale, softcap=softcap, empty=empty, class_dim=class_dim,
@@ -491,13 +491,17 @@ def _check_call(
     return built_in
 
 
-def _check_elementwise_options(ignore_index: int, rows: object, shift: int) -> None:
-    for name, given, neutral in (("ignore_index", ignore_index, -100), ("rows", rows, None), ("shift", shift, 0)):
-        if given is not neutral and given != neutral:
+def _check_elementwise_options(ignore_index: int, rows: object, shift: int, validate: bool | None) -> None:
+    """What is about labels and rows, and so has to stand at its default."""
+    rows = None if isinstance(rows, dict) and not rows else rows
+    for name, given, default in (("ignore_index", ignore_index, -100), ("rows", rows, None), ("shift", shift, 0)):
+        if type(given) is not type(default) or given != default:
             raise ValueError(
                 f"{name}: has no meaning for terms that compare element by element, but got {describe(given)}; "
                 "a weight of 0 leaves an element out"
             )
+    if validate not in (None, True, False):
+        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
 
 
 def _evaluate_elements(

@@ -188,17 +188,26 @@ class _BuiltIn(NamedTuple):
     def reads_class_weight(self) -> bool:
         return self.term.reads_class_weight
 
+    @property
+    def element_kind(self) -> int:
+        return self.term.element_kind
+
+    @property
+    def element_formula(self) -> Callable[..., Tensor]:
+        return self.term.element_formula
+
     def value(self, s: Statistics, batch: Batch) -> Tensor:
         return self.term.formula(s, self.parameter, batch.row_weight() if self.reads_class_weight else 1.0)
 
 
-def _terms(program: Program) -> list[tuple[float | Tensor, _BuiltIn]]:
+def _terms(program: Program, by_kind: dict[int, type[Any]] | None = None) -> list[tuple[float | Tensor, _BuiltIn]]:
     from .objective import Term
 
     numbers, tensor = program
+    by_kind = Term.by_kind if by_kind is None else by_kind
     return [
         (numbers[3 * k + 2] * (1.0 if tensor is None else tensor[k]),
-         _BuiltIn(Term.by_kind[int(numbers[3 * k])], numbers[3 * k + 1]))
+         _BuiltIn(by_kind[int(numbers[3 * k])], numbers[3 * k + 1]))
         for k in range(len(numbers) // 3)
     ]  # fmt: skip
 
@@ -230,21 +239,6 @@ def statistics_forward(
     return torch.stack(reference.statistics(batch)).to(torch.float64)
 
 
-class _ElementTerm(NamedTuple):
-    """A term of a program, to the reference what the term itself is."""
-
-    term: type[Any]
-    parameter: float
-
-    @property
-    def element_kind(self) -> int:
-        return self.term.element_kind
-
-    @property
-    def element_formula(self) -> Callable[..., Tensor]:
-        return self.term.element_formula
-
-
 def elementwise_forward(
     terms: list[float], reduction: int, input: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     weight: Tensor | None = None, pos_weight: Tensor | None = None, softcap: float = 0.0, limits: bool = True,
@@ -257,11 +251,7 @@ def elementwise_forward(
     elements = elementwise.Elements(
         input, target, weight, pos_weight, normalizer, logit_scale, softcap, REDUCTIONS[reduction], empty_zero, limits
     )
-    weighted = [
-        (terms[3 * k + 2] * (1.0 if coefficient_tensor is None else coefficient_tensor[k]),
-         _ElementTerm(Term.by_element_kind[int(terms[3 * k])], terms[3 * k + 1]))
-        for k in range(len(terms) // 3)
-    ]  # fmt: skip
+    weighted = _terms(Program(terms, coefficient_tensor), Term.by_element_kind)
     return elementwise.reference(elements, weighted)[0]
 
 

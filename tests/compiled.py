@@ -19,10 +19,11 @@ POINTERS = {
 }  # fmt: skip
 INTEGERS = {
     "rows": "i64", "row_stride": "i64", "dense_stride": "i64", "class_stride": "i64", "upstream_stride": "i64", "ignore_index": "i64",
-    "V": "i32", "count": "i32", "programs": "i64",
+    "V": "i32", "count": "i32", "programs": "i64", "elements": "i64", "weight_period": "i64", "pos_weight_period": "i64",
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
-UNALIGNED = ("x", "target", "dense", "class_weight", "logit_scale", "upstream", "gradient", "coefficient_tensor")
+UNALIGNED = ("x", "target", "dense", "class_weight", "logit_scale", "upstream", "gradient", "coefficient_tensor",
+             "weight", "pos_weight")  # fmt: skip
 
 
 @dataclass
@@ -64,7 +65,7 @@ def compile_kernel(
             signature[name] = ("i32",) * (6 * terms)
         elif name in INTEGERS:
             signature[name] = INTEGERS[name]
-        elif name in ("x", "dense", "gradient"):
+        elif name in ("x", "dense", "gradient") or (name == "target" and "elements" in names):
             signature[name] = "*" + (gradient if gradient and name == "gradient" else element)
         elif name == "values":
             signature[name] = "*fp64"

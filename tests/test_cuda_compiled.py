@@ -85,9 +85,13 @@ def kernels_in(usage: str) -> dict[str, list[Kernel]]:
     return found
 
 
-@functools.cache
 def built(dtype: str) -> Path:
-    objects = list(ROOT.glob(f"build/temp*/kernels/cuda_rows_{dtype}.o"))
+    return object_of(f"rows_{dtype}")
+
+
+@functools.cache
+def object_of(source: str) -> Path:
+    objects = list(ROOT.glob(f"build/temp*/kernels/cuda_{source}.o"))
     return max(objects, key=lambda path: path.stat().st_mtime)
 
 
@@ -135,6 +139,55 @@ def test_no_kernel_spills_and_every_plan_fits(dtype: str) -> None:
     for arch, kernels in found.items():
         assert len(kernels) == (10 if dtype == "float64" else 12 if dtype in NARROWING else 34), arch
         assert problems(kernels, dtype) == [], arch
+
+
+# ---- elementwise objectives -----------------------------------------------------------------------------------------
+
+# Of a dtype each, and of half-precision predictions with float32 targets; for sums, for values, for the gradient alone.
+ELEMENT_KERNELS = 6 * 3
+
+
+def elementwise_usage() -> dict[str, dict[str, tuple[int, int]]]:
+    """Registers and bytes of stack of every kernel, by architecture."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    arch = ""
+    for words in re.finditer(r"arch = (sm_\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+)",
+                             dump(object_of("elementwise"), "-res-usage")):  # fmt: skip
+        if words[1]:
+            arch = words[1]
+        else:
+            found.setdefault(arch, {})[words[2]] = int(words[3]), int(words[4])
+    return found
+
+
+def test_no_elementwise_kernel_spills() -> None:
+    found = elementwise_usage()
+    assert set(found) >= set(built_archs())
+    for arch, kernels in found.items():
+        assert len(kernels) == ELEMENT_KERNELS + 2, arch  # and the sums of two accumulation types
+        for name, (registers, stack) in kernels.items():
+            assert stack == 0, (arch, name)
+            assert registers * 256 * 2 <= REGISTERS, (arch, name)
+
+
+@pytest.mark.parametrize("arch", WANTED)
+def test_elements_move_16_bytes_at_a_time(arch: str) -> None:
+    """Prediction and target are read, and gradient or values written, in words of 128 bits wherever those are whole."""
+    if arch not in built_archs():
+        pytest.skip(f"the build is for {built_archs()}")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [cuobjdump(), "-xelf", "all", object_of("elementwise").resolve()],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        (cubin,) = Path(folder).glob(f"*.{arch}.cubin")
+        texts = functions(cubin, nvdisasm(), r"element_kernel")
+    assert len(texts) == ELEMENT_KERNELS
+    for name, text in texts.items():
+        assert len(re.findall(r"\bLDG\.\S*128", text)) >= 2, name
+        assert len(re.findall(r"\bSTG\.\S*128", text)) >= 1, name  # the gradient, or unreduced values
 
 
 # ---- the loops ------------------------------------------------------------------------------------------------------

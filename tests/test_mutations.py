@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,9 +78,9 @@ def build(folder: Path) -> None:
     # Of the newest build: those with CUDA and without have folders of their own.
     newest = max(ninja.parent.parent.glob("**/csrc/autograd.o"), key=lambda path: path.stat().st_mtime)
     bindings = newest.parent.glob("*.o")
-    (library,) = (ROOT / "objkern").glob("_C*.so")
+    library = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     torch_lib = Path(torch.__file__).parent / "lib"
-    link = ["c++", "-shared", "-fopenmp", "-o", folder / "objkern" / library.name, *bindings, target, *others]
+    link = ["c++", "-shared", "-fopenmp", "-o", folder / "objkern" / library, *bindings, target, *others]
     link += [f"-L{torch_lib}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     if any(path.name.startswith("cuda_") for path in others):
         toolkit = build_cuda.inspect(build_cuda.find_nvcc(os.environ), build_cuda.host_compiler(os.environ))

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from objkern.triton import epilogue, launch, narrow, ops, reduce, wide  # noqa: E402
+from objkern.triton import elementwise, epilogue, launch, narrow, ops, reduce, wide  # noqa: E402
 from objkern.triton.launch import Terms  # noqa: E402
 
 from .compiled import Compiled, compile_kernel  # noqa: E402
@@ -177,6 +177,29 @@ def test_half_precision_gradients_of_float32_logits(name: str, arch: int, gradie
     assert found.widths("LDG").count(128) >= 2
     assert found.widths("STG").count(64) >= 4
     assert found.widths("STG").count(16) <= 4
+
+
+@pytest.mark.parametrize(("element", "arch"), [("bf16", 90), ("fp32", 90), ("fp16", 80), ("bf16", 100), ("fp64", 90)])
+@pytest.mark.parametrize("task", ["sums", "sums and gradient", "gradient", "values"])
+def test_elements_move_in_128_bits(task: str, element: str, arch: int) -> None:
+    """Of every whole block: the mask of the last one makes its accesses as narrow as an element."""
+    kinds = (1, 2, 4, 6, 8, 10)  # every term, the first with smoothing
+    present = {
+        "A": tl.float64 if element == "fp64" else tl.float32, "TASK": {"values": 1, "gradient": 2}.get(task, 0),
+        "KINDS": kinds, "PARTS": False, "TRANSFORM": 0, "UNSCALED": False, "LIMITS": True, "ODDS": True,
+        "RESCALE": False, "ALIGNED": True, "BLOCK": launch.ELEMENTS, "weight": None, "pos_weight": None,
+        "logit_scale": None, "upstream": None,
+    }  # fmt: skip
+    if task != "values":
+        present["loss"] = None
+    if "gradient" not in task:
+        present["gradient"] = None
+    found = compile_kernel(elementwise.element_kernel, arch, element, 4, present, len(kinds))
+    assert (found.spills, found.stack) == (0, 0)
+    assert found.registers <= (224 if element == "fp64" else 128)
+    assert found.widths("LDG").count(128) >= 2  # prediction and target
+    if "gradient" in task:
+        assert found.widths("STG").count(128) >= 1
 
 
 @pytest.mark.parametrize(

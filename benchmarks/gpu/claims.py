@@ -90,6 +90,10 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("bitwise the same in every run (30); elements that begin anywhere",
               ("elementwise::bitwise_the_same_and_more_than_one_block",)),
     ],
+    "Terms on parameters": [
+        Claim("values, gradients and `accumulate_` of every term and dtype, through the kernels of the device",
+              ("penalties::values_and_gradients",), WHICHEVER),
+    ],
     "Memory and layout": [
         Claim("more than 2^31 and 2^32 logits: the last rows are right (10)",
               ("large::more_logits_than_32_bits_count",)),

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import objkern
-
-from ..workloads import Workload
+from ..workloads import ELEMENTWISE
 from .contest import Contestant, compared, ours, race, reason, record_absences
 from .step import Step, main
 
 SHAPE = (1 << 16, 1 << 10)
 
 
-def binary(z: Tensor, y: Tensor) -> Tensor:
-    loss = F.binary_cross_entropy_with_logits(z, y * 0.9 + 0.05)
-    return loss - 0.01 * torch.distributions.Bernoulli(logits=z).entropy().mean() + 1e-4 * z.square().mean()
-
-
-def squares(z: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(z, y) + 0.1 * F.huber_loss(z, y) + 1e-4 * z.square().mean()
-
-
-WORKLOADS = [
-    Workload(
-        "binary", objkern.parse("BinaryCrossEntropy(label_smoothing=0.1) - 0.01*BernoulliEntropy() + 0.0001*LogitL2()"),
-        binary,
-    ),
-    Workload("squares", objkern.parse("MeanSquaredError() + 0.1*Huber() + 0.0001*LogitL2()"), squares),
-]  # fmt: skip
+WORKLOADS = [workload for workload in ELEMENTWISE if "penalties" in workload.name]
 
 
 def run(step: Step) -> int:

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
+from .run import LOGS, ROOT
 from .sanitizer import ends
 from .step import Entry, Step, main
 
-ROOT = Path(__file__).parent.parent.parent
 BACKENDS = ("cuda", "triton", "reference")
 ALONE = ("test_large.py",)  # want the device's memory to themselves
 FIRST = ("test_precision.py", "test_backends.py", "test_streams.py")  # the longest, so that nobody waits for them
@@ -34,8 +34,12 @@ def test(file: str, device: str, backend: str, quick: bool, limit: float) -> Ent
     command += ["-k", "plain_cross_entropy and (9 or 33) or labels or (any_strides and 9)"] if quick else []
     environment = os.environ | {"OBJKERN_GPU_TESTS": f"{device}:{backend}", "PYTHONUNBUFFERED": "1"}
     begin = monotonic()
+    LOGS.mkdir(parents=True, exist_ok=True)
     # What was printed stays, whatever ends the process. A cache of its own: others may clear the shared one.
-    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+    with (
+        (LOGS / f"{Path(file).stem}-{backend}.log").open("w+", encoding="utf-8") as log,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+    ):
         environment["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
             code: int | str = subprocess.run(

@@ -27,7 +27,7 @@ struct ElementCall {
   const void* upstream = nullptr;  // of A; null: 1
   int64_t upstream_stride = 0;
   bool unless_one = false;
-  bool vectors = false;  // prediction, target and gradient all begin at multiples of 16 bytes
+  bool vectors = false;  // prediction, target, upstream and gradient all begin at multiples of 16 bytes
   ElementResults results;
   int64_t blocks = 0;
 
@@ -72,6 +72,17 @@ OBJKERN_DEVICE void read_vector(const E* p, A (&found)[kVector]) {
     const Words low = load128(p), high = load128(p + kVector / 2);
     __builtin_memcpy(found, &low, sizeof low);
     __builtin_memcpy(found + kVector / 2, &high, sizeof high);
+  }
+}
+
+template <int kVector, class A>
+OBJKERN_DEVICE void write_vector(A* p, const A (&numbers)[kVector]) {
+  constexpr int kWords = 16 / sizeof(A);
+#pragma unroll
+  for (int i = 0; i < kVector; i += kWords) {
+    Words words;
+    __builtin_memcpy(&words, numbers + i, sizeof words);
+    store128_once(p + i, words);
   }
 }
 
@@ -147,16 +158,24 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
       if constexpr (kAsked == Asked::kSums) sums[k * kElementThreads + thread] += static_cast<double>(sum);
     }
     if constexpr (kAsked == Asked::kValues) {
+      A* const loss = static_cast<A*>(call.results.loss) + first;
+      if (whole) write_vector(loss, total);
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (i < there) static_cast<A*>(call.results.loss)[first + i] = total[i];
+        if (!whole && i < there) loss[i] = total[i];
+      continue;
     }
     if (gradient == nullptr) continue;
+    A up[kVector];
+    if (whole && call.upstream_stride == 1) {
+      read_vector<A, kVector>(upstream + first, up);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      found[i] *= transform.slope(e[i].z);
-      if (upstream != nullptr && i < there) found[i] *= upstream[(first + i) * call.upstream_stride];
+      for (int i = 0; i < kVector; ++i)
+        up[i] = upstream == nullptr || i >= there ? A(1) : upstream[(first + i) * call.upstream_stride];
     }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) found[i] *= transform.slope(e[i].z) * up[i];
     if (whole) {
       store128_once(gradient + first, packed<T>(found));
     } else {
@@ -233,7 +252,8 @@ ElementCall call_of(const Elements& in, const Scalar& logit_scale, const Program
   call.upstream = upstream;
   call.upstream_stride = upstream_stride;
   call.results = results;
-  call.vectors = at_vector(in.input) && at_vector(in.target) && at_vector(results.gradient);
+  call.vectors = at_vector(in.input) && at_vector(in.target) && at_vector(results.gradient) && at_vector(results.loss) &&
+                 (upstream_stride == 0 || at_vector(upstream));
   call.blocks = element_blocks(in);
   return call;
 }

@@ -57,19 +57,37 @@ def element_value(
     return value, gradient
 
 
-@triton.jit(
-    do_not_specialize=[*RUN_TIME, "elements", "weight_period", "pos_weight_period"],
-    do_not_specialize_on_alignment=[*ANYWHERE, "weight", "pos_weight"],
-)
-def element_kernel(
+@triton.jit
+def loaded(p, i, there, WHOLE: tl.constexpr, other, ALIGNED: tl.constexpr):
+    """A mask that is not the same for a whole vector makes every access as narrow as an element."""
+    places = p + i
+    if ALIGNED:
+        places = tl.multiple_of(places, 16)
+    if WHOLE:
+        return tl.load(places)
+    else:
+        return tl.load(places, mask=there, other=other)
+
+
+@triton.jit
+def stored(p, i, value, there, WHOLE: tl.constexpr, ALIGNED: tl.constexpr):
+    places = p + i
+    if ALIGNED:
+        places = tl.multiple_of(places, 16)
+    if WHOLE:
+        tl.store(places, value.to(p.dtype.element_ty))
+    else:
+        tl.store(places, value.to(p.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def element_block(
     x, target, weight, pos_weight, logit_scale, transform, scales, values, loss, gradient, upstream, upstream_stride,
-    elements: tl.int64, weight_period: tl.int64, pos_weight_period: tl.int64, programs: tl.int64, A: tl.constexpr,
-    TASK: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr, TRANSFORM: tl.constexpr, UNSCALED: tl.constexpr,
-    LIMITS: tl.constexpr, ODDS: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    elements, weight_period, pos_weight_period, programs, A: tl.constexpr, TASK: tl.constexpr, KINDS: tl.constexpr,
+    PARTS: tl.constexpr, TRANSFORM: tl.constexpr, UNSCALED: tl.constexpr, LIMITS: tl.constexpr, ODDS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """values: (terms, programs) float64 sums, or (terms, elements) of A if PARTS. The gradient goes to `gradient`,
-    unless that is None. ODDS: whether a term reads them. RESCALE: nothing is written where the upstream gradient is 1.
-    `scales` as `prepare_kernel` has them."""
+    """The block of this program. WHOLE: there is an element for each of its places."""
     COUNT: tl.constexpr = len(KINDS)
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
@@ -82,16 +100,16 @@ def element_kernel(
     cap = 0.0
     if TRANSFORM == 2:
         cap = number(transform, 1).to(A)
-    z = transformed(tl.load(x + i, mask=there, other=0.0).to(A), scale, cap, TRANSFORM)
-    y = z
+    z = transformed(loaded(x, i, there, WHOLE, 0.0, ALIGNED).to(A), scale, cap, TRANSFORM)
+    y = tl.zeros((BLOCK,), A)
     if target is not None:
-        y = tl.load(target + i, mask=there, other=0.0).to(A)
+        y = loaded(target, i, there, WHOLE, 0.0, ALIGNED).to(A)
     w = 1.0
     if weight is not None:
-        w = tl.load(weight + i % weight_period, mask=there, other=1.0)
+        w = loaded(weight, i % weight_period, there, WHOLE, 1.0, False)
     pos_w = 1.0
     if pos_weight is not None:
-        pos_w = tl.load(pos_weight + i % pos_weight_period, mask=there, other=1.0)
+        pos_w = loaded(pos_weight, i % pos_weight_period, there, WHOLE, 1.0, False)
     odds = (z, z, z, z)
     if ODDS:
         odds = log_odds(z)
@@ -105,22 +123,51 @@ def element_kernel(
         )  # fmt: skip
         to_z += own
         if TASK == SUMS:
-            tl.store(values + k * programs + program, tl.sum(tl.where(there, value, 0.0).to(tl.float64), 0))
+            if not WHOLE:
+                value = tl.where(there, value, 0.0)
+            tl.store(values + k * programs + program, tl.sum(value.to(tl.float64), 0))
         elif TASK == VALUES:
             total += coefficient * value
             if PARTS:
-                tl.store(values + k * elements + i, value, mask=there)
+                stored(values + k * elements, i, value, there, WHOLE, False)
     if TASK == VALUES:
-        tl.store(loss + i, total, mask=there)
+        stored(loss, i, total, there, WHOLE, True)
     if gradient is not None:
         gain = scale
         if UNSCALED:
             gain = 1.0
         found = to_z * slope(z, gain, cap, TRANSFORM)
-        write = there
         if upstream is not None:
-            up = tl.load(upstream + i * upstream_stride, mask=there, other=0.0)
-            found = found * up
-            if RESCALE:
-                write = there & (up != 1.0)
-        tl.store(gradient + i, found.to(gradient.dtype.element_ty), mask=write)
+            found = found * loaded(upstream, i * upstream_stride, there, WHOLE, 0.0, False)
+        stored(gradient, i, found, there, WHOLE, ALIGNED)
+
+
+@triton.jit(
+    do_not_specialize=[*RUN_TIME, "elements", "weight_period", "pos_weight_period"],
+    do_not_specialize_on_alignment=[*ANYWHERE, "weight", "pos_weight"],
+)
+def element_kernel(
+    x, target, weight, pos_weight, logit_scale, transform, scales, values, loss, gradient, upstream, upstream_stride,
+    elements: tl.int64, weight_period: tl.int64, pos_weight_period: tl.int64, programs: tl.int64, A: tl.constexpr,
+    TASK: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr, TRANSFORM: tl.constexpr, UNSCALED: tl.constexpr,
+    LIMITS: tl.constexpr, ODDS: tl.constexpr, RESCALE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values: (terms, programs) float64 sums, or (terms, elements) of A if PARTS. The gradient goes to `gradient`,
+    unless that is None. ODDS: whether a term reads them. RESCALE: nothing is done where the upstream gradient, which is
+    one number then, is 1. ALIGNED: prediction, target and gradient begin at multiples of 16 bytes. `scales` as
+    `prepare_kernel` has them."""
+    if RESCALE:
+        if tl.load(upstream) == 1.0:
+            return
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= elements:
+        element_block(
+            x, target, weight, pos_weight, logit_scale, transform, scales, values, loss, gradient, upstream,
+            upstream_stride, elements, weight_period, pos_weight_period, programs, A, TASK, KINDS, PARTS, TRANSFORM,
+            UNSCALED, LIMITS, ODDS, ALIGNED, BLOCK, True,
+        )  # fmt: skip
+    else:
+        element_block(
+            x, target, weight, pos_weight, logit_scale, transform, scales, values, loss, gradient, upstream,
+            upstream_stride, elements, weight_period, pos_weight_period, programs, A, TASK, KINDS, PARTS, TRANSFORM,
+            UNSCALED, LIMITS, ODDS, ALIGNED, BLOCK, False,
+        )  # fmt: skip

@@ -158,18 +158,7 @@ def read_rows(x, row, row_stride, class_stride, column, V, A: tl.constexpr, PAD:
 
 @triton.jit
 def read_weights(class_weight, column, V, A: tl.constexpr):
-    if class_weight is None:
-        return None
-    else:
-        return tl.load(class_weight + column, mask=column < V, other=0.0).to(A)
-
-
-@triton.jit
-def read_dense(dense, row, dense_stride, class_stride, column, V, A: tl.constexpr, CLASSES: tl.constexpr):
-    if dense is None:
-        return None
-    else:
-        return read_rows(dense, row, dense_stride, class_stride, column, V, A, 0.0, CLASSES)
+    return tl.load(class_weight + column, mask=column < V, other=0.0).to(A)
 
 
 @triton.jit
@@ -209,8 +198,8 @@ def few_kernel(
     scale, cap = read_scale(logit_scale, transform, A)
     x_ = read_rows(x, row, row_stride, class_stride, column, V, A, float("-inf"), 0)
     z = transformed(x_, scale, cap, TRANSFORM)
-    w = read_weights(class_weight, column, V, A)
-    q = read_dense(dense, row, dense_stride, class_stride, column, V, A, 0)
+    w = read_weights(class_weight, column, V, A) if class_weight is not None else None
+    q = read_rows(dense, row, dense_stride, class_stride, column, V, A, 0.0, 0) if dense is not None else None
     piece, z_y = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, 0)
     row_weight = label_weight(row, class_weight, A)
     c = centre(piece, z_y, row.y >= 0, row_weight, V, MASKED, (WEIGHTED or DENSE) and DEPTH == 3)
@@ -237,8 +226,8 @@ def narrow_collect_kernel(
     column = along_classes(tl.arange(0, COLS), 1)
     scale, cap = read_scale(logit_scale, transform, A)
     z = transformed(read_rows(x, row, row_stride, 1, column, V, A, float("-inf"), 1), scale, cap, TRANSFORM)
-    w = read_weights(class_weight, column, V, A)
-    q = read_dense(dense, row, dense_stride, 1, column, V, A, 1)
+    w = read_weights(class_weight, column, V, A) if class_weight is not None else None
+    q = read_rows(dense, row, dense_stride, 1, column, V, A, 0.0, 1) if dense is not None else None
     piece, _ = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, 1)
     epilogue.put_piece(pieces + row.index, rows, row.there, piece, DEPTH)
 
@@ -260,8 +249,8 @@ def narrow_gradient_kernel(
     scale, cap = read_scale(logit_scale, transform, A)
     x_ = read_rows(x, row, row_stride, class_stride, column, V, A, float("-inf"), CLASSES)
     z = transformed(x_, scale, cap, TRANSFORM)
-    w = read_weights(class_weight, column, V, A)
-    q = read_dense(dense, row, dense_stride, class_stride, column, V, A, CLASSES)
+    w = read_weights(class_weight, column, V, A) if class_weight is not None else None
+    q = read_rows(dense, row, dense_stride, class_stride, column, V, A, 0.0, CLASSES) if dense is not None else None
     u = tl.load(upstream + row.index * upstream_stride, mask=row.there, other=0.0).to(A)
     g = read_row_gradient(row_gradient, row, rows, u, A, DEPTH)
     gain = scale

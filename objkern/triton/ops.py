@@ -317,7 +317,8 @@ class ElementCall:
             **e.sizes(), scales=self.scales() if scales is None else scales, values=values, loss=loss,
             gradient=gradient, upstream=upstream, upstream_stride=stride, programs=programs, TASK=task,
             KINDS=self.kinds, PARTS=self.with_parts, UNSCALED=unscaled, ODDS=any(kind // 2 <= 1 for kind in self.kinds),
-            RESCALE=rescale, BLOCK=launch.ELEMENTS, num_warps=4,
+            RESCALE=rescale, ALIGNED=all(x is None or x.data_ptr() % 16 == 0 for x in (e.input, e.target, gradient)),
+            BLOCK=launch.ELEMENTS, num_warps=4,
         )  # fmt: skip
 
 

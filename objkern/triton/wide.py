@@ -56,15 +56,6 @@ def weights_at(class_weight, dense_row, j, mask, A: tl.constexpr):
 
 
 @triton.jit
-def if_full(tensor, DEPTH: tl.constexpr):
-    """Class weights and a dense target are read per element at full depth alone."""
-    if DEPTH == 3:
-        return tensor
-    else:
-        return None
-
-
-@triton.jit
 def collect_vectors(
     body, head, first, last, vectors, y, class_weight, dense_row, scale, cap, A: tl.constexpr, DEPTH: tl.constexpr,
     TRANSFORM: tl.constexpr, MASKED: tl.constexpr, SMOOTHED: tl.constexpr, CAREFUL: tl.constexpr, R: tl.constexpr,
@@ -157,7 +148,7 @@ def collect(
     first = tl.minimum(piece_index * share, tiles)
     last = tl.minimum(first + share, tiles)
     CAREFUL: tl.constexpr = DEPTH == 3
-    class_weight = if_full(class_weight, DEPTH)
+    class_weight = class_weight if DEPTH == 3 else None  # read for every element at full depth alone
     found = collect_vectors(
         body, head, first, last, vectors, y, class_weight, dense_row, scale, cap, A, DEPTH, TRANSFORM, MASKED, SMOOTHED,
         CAREFUL, R, E,
@@ -195,7 +186,7 @@ def write_row(
     ALIGNED: logits and gradient begin equally many elements from a boundary of E of theirs; else the stores are
     narrower than the loads.
     """
-    class_weight = if_full(class_weight, DEPTH)
+    class_weight = class_weight if DEPTH == 3 else None  # read for every element at full depth alone
     WEIGHTED: tl.constexpr = class_weight is not None
     DENSE: tl.constexpr = dense_row is not None
     head = tl.minimum(head_of(row_x, E), V)
@@ -249,14 +240,6 @@ def write_row(
             tl.store(row_out + j_ends, d.to(T), mask=there)
 
 
-@triton.jit
-def dense_at(dense, index, dense_stride):
-    if dense is None:
-        return None
-    else:
-        return dense + index * dense_stride
-
-
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -273,9 +256,10 @@ def collect_kernel(
     if row.ignored == 0:
         scale, cap = read_scale(logit_scale, transform, A)
         z_y = target_logit(row, x, row_stride, scale, cap, A, TRANSFORM)
+        dense_row = dense + row.index * dense_stride if dense is not None else None
         found = collect(
-            x + row.index * row_stride, row.y, z_y, class_weight, dense_at(dense, row.index, dense_stride), scale, cap,
-            tl.program_id(1), count, V, A, DEPTH, TRANSFORM, MASKED, SMOOTHED, PLACES, R, E,
+            x + row.index * row_stride, row.y, z_y, class_weight, dense_row, scale, cap, tl.program_id(1), count, V,
+            A, DEPTH, TRANSFORM, MASKED, SMOOTHED, PLACES, R, E,
         )  # fmt: skip
         epilogue.put_piece(pieces + tl.program_id(1) * rows + row.index, count * rows, True, found, DEPTH)
 
@@ -344,7 +328,7 @@ def fused_kernel(
     WEIGHTED: tl.constexpr = class_weight is not None
     row = read_row(tl.program_id(0).to(tl.int64), rows, target, ignore_index, V)
     row_x = x + row.index * row_stride
-    dense_row = dense_at(dense, row.index, dense_stride)
+    dense_row = dense + row.index * dense_stride if dense is not None else None
     scale, cap = read_scale(logit_scale, transform, A)
     z_y = target_logit(row, x, row_stride, scale, cap, A, TRANSFORM)
     PLACES: tl.constexpr = PARTS or (READS & 16) != 0
@@ -384,8 +368,8 @@ def gradient_kernel(
     if UNSCALED:
         gain = zero_of(scale) + 1.0
     first = tl.program_id(1) * TILES
+    dense_row = dense + row.index * dense_stride if dense is not None else None
     write_row(
-        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, class_weight,
-        dense_at(dense, row.index, dense_stride), g, z_y, scale, gain, cap, first, first + TILES, V, A, DEPTH,
-        TRANSFORM, MASKED, ALIGNED, R, E,
+        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, g, z_y, scale,
+        gain, cap, first, first + TILES, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
     )  # fmt: skip

@@ -63,9 +63,9 @@ class Build:
 
     def finish(self, others: Iterable[Path]) -> None:
         """Compile what is out of date, link, and lay the Python files beside. The first object's functions count."""
-        (library,) = (ROOT / "objkern").glob("_C*.so")
+        library = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         inputs = " ".join(map(str, [*self.objects, *others]))
-        self.lines.append(f"build {self.folder / 'objkern' / library.name}: link {inputs}")
+        self.lines.append(f"build {self.folder / 'objkern' / library}: link {inputs}")
         copy_python(self.folder)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         done = subprocess.run(["ninja", "-C", str(self.folder)], capture_output=True, text=True)

@@ -20,6 +20,7 @@ class Call:
         self.objective: Objective = EVERYTHING
         self.options: dict[str, Any] = {}
         self.dense = False
+        self.upstream = torch.linspace(-1, 2, 11, device=device)  # for good: a graph reads what it was captured with
         match name:
             case "plain":
                 self.objective = CrossEntropy()
@@ -60,7 +61,6 @@ class Call:
     def inputs(self, device: torch.device, classes: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
         z, y = rows_on(device, 11, classes, dtype, seed=seed)
         y[4] = self.options.get("ignore_index", -100)
-        self.upstream = torch.linspace(-1, 2, 11, device=device)
         return z, rows_on(device, 11, classes, torch.float32, seed=seed + 1)[0].softmax(-1) if self.dense else y
 
 

@@ -26,7 +26,9 @@ def test_any_strides(
     options = {"gradient": gradient, "backend": backend}
     for a, b in zip(*(value_and_gradient(REGULARIZED, x, y, **options) for x in (moved, z)), strict=True):
         assert a.is_contiguous()
-        assert torch.equal(a, b)
+        # The order of a row's sum depends on where the row begins within 16 bytes.
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=eps * b.abs().max().item())
 
 
 @pytest.mark.parametrize("offset", range(1, 9))
