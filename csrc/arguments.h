@@ -2,7 +2,7 @@
 // what is seldom needed has a default and comes last.
 //
 //   Row arguments     how to read a batch of rows: logits (N, V); target (N) int64 labels or (N, V) probabilities;
-//                     logit_scale (); class_weight (V); ...
+//                     logit_scale (); class_weight (V); reference (N, V) logits; ...
 //   Elements          a prediction of any shape and what stands beside each of its elements: target; weight and
 //                     pos_weight, which broadcast; ...
 //   Objective         what to make of them: terms, a (kind, parameter, coefficient) for each; the reduction; the row
@@ -11,7 +11,7 @@
 
 #define OBJKERN_ROW_ARGUMENTS                                                                                        \
   "Tensor logits, Tensor? target=None, Tensor? logit_scale=None, Tensor? class_weight=None, int ignore_index=-100, " \
-  "float softcap=0, bool masked=True"
+  "float softcap=0, bool masked=True, Tensor? reference=None, float temperature=1"
 #define OBJKERN_OBJECTIVE_ARGUMENTS                      \
   "float[] terms, int reduction, " OBJKERN_ROW_ARGUMENTS \
   ", Tensor? coefficient_tensor=None, Tensor? normalizer=None, bool empty_zero=False, bool with_parts=False"
@@ -23,7 +23,7 @@
 namespace objkern {
 
 // Places in the row arguments, and in the objective's, whose row arguments begin at kRows.
-constexpr int kLogits = 0, kTarget = 1, kLogitScale = 2, kClassWeight = 3, kRowArguments = 7;
+constexpr int kLogits = 0, kTarget = 1, kLogitScale = 2, kClassWeight = 3, kReference = 7, kRowArguments = 9;
 constexpr int kTerms = 0, kReduction = 1, kRows = 2, kCoefficientTensor = kRows + kRowArguments;
 constexpr int kMasked = kRows + 6;
 constexpr int kObjectiveArguments = kCoefficientTensor + 4;

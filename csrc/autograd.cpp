@@ -54,32 +54,42 @@ c10::OperatorHandle find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
 }
 
-// A kind of op: the ops that its backward pass calls, and the places of its differentiable arguments. They begin with
-// logits, target and logit scale; coefficients, if there are any, come next. What has no kernel for its derivative, the
-// target and what comes after the coefficients, goes through the reference.
+// A kind of op: the ops that its backward pass calls, and the places of its differentiable arguments, which begin with
+// logits, target and logit scale. What has no kernel for its derivative, anything but the logits, their scale and the
+// coefficients, goes through the reference backend.
+constexpr size_t kToLogits = 0, kToScale = 2;
+
 struct Kind {
   const char *gradient, *rescale, *reference_gradient, *reference_second_order;
   int kept;  // which result the gradient op takes; −1: none
   std::vector<int> places;
-};
+  size_t coefficients;  // in `places`; past them: none
 
-constexpr int kToLogits = 0, kToTarget = 1, kToScale = 2, kToCoefficients = 3;  // in `places`
+  bool has_kernel(size_t place) const { return place == kToLogits || place == kToScale || place == coefficients; }
+};
 
 const Kind objective_kind{"gradient",
                           "rescale",
                           "reference_gradient",
                           "reference_second_order",
                           2,
-                          {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kCoefficientTensor}};
+                          {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kRows + kReference,
+                           kCoefficientTensor},
+                          4};
 const Kind elementwise_kind{"elementwise_gradient",
                             "elementwise_rescale",
                             "reference_elementwise_gradient",
                             "reference_elementwise_second_order",
                             -1,
-                            {kInput, kElementTarget, kElementScale, kElementCoefficients, kWeight, kPosWeight}};
-const Kind statistics_kind{
-    "statistics_gradient",          nullptr, "reference_statistics_gradient", "reference_statistics_second_order", 1,
-    {kLogits, kTarget, kLogitScale}};
+                            {kInput, kElementTarget, kElementScale, kWeight, kPosWeight, kElementCoefficients},
+                            5};
+const Kind statistics_kind{"statistics_gradient",
+                           nullptr,
+                           "reference_statistics_gradient",
+                           "reference_statistics_second_order",
+                           1,
+                           {kLogits, kTarget, kLogitScale, kReference},
+                           4};
 
 // The ops of a kind in the family of the forward op; all families share the reference.
 struct Ops {
@@ -242,7 +252,7 @@ struct ForwardBackward : RowsBackward {
     std::vector<bool> reference = need;
     if (!at::GradMode::is_enabled() || only_logits) reference.assign(need.size(), false);
     for (size_t i = 0; i < need.size(); ++i)
-      if (i == kToTarget || i > kToCoefficients) reference[i] = need[i];
+      if (!ops.kind.has_kernel(i)) reference[i] = need[i];
     if (std::find(reference.begin(), reference.end(), true) != reference.end()) {
       found = through_reference(ops.reference_gradient, {IValue(upstream)}, inputs, reference);
     }
@@ -259,8 +269,9 @@ struct ForwardBackward : RowsBackward {
       found[kToScale] =
           scale_gradient(gradient(upstream, kept_, wide, true), logits, inputs[differentiable[kToScale]].toTensor());
     }
-    if (need.size() > kToCoefficients && need[kToCoefficients] && !reference[kToCoefficients])
-      found[kToCoefficients] = coefficient_gradient(upstream, inputs);
+    const size_t coefficients = ops.kind.coefficients;
+    if (coefficients < need.size() && need[coefficients] && !reference[coefficients])
+      found[coefficients] = coefficient_gradient(upstream, inputs);
     return found;
   }
 
@@ -307,7 +318,7 @@ struct ObjectiveBackward final : ForwardBackward {
     return gradient;
   }
 
-  bool coefficients_need_gradient() const { return next_edge(kToCoefficients).is_valid(); }
+  bool coefficients_need_gradient() const { return next_edge(ops.kind.coefficients).is_valid(); }
 
   // d loss / d coefficient is the term itself.
   Tensor coefficient_gradient(const Tensor& upstream, const Stack& inputs) override {
@@ -318,7 +329,7 @@ struct ObjectiveBackward final : ForwardBackward {
       const Tensor own = values.select(0, static_cast<int64_t>(k)).to(at::kDouble) * upstream * terms[3 * k + 2];
       found.push_back(upstream.dim() == 0 ? own : own.sum());
     }
-    return at::stack(found).to(inputs[differentiable[kToCoefficients]].toTensor().device());
+    return at::stack(found).to(inputs[differentiable[ops.kind.coefficients]].toTensor().device());
   }
 
   void release_variables() override {

@@ -52,9 +52,9 @@ inline std::optional<Tensor> optional_tensor(const IValue& value) {
 
 struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
   Tensor logits;
-  std::optional<Tensor> target, logit_scale, class_weight;
+  std::optional<Tensor> target, logit_scale, class_weight, reference;
   int64_t ignore_index;
-  double softcap;
+  double softcap, temperature;
   bool masked;
 
   explicit RowArguments(c10::ArrayRef<IValue> a)
@@ -62,9 +62,14 @@ struct RowArguments {  // in the order of OBJKERN_ROW_ARGUMENTS
         target(optional_tensor(a[kTarget])),
         logit_scale(optional_tensor(a[kLogitScale])),
         class_weight(optional_tensor(a[kClassWeight])),
+        reference(optional_tensor(a[kReference])),
         ignore_index(a[4].toInt()),
         softcap(a[5].toDouble()),
+        temperature(a[kReference + 1].toDouble()),
         masked(a[6].toBool()) {}
+
+  // Those that are asked for and can be known.
+  int64_t known(int64_t reads) const { return reference.has_value() ? reads : reads & ~int64_t{kDivergences}; }
 };
 
 // The terms and what is made of their values: the first two arguments and the last four, which begin at `rest`.
@@ -102,6 +107,8 @@ struct ObjectiveArguments : RowArguments, ProgramArguments {  // in the order of
       : RowArguments(a.slice(kRows, kRowArguments)), ProgramArguments(a, kCoefficientTensor, kTermKinds) {
     TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
                       "objkern: target: a term needs one but got None");
+    TORCH_CHECK_VALUE(reference.has_value() || (reads() & kDivergences) == 0,
+                      "objkern: reference: a term needs one but got None");
   }
 
   int64_t reads() const {
@@ -113,7 +120,7 @@ struct ObjectiveArguments : RowArguments, ProgramArguments {  // in the order of
   // How many fields of RowGradient their gradient has.
   int64_t row_gradient_fields() const {
     const bool dense = target.has_value() && target->scalar_type() != at::kLong;
-    return kFieldsOfDepth[static_cast<int>(depth_of(reads(), class_weight.has_value(), dense))];
+    return objkern::row_gradient_fields(reads(), class_weight.has_value(), dense);
   }
 
   // A dense target has no zeros where label smoothing lifts them.
@@ -191,7 +198,7 @@ struct ElementBatch {
 // device, is left to the backend.
 struct Batch {
   Rows rows;
-  Tensor logits, target, class_weight;
+  Tensor logits, target, class_weight, reference;
 
   explicit Batch(const RowArguments& in, int64_t reads = kEverything) {
     TORCH_CHECK(in.logits.dim() == 2, "objkern: logits: expected (rows, classes) but got ", in.logits.sizes());
@@ -201,14 +208,14 @@ struct Batch {
     rows.rows = logits.size(0);
     rows.classes = logits.size(1);
     rows.row_stride = logits.stride(0);
-    rows.reads = reads;
+    rows.reads = in.known(reads);
     TORCH_CHECK(rows.classes > 0, "objkern: logits: expected at least one class but got ", in.logits.sizes());
     rows.ignore_index = in.ignore_index;
     rows.softcap = in.softcap;
     rows.masked = in.masked;
     TORCH_CHECK_VALUE(in.softcap >= 0, "objkern: softcap: expected a number >= 0 but got ", in.softcap);
     for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"logit_scale", &in.logit_scale},
-                                  std::pair{"class_weight", &in.class_weight}})
+                                  std::pair{"class_weight", &in.class_weight}, std::pair{"reference", &in.reference}})
       TORCH_CHECK_TYPE(!t->has_value() || !(*t)->is_complex(), "objkern: ", name, ": expected real numbers");
     TORCH_CHECK_VALUE(!in.logit_scale.has_value() || in.logit_scale->dim() == 0,
                       "objkern: logit_scale: expected a 0-dim tensor but got ", in.logit_scale->sizes());
@@ -220,8 +227,7 @@ struct Batch {
     } else if (in.target.has_value()) {
       TORCH_CHECK(in.target->sizes() == logits.sizes(), "objkern: target: expected probabilities of shape ",
                   logits.sizes(), " but got ", in.target->sizes());
-      const bool same = in.target->scalar_type() == logits.scalar_type();
-      target = with_unit_class_stride(same ? *in.target : in.target->to(accumulation_type(logits)));
+      target = as_read(*in.target);
       rows.dense_target = target.const_data_ptr();
       rows.dense_dtype = dtype_of(target);
       rows.dense_stride = target.stride(0);
@@ -232,6 +238,24 @@ struct Batch {
       class_weight = in.class_weight->to(accumulation_type(logits)).contiguous();
       rows.class_weight = class_weight.const_data_ptr();
     }
+    if (in.reference.has_value() && (rows.reads & kDivergences) != 0) {
+      TORCH_CHECK_VALUE(in.masked, "objkern: reference: logits of −inf have to be excluded classes beside it");
+      TORCH_CHECK_VALUE(in.temperature > 0, "objkern: temperature: expected a number > 0 but got ", in.temperature);
+      TORCH_CHECK_VALUE(in.reference->sizes() == logits.sizes(), "objkern: reference: expected logits of shape ",
+                        logits.sizes(), " but got ", in.reference->sizes());
+      reference = as_read(*in.reference);
+      rows.reference = reference.const_data_ptr();
+      rows.reference_dtype = dtype_of(reference);
+      rows.reference_stride = reference.stride(0);
+      rows.temperature = in.temperature;
+    }
+  }
+
+ private:
+  // A (rows, classes) tensor beside the logits, of their type or the accumulation type.
+  Tensor as_read(const Tensor& t) const {
+    const bool same = t.scalar_type() == logits.scalar_type();
+    return with_unit_class_stride(same ? t : t.to(accumulation_type(logits)));
   }
 };
 

@@ -60,7 +60,8 @@ TORCH_LIBRARY(objkern_triton, m) {
 TORCH_LIBRARY(objkern, m) {
   define_kernels(m);
   // Derivatives through the reference, implemented in objkern/ops.py, for the differentiable arguments that `needed`
-  // marks: logits, target, logit scale and coefficients; in the second order the upstream gradient before them.
+  // marks: logits, target, logit scale, reference and coefficients; in the second order the upstream gradient before
+  // them.
   m.def("reference_gradient(Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS ") -> Tensor[]");
   m.def("reference_second_order(Tensor grad, Tensor upstream, bool[] needed, " OBJKERN_OBJECTIVE_ARGUMENTS
         ") -> Tensor[]");
@@ -149,7 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         int64_t reads = 0;
         for (size_t i = 0; i + 2 < terms.size(); i += 3)
           reads |= reads_of(static_cast<TermKind>(terms[i]), terms[i + 1]);
-        return kFieldsOfDepth[static_cast<int>(depth_of(reads, weighted_classes, dense_target))];
+        return row_gradient_fields(reads, weighted_classes, dense_target);
       },
       "How many numbers a row keeps for its gradient under the terms (kind, parameter, coefficient).");
   m.def(

@@ -96,7 +96,17 @@ struct Launch : OnDevice {
                 batch.rows.classes);
     check_device("target", in.target);
     check_device("class weight", in.class_weight);
+    check_device("reference", in.reference);
     logit_scale = number("logit_scale", in.logit_scale);
+  }
+
+  // What the comparison with the reference found, or nothing.
+  Tensor divergence() const {
+    const Rows& rows = batch.rows;
+    if (rows.reference == nullptr) return {};
+    const Tensor found = at::empty({kDivergence, rows.rows}, options());
+    check(cuda::compare(rows, logit_scale, found.mutable_data_ptr(), stream));
+    return found;
   }
 
   // The one that was given, or a new one.
@@ -144,6 +154,8 @@ void run_objective(Stack* stack, To to) {
   results.row_gradient = row_gradient.mutable_data_ptr();
   results.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
   results.workspace = workspace.mutable_data_ptr();
+  const Tensor divergence = call.divergence();
+  results.divergence = divergence.defined() ? divergence.const_data_ptr() : nullptr;
   check(cuda::objective(rows, call.logit_scale, program, plan, results, call.stream));
   torch::jit::push(*stack, loss, parts, row_gradient);
   if (to == To::kNew) torch::jit::push(*stack, gradient);
@@ -208,8 +220,10 @@ void statistics(const c10::OperatorHandle&, Stack* stack) {
   const Rows& rows = call.batch.rows;
   const auto options = call.options().dtype(at::kDouble);
   const Tensor centred = at::empty({kCentred, rows.rows}, options), out = at::empty({kStatistics, rows.rows}, options);
-  check(cuda::statistics(rows, call.logit_scale, cuda::plan(rows, false), centred.mutable_data_ptr<double>(),
-                         out.mutable_data_ptr<double>(), call.stream));
+  const Tensor divergence = call.divergence();
+  check(cuda::statistics(rows, call.logit_scale, cuda::plan(rows, false),
+                         divergence.defined() ? divergence.const_data_ptr() : nullptr,
+                         centred.mutable_data_ptr<double>(), out.mutable_data_ptr<double>(), call.stream));
   torch::jit::push(*stack, out, centred);
 }
 

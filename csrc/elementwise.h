@@ -5,7 +5,7 @@
 // pass that reads z and y, and one that writes, or both at once.
 #pragma once
 
-#include "objective.h"
+#include "numbers.h"
 
 namespace objkern {
 inline namespace OBJKERN_VARIANT {

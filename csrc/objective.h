@@ -10,91 +10,14 @@
 // and Σ p·z loses every digit under a common offset of 1e7.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
-#ifdef __CUDACC__
-#define OBJKERN_INLINE __host__ __device__ inline
-#else
-#define OBJKERN_INLINE inline
-#endif
-
-// The same header is compiled for several instruction sets and linked into one library. A name of its own for each
-// keeps the linker from merging an AVX-512 copy of an inline function into the baseline build.
-#ifndef OBJKERN_VARIANT
-#define OBJKERN_VARIANT baseline
-#endif
+#include "divergence.h"
+#include "numbers.h"
 
 namespace objkern {
 inline namespace OBJKERN_VARIANT {
-
-// ---- numbers ----------------------------------------------------------------------------------------------------
-
-// The formulas below are written for R: a float, a double, or a vector of them with one row per lane. There are
-// therefore no branches on values, only selections; `Lane<R>` says how R does what operators cannot.
-template <class R>
-struct Lane {
-  using Mask = bool;
-  static constexpr bool kCompensated = sizeof(R) == 4;  // sums keep the part that rounding took off
-  OBJKERN_INLINE static R exp(R x) { return std::exp(x); }
-  OBJKERN_INLINE static R exp_nonpositive(R x) { return std::exp(x); }
-  // exp(a·b): what a product of −20 is rounded by is a millionth of the result in float32, and is put back.
-  OBJKERN_INLINE static R exp_of_product(R a, R b) {
-    const R product = a * b, e = std::exp(product);
-    return e == R(0) ? e : e * (R(1) + std::fma(a, b, -product));
-  }
-  OBJKERN_INLINE static R expm1(R x) { return std::expm1(x); }
-  OBJKERN_INLINE static R log(R x) { return std::log(x); }
-  OBJKERN_INLINE static R log1p(R x) { return std::log1p(x); }  // asked for 0 ≤ x ≤ 1 alone
-  OBJKERN_INLINE static R abs(R x) { return std::fabs(x); }
-  OBJKERN_INLINE static Mask equal(R a, R b) { return a == b; }
-  OBJKERN_INLINE static Mask less(R a, R b) { return a < b; }
-  OBJKERN_INLINE static R select(Mask m, R yes, R no) { return m ? yes : no; }
-};
-
-template <class R>
-OBJKERN_INLINE R minus_infinity() {
-  return R(-std::numeric_limits<float>::infinity());
-}
-
-// a·b where a is a probability: 0·∞ is the limit 0, as in p·log p.
-template <class R>
-OBJKERN_INLINE R weighted(R probability, R b) {
-  return Lane<R>::select(Lane<R>::equal(probability, R(0)), R(0), probability * b);
-}
-
-// a + b − sum, exactly, where sum is a + b rounded. Source: Knuth, "The Art of Computer Programming", volume 2, 4.2.2.
-template <class R>
-OBJKERN_INLINE R rounded_off(R a, R b, R sum) {
-  const R b_in_sum = sum - a;
-  return (a - (sum - b_in_sum)) + (b - b_in_sum);
-}
-
-// log(1 + exp(d)) and 1 / (1 + exp(−d)), for d and −d at once, exact in both tails. `low` is what d was rounded by: at
-// |d| = 10 the last digit of a float32 d is a millionth of exp(−|d|).
-template <class R>
-struct LogOdds {
-  R softplus_plus = R(0), softplus_minus = R(0), sigmoid_plus = R(0), sigmoid_minus = R(0);
-  R softplus_plus_low = R(0);  // what softplus_plus was rounded by
-
-  LogOdds() = default;
-  OBJKERN_INLINE explicit LogOdds(R d, R low = R(0)) {
-    using L = Lane<R>;
-    const auto negative = L::less(d, R(0));
-    R e = L::exp_nonpositive(R(0) - L::abs(d));
-    if constexpr (L::kCompensated) e = e - e * L::select(negative, R(0) - low, low);
-    const R tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
-    softplus_plus = L::select(negative, tail, d + (low + tail));
-    softplus_minus = L::select(negative, (tail - low) - d, tail);
-    sigmoid_plus = L::select(negative, far, near);
-    sigmoid_minus = L::select(negative, near, far);
-    if constexpr (L::kCompensated) {
-      const R lost = rounded_off(d, low + tail, softplus_plus);
-      softplus_plus_low = L::select(negative, R(0), L::select(L::equal(lost, lost), lost, R(0)));  // d may be infinite
-    }
-  }
-};
 
 // ---- what the pass over a row collects --------------------------------------------------------------------------
 
@@ -116,6 +39,7 @@ struct Centred {
   R target = R(0);         // z_y; −inf where there is no target
   R target_weight = R(0);  // w_y
   R target_is_max = R(0);  // 1 if the target is the first maximum of the row
+  Divergence<R> reference;
 };
 
 // ---- the vocabulary of the terms --------------------------------------------------------------------------------
@@ -133,8 +57,10 @@ struct Statistics {
   R logit_variance = R(0);     // Σ (z_j − mean)² / n
   R target_logit = R(0);       // z_y
   R mean_logprob = R(0);       // Σ w_j log p_j / n
+  R forward_kl = R(0);         // KL(q ‖ p), q of the reference; both at the temperature
+  R reverse_kl = R(0);         // KL(p ‖ q)
 };
-constexpr int kStatistics = 10;
+constexpr int kStatistics = 12;
 
 // Which statistics a term reads, as bits; what nobody reads is neither collected nor differentiated.
 enum Reads : int64_t {
@@ -148,6 +74,9 @@ enum Reads : int64_t {
   kLogitVariance = 1 << 7,
   kTargetLogit = 1 << 8,
   kMeanLogprob = 1 << 9,
+  kForwardKl = 1 << 10,
+  kReverseKl = 1 << 11,
+  kDivergences = kForwardKl | kReverseKl,
   kEverything = (1 << kStatistics) - 1,
 };
 
@@ -239,6 +168,8 @@ OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool 
     s.logit_variance = (c.sum_dd + joined) * inverse_n;
   }
   if ((reads & kMeanLogprob) != 0) s.mean_logprob = R(0) - weighted_nlp(c, o) * inverse_n;
+  s.forward_kl = c.reference.forward;
+  s.reverse_kl = c.reference.reverse;
   return s;
 }
 
@@ -256,8 +187,10 @@ enum class TermKind : int64_t {
   kUnlikelihood,
   kMargin,
   kLogitL2,
+  kForwardKl,
+  kReverseKl,
 };
-constexpr int64_t kTermKinds = 10;
+constexpr int64_t kTermKinds = 12;
 
 OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
   switch (kind) {
@@ -280,6 +213,10 @@ OBJKERN_INLINE int64_t reads_of(TermKind kind, double parameter) {
       return kOtherLogprob;
     case TermKind::kLogitL2:
       return kMeanSquareLogit;
+    case TermKind::kForwardKl:
+      return kForwardKl;
+    case TermKind::kReverseKl:
+      return kReverseKl;
   }
   return 0;
 }
@@ -342,6 +279,12 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
     case TermKind::kLogitL2:
       grad.mean_square_logit = grad.mean_square_logit + scale;
       return s.mean_square_logit;
+    case TermKind::kForwardKl:  // parameter: T
+      grad.forward_kl = grad.forward_kl + scale * (p * p);
+      return p * p * s.forward_kl;
+    case TermKind::kReverseKl:
+      grad.reverse_kl = grad.reverse_kl + scale * (p * p);
+      return p * p * s.reverse_kl;
   }
   return R(std::numeric_limits<float>::quiet_NaN());
 }
@@ -352,14 +295,18 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
 // plus max_grad at the first maximum of the others; the target's own element is target_grad, computed directly,
 // because p_y − 1 has no digits left where the model is sure. The order is that of Depth: a shallow objective has no
 // more than the first fields.
+//
+// A divergence adds f_j (of_p + of_pd d_j) + of_q e_j for every j, the target too; e, f and d are those of divergence.h,
+// relative to max_z and max_r.
 template <class R>
 struct RowGradient {
   R max = R(0), target_grad = R(0), exp_1 = R(0);
   R exp_t = R(0), const_1 = R(0);
   R const_z = R(0);
   R const_t = R(0), const_w = R(0), const_q = R(0), max_grad = R(0);
+  R max_z = R(0), max_r = R(0), of_p = R(0), of_pd = R(0), of_q = R(0);
 };
-constexpr int kRowGradient = 10;
+constexpr int kRowGradient = 15;
 
 // How much of the vocabulary an objective needs: what the passes over a row are compiled for.
 enum class Depth : int {
@@ -368,13 +315,19 @@ enum class Depth : int {
   kSquare,   // and Σ z²: logit L2
   kFull,     // and everything else
 };
-constexpr int kFieldsOfDepth[] = {3, 5, 6, kRowGradient};  // of RowGradient
 
 OBJKERN_INLINE Depth depth_of(int64_t reads, bool weighted_classes, bool dense_target) {
-  const int64_t rest = kMaxLogit | kMeanLogit | kLogitVariance;
+  const int64_t rest = kMaxLogit | kMeanLogit | kLogitVariance | kDivergences;
   if ((reads & rest) != 0 || dense_target || (weighted_classes && (reads & kMeanLogprob) != 0)) return Depth::kFull;
   if ((reads & kMeanSquareLogit) != 0) return Depth::kSquare;
   return (reads & (kEntropy | kMeanLogprob)) != 0 ? Depth::kEntropy : Depth::kPlain;
+}
+
+// How many fields of RowGradient an objective has.
+OBJKERN_INLINE int row_gradient_fields(int64_t reads, bool weighted_classes, bool dense_target) {
+  constexpr int kOfDepth[] = {3, 5, 6, 10};
+  if ((reads & kDivergences) != 0) return kRowGradient;
+  return kOfDepth[static_cast<int>(depth_of(reads, weighted_classes, dense_target))];
 }
 
 // From the partial derivatives of the row's value to the coefficients of its gradient, for the statistics in `reads`.
@@ -443,6 +396,14 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
       g.const_1 = g.const_1 + share;
     }
     g.target_grad = g.target_grad + share * (c.target_weight * o.p_others - c.sum_w * o.p_target);
+  }
+  if ((reads & kDivergences) != 0) {  // (p_j − q_j) / T, and p_j (log p_j − log q_j − KL) / T
+    const Divergence<R>& v = c.reference;
+    g.max_z = v.max_z;
+    g.max_r = v.max_r;
+    g.of_p = v.to_p * (f.forward_kl + weighted(f.reverse_kl, v.log_ratio - v.reverse));
+    g.of_pd = R(0) - v.to_p * f.reverse_kl;
+    g.of_q = R(0) - v.to_q * f.forward_kl;
   }
   g.exp_1 = L::select(L::equal(c.sum_e, R(0)), R(0), g.exp_1);  // no other class is left: it may be NaN
   return g;

@@ -8,7 +8,7 @@
 
 namespace objkern {
 
-constexpr int kCentred = 14;        // fields of Centred
+constexpr int kCentred = 21;        // fields of Centred
 constexpr int kFreeStatistics = 3;  // lse, accuracy, target probability: what parts report beside the terms
 
 enum class Reduction : int64_t { kNone, kMean, kSum };  // the order of objkern.batch.REDUCTIONS
@@ -26,6 +26,10 @@ struct Rows {
   DType dense_dtype = DType::kFloat32;  // the logits' type, or float32 (float64 beside float64 logits)
   int64_t dense_stride = 0;
   const void* class_weight = nullptr;  // (classes) of the accumulation type, or none
+  const void* reference = nullptr;     // (rows, classes) logits of reference_dtype, class stride 1, or none
+  DType reference_dtype = DType::kFloat32;  // the logits' type, or the accumulation type
+  int64_t reference_stride = 0;
+  double temperature = 1.0;  // of the divergence from the reference
 
   double logit_scale = 1.0;
   double softcap = 0.0;   // 0: none

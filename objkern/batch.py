@@ -46,6 +46,8 @@ class Batch(NamedTuple):
     validate: bool
     shape: torch.Size  # of the rows before they were flattened
     rows: dict[str, Tensor]  # (N) each
+    reference: Tensor | None = None  # (N, V) logits
+    temperature: float = 1.0  # of the divergence from the reference
 
     @property
     def dense(self) -> bool:
@@ -84,6 +86,8 @@ def flatten(
     validate: bool | None = None,
     class_weight: Tensor | None = None,
     masked: bool = True,
+    reference: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Batch:
     """Check the arguments of a call and flatten them; see `Objective.forward` for their meaning."""
     logits = _check_logits(logits, class_dim)
@@ -116,9 +120,13 @@ def flatten(
             raise ValueError("class weight: a constant here, so its gradient would be lost; pass weight.detach()")
         if class_weight.shape != (classes,):
             raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
+    if reference is not None:
+        reference = _check_reference(reference, logits, class_dim)
     softcap = checked_softcap(softcap)
     if len(shape) != 1:
         logits = logits.reshape(-1, classes)
+        if reference is not None:
+            reference = reference.reshape(-1, classes)
         if target is not None:
             target = target.reshape(-1, *target.shape[len(shape) :])
     return Batch(
@@ -130,6 +138,7 @@ def flatten(
         logits.is_cpu or bool(validate) or (validate is None and validates(logits)),
         shape,
         {name: _check_row(name, value, shape, logits) for name, value in rows.items()} if rows else {},
+        reference, temperature,
     )  # fmt: skip
 
 
@@ -202,6 +211,18 @@ def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: 
             f"{tuple(logits.shape)} but got {describe(target)}"
         )
     return target
+
+
+def _check_reference(reference: Tensor, logits: Tensor, class_dim: int) -> Tensor:
+    if not isinstance(reference, Tensor) or not reference.is_floating_point():
+        raise TypeError(f"reference: expected floating-point logits but got {describe(reference)}")
+    check_dense("reference", reference)
+    if reference.dim() == logits.dim() and class_dim not in (-1, logits.dim() - 1):
+        reference = reference.movedim(class_dim, -1)
+    if reference.shape != logits.shape:
+        raise ValueError(f"reference: expected logits of shape {tuple(logits.shape)} but got {describe(reference)}")
+    check_same_device("reference", reference, logits)
+    return reference
 
 
 def _shifted(target: Tensor | None, shape: torch.Size, ignore_index: int) -> Tensor:

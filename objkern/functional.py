@@ -13,7 +13,7 @@ from . import elementwise, linear, ops
 from .batch import DTYPES, Batch, describe, flatten, is_autocast
 from .elementwise import BernoulliEntropy, BinaryCrossEntropy, MeanSquaredError
 from .statistics import Statistics
-from .terms import CrossEntropy, Entropy, LogitL2, ZLoss, checked_number
+from .terms import CrossEntropy, Entropy, LogitL2, ZLoss, checked_number, checked_temperature
 
 
 def row_statistics(
@@ -23,12 +23,14 @@ def row_statistics(
     ignore_index: int = -100,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
+    reference: Tensor | None = None,
+    temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Statistics:
-    """``logits.log_softmax(-1).gather(-1, target[..., None])`` and nine more numbers per row, in one pass.
+    """``logits.log_softmax(-1).gather(-1, target[..., None])`` and eleven more numbers per row, in one pass.
 
     Every field is differentiable; policy and preference losses are a few lines of torch on top of it.
 
@@ -36,24 +38,27 @@ def row_statistics(
         logits: (..., V) float32, float64, bfloat16 or float16; −inf excludes a class.
         target: (...) int64 labels, or (..., V) probabilities (then `logprob` is Σ q_j log p_j), or None.
         ignore_index: rows with this label hold 0 in every field and get a zero gradient.
+        reference: logits of the shape of ``logits`` to diverge from, as in `Objective.forward`.
+        temperature: T > 0 of `forward_kl` and `reverse_kl` alone.
         logit_scale, softcap, shift, class_dim, validate, backend: as in `Objective.forward`.
 
     Returns:
         `Statistics` of shape (...), float32 (float64 for float64 logits); the fields that read the target are None
-        where there is none.
+        where there is none, and the divergences where there is no reference.
 
     Raises:
         IndexError: a label outside [0, V) that is not ``ignore_index``.
     """
     batch = flatten(
         logits, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
-        class_dim=class_dim, validate=validate, reduction="none",
+        class_dim=class_dim, validate=validate, reduction="none", reference=reference,
+        temperature=checked_temperature(temperature),
     )  # fmt: skip
     return _per_row(ops.backend_for(backend, batch.logits).statistics(batch), batch)
 
 
 def _per_row(found: Statistics, batch: Batch) -> Statistics:
-    found = Statistics(*(field.to(batch.result_dtype).view(batch.shape) for field in found))
+    found = found.each(lambda field: field.to(batch.result_dtype).view(batch.shape))
     if batch.target is None:
         return found._replace(logprob=None, other_logprob=None, target_logit=None)
     return found._replace(other_logprob=None, target_logit=None) if batch.dense else found
@@ -68,6 +73,8 @@ def linear_row_statistics(
     ignore_index: int = -100,
     logit_scale: float | Tensor = 1.0,
     softcap: float | None = None,
+    reference: Tensor | tuple[Tensor, ...] | None = None,
+    temperature: float = 1.0,
     shift: int = 0,
     validate: bool | None = None,
     backend: str = "auto",
@@ -86,23 +93,29 @@ def linear_row_statistics(
         target: (...) int64 labels, or (..., V) probabilities (then `logprob` is Σ q_j log p_j), or None.
         bias: (V) of hidden's dtype.
         ignore_index: rows with this label hold 0 in every field and get a zero gradient.
+        reference: logits (..., V) to diverge from, or a head (hidden, weight[, bias]), as in `Objective.linear`.
+        temperature: T > 0 of `forward_kl` and `reverse_kl` alone.
         shift: 1 for causal language models: entry t is about label t + 1, and the last entry of a sequence is 0.
         logit_scale, softcap, validate, backend: as in `Objective.forward`.
         chunk_rows, memory_budget: as in `Objective.linear`.
 
     Returns:
         `Statistics` of shape (...), float32 (float64 for float64 inputs); the fields that read the target are None
-        where there is none.
+        where there is none, and the divergences where there is no reference.
 
     Raises:
         IndexError: a label outside [0, V) that is not ``ignore_index``.
         ValueError, TypeError: names the argument, what was expected and what came.
     """
     layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+    of_head = reference is not None and not isinstance(reference, Tensor)
     batch = flatten(
         proxy, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
-        validate=validate, reduction="none",
+        validate=validate, reduction="none", reference=None if of_head else reference,
+        temperature=checked_temperature(temperature),
     )  # fmt: skip
+    if of_head:
+        layer, batch = linear.with_reference(layer, batch, reference)
     found, _ = linear.statistics(ops.backend_for(backend, batch.logits), layer, batch)
     return _per_row(found, batch)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .batch import REDUCTIONS, Batch, check_dense, describe, is_autocast
+from .batch import REDUCTIONS, Batch, check_dense, check_same_device, describe, is_autocast
 from .statistics import Statistics
 
 MODES = ("auto", "forward", "recompute")
@@ -209,6 +209,9 @@ class _Head:
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1  # of int64
 
 
+_ROW_OPTIONS = ("target", "logit_scale", "class_weight", "ignore_index", "softcap", "masked")  # as kernels take them
+
+
 class _Rows(NamedTuple):
     """What the ops know of the rows, without their logits; in the order of the schemas."""
 
@@ -218,6 +221,10 @@ class _Rows(NamedTuple):
     ignore_index: int
     softcap: float
     masked: bool
+    reference_input: Tensor | None  # (N, V) logits, or where there is a weight the (N, D) hidden states of a reference
+    temperature: float
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
 
     @property
     def labelled(self) -> bool:
@@ -225,7 +232,9 @@ class _Rows(NamedTuple):
 
     def of(self, rows: Tensor | slice, columns: slice | None = None) -> dict[str, Any]:
         """The arguments of an op on some rows, and some classes, from which labels are counted then."""
-        found = self._asdict()
+        found: dict[str, Any] = {name: getattr(self, name) for name in _ROW_OPTIONS}
+        if self.reference_input is not None:
+            found |= {"reference": self.reference_logits(rows, columns), "temperature": self.temperature}
         if self.target is not None:
             found["target"] = _take(self.target, 0, rows)
         if columns is not None:
@@ -240,6 +249,20 @@ class _Rows(NamedTuple):
                 found["class_weight"] = self.class_weight[columns]
         return found
 
+    def reference_logits(self, rows: Tensor | slice, columns: slice | None = None) -> Tensor:
+        """Those of a reference head go through the scale and the cap of the call, as those of the head beside it."""
+        columns = slice(None) if columns is None else columns
+        given = _take(cast(Tensor, self.reference_input), 0, rows)
+        if self.reference_weight is None:
+            return given[:, columns]
+        bias = None if self.reference_bias is None else self.reference_bias[columns]
+        with torch.no_grad():
+            head = _Head(given, self.reference_weight[columns], bias)
+            found = head.project(
+                head.states(slice(0, len(given))), given.new_empty(len(given), head.classes, dtype=head.wide)
+            )
+            return _transformed(found, self.logit_scale, self.softcap)
+
     def check_labels(self, head: _Head) -> None:
         """On a CPU a bad label raises, with its place among all rows; kernels see those of a chunk."""
         if head.hidden.is_cpu:
@@ -252,6 +275,13 @@ class _Rows(NamedTuple):
         assert self.target is not None
         kept = (self.target != self.ignore_index).nonzero().view(-1)
         return kept if len(kept) < count else None
+
+
+def _transformed(z: Tensor, scale: Tensor | None, cap: float) -> Tensor:
+    """cap · tanh(scale · z / cap)"""
+    if scale is not None:
+        z = z * scale.to(z)
+    return torch.tanh(z / cap) * cap if cap else z
 
 
 def _take(x: Tensor, dim: int, chunk: Tensor | slice) -> Tensor:
@@ -331,7 +361,10 @@ def _denominators(rows: _Rows, count: int, terms: list[float], reduction: str, n
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
 _HEAD_SCHEMA = "str family, Tensor hidden, Tensor weight, Tensor? bias"
-_ROWS_SCHEMA = "Tensor? target, Tensor? logit_scale, Tensor? class_weight, int ignore_index, float softcap, bool masked"
+_ROWS_SCHEMA = (
+    "Tensor? target, Tensor? logit_scale, Tensor? class_weight, int ignore_index, float softcap, bool masked, "
+    "Tensor? reference_input, float temperature, Tensor? reference_weight, Tensor? reference_bias"
+)
 _TERMS_SCHEMA = (
     "float[] terms, int reduction, Tensor? coefficient_tensor, Tensor? normalizer, bool empty_zero, bool with_parts"
 )
@@ -341,6 +374,7 @@ _CHUNKS_SCHEMA = "bool[] needs, int chunk_rows, bool skip_ignored"
 def _linear_objective(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    reference_input: Tensor | None, temperature: float, reference_weight: Tensor | None, reference_bias: Tensor | None,
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -349,7 +383,10 @@ def _linear_objective(
     Gradients stay in the accumulation type until the upstream gradient is known: they are rounded once, and in float16
     after loss scaling.
     """
-    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    rows = _Rows(
+        target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
+        reference_weight, reference_bias,
+    )  # fmt: skip
     head = _Head(hidden, weight, bias)
     n, size, kind = hidden.shape[0], len(terms) // 3, REDUCTIONS[reduction]
     denominators = _denominators(rows, n, terms, kind, normalizer, empty_zero, hidden)
@@ -426,12 +463,14 @@ def _parts_of_chunks(parts: list[Tensor], size: int, denominators: _Denominators
 def _fake_linear_objective(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    reference_input: Tensor | None, temperature: float, reference_weight: Tensor | None, reference_bias: Tensor | None,
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     with_parts: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool, with_gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     ops.no_meta_beside(
         "hidden states", hidden, weight=weight, bias=bias, target=target, logit_scale=logit_scale,
-        class_weight=class_weight, coefficient=coefficient_tensor, normalizer=normalizer,
+        class_weight=class_weight, reference=reference_input, reference_weight=reference_weight,
+        coefficient=coefficient_tensor, normalizer=normalizer,
     )  # fmt: skip
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n, size = hidden.shape[0], len(terms) // 3 + len(reference.FREE_STATISTICS)
@@ -477,7 +516,6 @@ def _gradients(
     hidden, weight, scale = head.hidden, head.weight, rows.logit_scale
     kept = rows.kept(len(hidden), skip_ignored)
     if kept is not None:
-        rows = rows._replace(target=_take(cast(Tensor, rows.target), 0, kept))
         of_rows = [x.index_select(-1, kept) if x.dim() else x for x in of_rows]
     count = len(hidden) if kept is None else len(kept)
     states = head.states(slice(None) if kept is None else kept)
@@ -503,7 +541,7 @@ def _gradients(
             logits, g = (x[: math.prod(shape)].view(shape) for x in (room, gradient_room))
             h = states[piece]
             head.add_bias(_multiply(h, w.t(), logits), columns)
-            tile = _Tile(columns, logits, rows.of(piece, columns))
+            tile = _Tile(columns, logits, rows.of(piece if kept is None else kept[piece], columns))
             write([x[..., piece] if x.dim() else x for x in of_rows], tile, g)
             if needs_scale:  # what has no gradient (an excluded class) may be infinite
                 of_scale += torch.where(g == 0, g, g * logits).sum(dtype=torch.float64)
@@ -585,11 +623,15 @@ def _put_maximum(maximum: Tensor, tile: _Tile) -> Tensor:
 def _linear_objective_gradient(
     upstream: Tensor, row_gradient: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None,
-    ignore_index: int, softcap: float, masked: bool, terms: list[float], needs: list[bool], chunk_rows: int,
-    skip_ignored: bool, needs_scale: bool,
+    ignore_index: int, softcap: float, masked: bool, reference_input: Tensor | None, temperature: float,
+    reference_weight: Tensor | None, reference_bias: Tensor | None, terms: list[float], needs: list[bool],
+    chunk_rows: int, skip_ignored: bool, needs_scale: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
-    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    rows = _Rows(
+        target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
+        reference_weight, reference_bias,
+    )  # fmt: skip
     head = _Head(hidden, weight, bias)
     unit = head.unit(upstream, row_gradient[1:])
     op = _family(family).gradient.into
@@ -609,21 +651,28 @@ def _linear_objective_gradient(
     return _gradients(head, rows, needs, chunk_rows, skip_ignored, needs_scale, numbers, unit, write)
 
 
+_OF_HEAD_AND_ROWS = 10  # arguments, from the target on
+
+
 def _fake_linear_objective_gradient(
     upstream: Tensor, row_gradient: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, *others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    needs = others[7]
+    needs = others[_OF_HEAD_AND_ROWS + 1]
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
 
 
 def _linear_statistics(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    reference_input: Tensor | None, temperature: float, reference_weight: Tensor | None, reference_bias: Tensor | None,
     chunk_rows: int, skip_ignored: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(statistics, centred sums, maximum) of every row; the first two as `objkern::statistics` has them"""
-    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    rows = _Rows(
+        target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
+        reference_weight, reference_bias,
+    )  # fmt: skip
     head = _Head(hidden, weight, bias)
     rows.check_labels(head)
     op, n = _family(family).statistics.default, hidden.shape[0]
@@ -653,11 +702,15 @@ def _fake_linear_statistics(
 def _linear_statistics_gradient(
     partials: Tensor, centred: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None,
-    ignore_index: int, softcap: float, masked: bool, needs: list[bool], chunk_rows: int, skip_ignored: bool,
-    needs_scale: bool,
+    ignore_index: int, softcap: float, masked: bool, reference_input: Tensor | None, temperature: float,
+    reference_weight: Tensor | None, reference_bias: Tensor | None, needs: list[bool], chunk_rows: int,
+    skip_ignored: bool, needs_scale: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
-    rows = _Rows(target, logit_scale, class_weight, ignore_index, softcap, masked)
+    rows = _Rows(
+        target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
+        reference_weight, reference_bias,
+    )  # fmt: skip
     head = _Head(hidden, weight, bias)
     unit = head.unit(partials)
     op = _family(family).statistics_gradient.into
@@ -687,7 +740,7 @@ def _fake_linear_statistics_gradient(
     bias: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    needs = others[6]
+    needs = others[_OF_HEAD_AND_ROWS]
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
 
 
@@ -736,9 +789,11 @@ for _name, (_schema, _function, _fake) in _OPS.items():
 
 # Places of arguments. Both forward ops begin with the family, the head and what is known of the rows.
 _HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE = range(1, 6)
-_HEAD_AND_ROWS = 10  # how many there are of those
-_TERMS, _COEFFICIENTS = 10, 12  # of linear_objective
-_NEEDS, _CHUNK_ROWS, _SKIP_IGNORED, _WITH_GRADIENT = range(16, 20)
+_REFERENCE, _REFERENCE_WEIGHT, _REFERENCE_BIAS = 10, 12, 13
+_HEAD_AND_ROWS = 14  # how many there are of those
+_TERMS, _COEFFICIENTS = 14, 16  # of linear_objective
+_NEEDS, _CHUNK_ROWS, _SKIP_IGNORED, _WITH_GRADIENT = range(20, 24)
+_EAGER = (_TARGET, _REFERENCE, _REFERENCE_WEIGHT, _REFERENCE_BIAS)  # their derivatives have no kernels
 
 
 class _Kept:
@@ -762,6 +817,8 @@ def _through_reference(
 ) -> dict[int, Tensor]:
     """Gradients from eager torch, all logits at once: second derivatives, and those of a probability target."""
     create_graph = torch.is_grad_enabled()
+    if not any(needed):
+        return {}
     with torch.enable_grad():
         inputs, wanted = ops.apart(arguments, places, needed)
         found = ops.gradients(forward(*inputs), wanted, upstream, create_graph)
@@ -773,20 +830,40 @@ def eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
+def eager_reference(
+    given: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, cap: float
+) -> Tensor | None:
+    """The logits of a reference, constants but for what of them requires grad: the scale is the other side's."""
+    if given is None or weight is None:
+        return given
+    return _transformed(eager_logits(given, weight, bias), None if scale is None else scale.detach(), cap)
+
+
 def _eager_objective(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
+    reference_input: Tensor | None, temperature: float, reference_weight: Tensor | None, reference_bias: Tensor | None,
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     *_: Any,
 ) -> Tensor:  # fmt: skip
+    r = eager_reference(reference_input, reference_weight, reference_bias, logit_scale, softcap)
     return ops.objective_forward(
         terms, reduction, eager_logits(hidden, weight, bias), target, logit_scale, class_weight, ignore_index, softcap,
-        masked, coefficient_tensor, normalizer, empty_zero,
+        masked, r, temperature, coefficient_tensor, normalizer, empty_zero,
     )  # fmt: skip
 
 
 def _eager_statistics(family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rows: Any) -> Tensor:
-    return ops.statistics_forward(eager_logits(hidden, weight, bias), *rows[:6])
+    known = _Rows(*rows[:_OF_HEAD_AND_ROWS])
+    r = eager_reference(
+        known.reference_input, known.reference_weight, known.reference_bias, known.logit_scale, known.softcap
+    )
+    return ops.statistics_forward(eager_logits(hidden, weight, bias), *known[:6], r, known.temperature)
+
+
+def _eager_places(ctx: Any) -> tuple[list[int], list[bool]]:
+    needed = [place for place in _EAGER if ctx.needs_input_grad[place]]
+    return needed, [True] * len(needed)
 
 
 def _keep_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -799,14 +876,13 @@ def _keep_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _objective_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     arguments, (parts, row_gradient, maximum) = ctx.kept.of(ctx)
-    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _COEFFICIENTS]
+    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, _COEFFICIENTS, *_EAGER[1:]]
     needed = [ctx.needs_input_grad[place] for place in places]
     found: dict[int, Tensor | None] = {}
     if torch.is_grad_enabled():
         found.update(_through_reference(_eager_objective, arguments, places, needed, upstream))
         return tuple(found.get(place) for place in range(len(arguments)))
-    if ctx.needs_input_grad[_TARGET]:
-        found.update(_through_reference(_eager_objective, arguments, [_TARGET], [True], upstream))
+    found.update(_through_reference(_eager_objective, arguments, *_eager_places(ctx), upstream))
     if ctx.needs_input_grad[_COEFFICIENTS]:
         found[_COEFFICIENTS] = _coefficient_gradient(arguments, parts, upstream)
     needs, needs_scale = needed[:3], needed[4]
@@ -858,14 +934,13 @@ def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _statistics_backward(ctx: Any, partials: Tensor, *_: Any) -> tuple[Any, ...]:
     arguments, (centred, maximum) = ctx.kept.of(ctx)
-    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE]
+    places = [_HIDDEN, _WEIGHT, _BIAS, _TARGET, _SCALE, *_EAGER[1:]]
     needed = [ctx.needs_input_grad[place] for place in places]
     found: dict[int, Tensor | None] = {}
     if torch.is_grad_enabled():
         found.update(_through_reference(_eager_statistics, arguments, places, needed, partials))
         return tuple(found.get(place) for place in range(len(arguments)))
-    if ctx.needs_input_grad[_TARGET]:
-        found.update(_through_reference(_eager_statistics, arguments, [_TARGET], [True], partials))
+    found.update(_through_reference(_eager_statistics, arguments, *_eager_places(ctx), partials))
     needs, needs_scale = needed[:3], needed[4]
     if any(needs) or needs_scale:
         *gradients, of_scale = torch.ops.objkern.linear_statistics_gradient(
@@ -892,6 +967,8 @@ class Layer(NamedTuple):
     bias: Tensor | None  # (V)
     chunk_rows: int
     skip_ignored: bool
+    reference_weight: Tensor | None = None  # (V, D) of a reference whose hidden states stand in the batch
+    reference_bias: Tensor | None = None
 
     @property
     def needs(self) -> list[bool]:
@@ -949,6 +1026,41 @@ def layer(
     return Layer(rows, weight, bias, min(chunk_rows, _LARGEST), skip_ignored=hidden.is_cpu), proxy
 
 
+def with_reference(layer: Layer, batch: Batch, reference: Sequence[Tensor]) -> tuple[Layer, Batch]:
+    """A reference's last hidden states, weight and perhaps bias, checked, in the place of its logits."""
+    parts = ("hidden", "weight", "bias")
+    if not isinstance(reference, (tuple, list)) or len(reference) not in (2, 3):
+        raise TypeError(
+            f"reference: expected logits, or (hidden, weight) or (hidden, weight, bias), but got {describe(reference)}"
+        )
+    hidden, weight, bias = (*reference, None)[:3]
+    for name, x in zip(parts, (hidden, weight, bias), strict=True):
+        if x is None and name == "bias":
+            continue
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"reference: {name}: expected a floating-point tensor but got {describe(x)}")
+        check_dense(f"reference: {name}", x)
+        check_same_device(f"reference: {name}", x, layer.hidden)
+    if is_autocast(hidden.device):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
+        )
+    classes = layer.weight.shape[0]
+    if hidden.shape[:-1] != batch.shape or hidden.dim() == 0:
+        raise ValueError(f"reference: hidden: expected shape {(*batch.shape, 'D')} but got {tuple(hidden.shape)}")
+    if weight.shape != (classes, hidden.shape[-1]):
+        raise ValueError(
+            f"reference: weight: expected shape ({classes}, {hidden.shape[-1]}) but got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (classes,):
+        raise ValueError(f"reference: bias: expected shape ({classes},) but got {tuple(bias.shape)}")
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        raise TypeError(f"reference: expected weight and bias of {hidden.dtype}, as its hidden states")
+    batch = batch._replace(reference=hidden.reshape(-1, hidden.shape[-1]))
+    return layer._replace(reference_weight=weight, reference_bias=bias), batch
+
+
 _CPU_BUDGET = 256 << 20  # bytes; beyond, a chunk only costs memory
 
 
@@ -1001,7 +1113,8 @@ def objective(
     terms, tensor = program
     loss, parts, *_ = torch.ops.objkern.linear_objective(
         run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
-        batch.ignore_index, batch.softcap, batch.masked, terms, REDUCTIONS.index(batch.reduction), tensor,
+        batch.ignore_index, batch.softcap, batch.masked, batch.reference, batch.temperature, layer.reference_weight,
+        layer.reference_bias, terms, REDUCTIONS.index(batch.reduction), tensor,
         batch.normalizer, batch.empty_zero, with_parts or tensor is not None, needs, layer.chunk_rows,
         layer.skip_ignored, in_forward,
     )  # fmt: skip
@@ -1012,7 +1125,10 @@ def _check_derivatives(layer: Layer, batch: Batch, coefficients: Tensor | None =
     """Derivatives that these ops do not have raise: autograd would take them for zero, or speak of something else."""
     if torch.compiler.is_compiling():
         return
-    inputs = (layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, coefficients)
+    inputs = (
+        layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, coefficients, batch.reference,
+        layer.reference_weight, layer.reference_bias,
+    )  # fmt: skip
     inputs = [x for x in inputs if x is not None and x.is_floating_point()]
     if any(unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(
@@ -1028,21 +1144,30 @@ def _check_derivatives(layer: Layer, batch: Batch, coefficients: Tensor | None =
 def _reference_objective(
     layer: Layer, batch: Batch, program: ops.Program, with_parts: bool
 ) -> tuple[Tensor, Tensor | list[Tensor]]:
-    logits = eager_logits(layer.hidden, layer.weight, layer.bias)
-    return ops.REFERENCE.objective(batch._replace(logits=logits), program, False, with_parts)
+    return ops.REFERENCE.objective(_whole(layer, batch), program, False, with_parts)
+
+
+def _whole(layer: Layer, batch: Batch) -> Batch:
+    """With all logits at once."""
+    return batch._replace(
+        logits=eager_logits(layer.hidden, layer.weight, layer.bias),
+        reference=eager_reference(
+            batch.reference, layer.reference_weight, layer.reference_bias, batch.logit_scale, batch.softcap
+        ),
+    )
 
 
 def statistics(run: ops.Backend, layer: Layer, batch: Batch) -> tuple[Statistics, Tensor]:
     """The statistics of every row, and whether its label is the first maximum."""
     if run.family is None:
-        logits = eager_logits(layer.hidden, layer.weight, layer.bias)
-        whole = batch._replace(logits=logits)
+        whole = _whole(layer, batch)
         return run.statistics(whole), reference.is_first_maximum(whole)
     if batch.validate and not layer.hidden.is_cpu:
         reference.check_labels(batch.target, layer.weight.shape[0], batch.ignore_index)
     _check_derivatives(layer, batch)
     found, centred, _ = torch.ops.objkern.linear_statistics(
         run.family, layer.hidden, layer.weight, layer.bias, batch.target, batch.logit_scale, batch.class_weight,
-        batch.ignore_index, batch.softcap, batch.masked, layer.chunk_rows, layer.skip_ignored,
+        batch.ignore_index, batch.softcap, batch.masked, batch.reference, batch.temperature, layer.reference_weight,
+        layer.reference_bias, layer.chunk_rows, layer.skip_ignored,
     )  # fmt: skip
-    return Statistics(*found.unbind(0)), centred[-1] > 0
+    return ops.named_statistics(found, batch), centred[_TARGET_IS_MAX] > 0

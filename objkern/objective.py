@@ -12,12 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import linear, ops, reference
+from . import linear, ops
 from .batch import Batch, describe, flatten
+from .reference import FREE_STATISTICS, evaluate
 from .statistics import Statistics
 
 # The names in parts that no term may take.
-RESERVED_PARTS = ("total", "rows", *reference.FREE_STATISTICS)
+RESERVED_PARTS = ("total", "rows", *FREE_STATISTICS)
 
 
 class Coefficient(NamedTuple):
@@ -147,6 +148,7 @@ class Objective(nn.Module):
         normalizer: float | Tensor | None = None,
         logit_scale: float | Tensor = 1.0,
         softcap: float | None = None,
+        reference: Tensor | None = None,
         rows: dict[str, Tensor] | None = None,
         shift: int = 0,
         class_dim: int = -1,
@@ -171,6 +173,9 @@ class Objective(nn.Module):
             normalizer: replaces every denominator of the mean; a number or 0-dim tensor, a constant.
             logit_scale: s, a number or 0-dim tensor; receives its gradient if it requires one.
             softcap: c > 0; applied after the scale.
+            reference: logits of another model, or of another pass, for `KLDivergence` and custom terms: of the shape
+                of ``logits``, any floating-point dtype, taken as they are, without scale and cap. One that requires
+                grad receives its gradient, by way of eager torch.
             rows: per-row tensors for custom terms, by name, each of the target's shape.
             shift: 1 for causal language models: position t of the logits meets target t + 1 (second to last
                 dimension of the logits); the last position is ignored. Nothing is copied.
@@ -203,7 +208,7 @@ class Objective(nn.Module):
                 if not terms:
                     return self._result(None, [], None, return_parts, penalties)
             if self._elementwise:
-                _check_elementwise_options(ignore_index, rows, shift, validate)
+                _check_elementwise_options(ignore_index, rows, shift, validate, reference)
                 loss, parts = _evaluate_elements(
                     terms, logits, target, gradient, return_parts, backend, reduction=reduction, normalizer=normalizer,
                     logit_scale=logit_scale, softcap=softcap, empty=empty, class_dim=class_dim,
@@ -213,19 +218,21 @@ class Objective(nn.Module):
             program = ops.Program.of(terms)
             if class_weight is None:
                 loss = ops.default_call(program, logits, target, (
-                    reduction, ignore_index, normalizer, logit_scale, softcap, rows, shift, class_dim, gradient, empty,
-                    parameter_weight, return_parts, validate, backend,
+                    reduction, ignore_index, normalizer, logit_scale, softcap, reference, rows, shift, class_dim,
+                    gradient, empty, parameter_weight, return_parts, validate, backend,
                 ), _DEFAULTS)  # fmt: skip
                 if loss is not None:
                     return loss if penalties is None else loss + penalties.total()
             batch = flatten(
                 logits, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
-                validate=validate, class_weight=class_weight,
+                validate=validate, class_weight=class_weight, reference=reference, temperature=_temperature(terms),
             )  # fmt: skip
             if gradient not in GRADIENTS:
                 raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
-            built_in = _check_call(terms, batch, return_parts, "gradient" if gradient == "forward" else None)
+            built_in = _check_call(
+                terms, batch, return_parts, "gradient" if gradient == "forward" else None, reference is not None
+            )
             run = ops.backend_for(backend, batch.logits)
             if built_in:
                 loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
@@ -234,7 +241,7 @@ class Objective(nn.Module):
         except (ValueError, TypeError, NotImplementedError, IndexError) as error:
             raise _located(error, f"{self!r} on logits", logits, shift) from None
         if not built_in:
-            loss, parts = reference.evaluate(statistics, batch, terms)
+            loss, parts = evaluate(statistics, batch, terms)
         return self._result(loss, parts, batch, return_parts, penalties)
 
     def linear(
@@ -249,6 +256,7 @@ class Objective(nn.Module):
         normalizer: float | Tensor | None = None,
         logit_scale: float | Tensor = 1.0,
         softcap: float | None = None,
+        reference: Tensor | tuple[Tensor, ...] | None = None,
         rows: dict[str, Tensor] | None = None,
         shift: int = 0,
         gradient: str = "backward",
@@ -279,6 +287,9 @@ class Objective(nn.Module):
             normalizer: replaces every denominator of the mean; a number or 0-dim tensor, a constant.
             logit_scale: s, a number or 0-dim tensor; receives its gradient if it requires one.
             softcap: c > 0; logits become c·tanh(s·logits / c).
+            reference: as in `forward`, or (hidden, weight) or (hidden, weight, bias) of another model's last layer,
+                (..., E), (V, E) and (V), whose logits exist a chunk at a time too, and go through the scale and the cap
+                of this call.
             rows: per-row tensors for custom terms, by name, each of the target's shape.
             shift: 1 for causal language models: position t of the hidden states meets target t + 1; the last position
                 is ignored. Nothing is copied.
@@ -320,14 +331,20 @@ class Objective(nn.Module):
                 if not terms:
                     return self._result(None, [], None, return_parts, penalties)
             layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+            of_head = reference is not None and not isinstance(reference, Tensor)
             batch = flatten(
                 proxy, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, empty=empty, validate=validate,
-                class_weight=_class_weight(terms),
+                class_weight=_class_weight(terms), reference=None if of_head else reference,
+                temperature=_temperature(terms),
             )  # fmt: skip
+            if of_head:
+                layer, batch = linear.with_reference(layer, batch, reference)
             if gradient not in GRADIENTS:
                 raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
-            built_in = _check_call(terms, batch, return_parts, "mode" if mode == "forward" else None)
+            built_in = _check_call(
+                terms, batch, return_parts, "mode" if mode == "forward" else None, reference is not None
+            )
             run = ops.backend_for(backend, proxy)
             if built_in:
                 linear.check_mode(mode, batch)
@@ -338,7 +355,7 @@ class Objective(nn.Module):
             name = repr(self) if isinstance(self, Term) else f"({self!r})"
             raise _located(error, f"{name}.linear on hidden states", hidden, shift) from None
         if not built_in:
-            loss, parts = reference.evaluate(statistics, batch, terms, first_maximum)
+            loss, parts = evaluate(statistics, batch, terms, first_maximum)
         return self._result(loss, parts, batch, return_parts, penalties)
 
     def accumulate_(self, weight: float | Tensor = 1.0) -> None:
@@ -384,7 +401,7 @@ class Objective(nn.Module):
         named["total"] = loss.detach().clone()
         if batch is None:
             return named
-        for name in reference.FREE_STATISTICS:
+        for name in FREE_STATISTICS:
             value = next(of_rows)
             if (batch.target is None or batch.dense) and name != "lse":
                 continue
@@ -444,6 +461,17 @@ def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
     return weight
 
 
+def _temperature(terms: list[tuple[float | Tensor, Term]]) -> float:
+    """The one temperature of the pass."""
+    found = {term.parameter for _, term in terms if term.reads_reference and term.kind is not None}
+    if len(found) > 1:
+        raise ValueError(
+            f"temperature: the divergences of one objective share one, but got {sorted(found)}; evaluate objectives "
+            "with different temperatures separately and add their losses"
+        )
+    return found.pop() if found else 1.0
+
+
 def _located(error: Exception, what: str, x: object, shift: object) -> Exception:
     """The error, with the call that it came from."""
     where = f"{what} {'' if getattr(x, 'is_nested', False) else tuple(getattr(x, 'shape', ()))}"
@@ -456,7 +484,11 @@ GRADIENTS = ("backward", "forward")
 
 
 def _check_call(
-    terms: list[tuple[float | Tensor, Term]], batch: Batch, return_parts: bool, in_forward: str | None
+    terms: list[tuple[float | Tensor, Term]],
+    batch: Batch,
+    return_parts: bool,
+    in_forward: str | None,
+    with_reference: bool,
 ) -> bool:
     """What the terms ask of a call; returns whether all of them are built in, so that kernels know them.
 
@@ -469,8 +501,11 @@ def _check_call(
             f'{in_forward}="forward" needs a scalar reduction: with reduction="none" the upstream gradient of each row '
             "is only known in the backward pass"
         )
-    built_in, unread = True, set(batch.rows)
+    built_in, unread, reads_reference = True, set(batch.rows), False
     for _, term in terms:
+        reads_reference = reads_reference or term.reads_reference or term.kind is None
+        if term.reads_reference and not with_reference:
+            raise ValueError(f"reference: {term._formula_name()} needs one but got None")
         if term.kind is None:
             built_in = False
             if in_forward is not None:
@@ -486,12 +521,16 @@ def _check_call(
                 raise ValueError(f"target: {term._formula_name()} needs one but got None")
             if term.target == "index" and batch.dense:
                 raise ValueError(f"target: {term._formula_name()} needs class labels (int64) but got probabilities")
+    if with_reference and not reads_reference:
+        raise ValueError("reference: no term reads it; it is for KLDivergence and custom terms")
     if unread:
         raise ValueError(f"rows: no term reads {sorted(unread)}; per-row tensors are for custom terms")
     return built_in
 
 
-def _check_elementwise_options(ignore_index: int, rows: object, shift: int, validate: bool | None) -> None:
+def _check_elementwise_options(
+    ignore_index: int, rows: object, shift: int, validate: bool | None, reference: object
+) -> None:
     """What is about labels and rows, and so has to stand at its default."""
     rows = None if isinstance(rows, dict) and not rows else rows
     for name, given, default in (("ignore_index", ignore_index, -100), ("rows", rows, None), ("shift", shift, 0)):
@@ -500,6 +539,8 @@ def _check_elementwise_options(ignore_index: int, rows: object, shift: int, vali
                 f"{name}: has no meaning for terms that compare element by element, but got {describe(given)}; "
                 "a weight of 0 leaves an element out"
             )
+    if reference is not None:
+        raise ValueError("reference: has no meaning for terms that compare element by element")
     if validate not in (None, True, False):
         raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
 
@@ -547,6 +588,7 @@ class Term(Objective):
     # What it reads: "none", "index" (class labels), "any" (labels or probabilities), "elements" (one number for each)
     target: ClassVar[str] = "none"
     reads_class_weight: ClassVar[bool] = False
+    reads_reference: bool = False  # it cannot do without
     required_rows: tuple[str, ...] = ()  # per-row tensors that a call has to give
     about_parameters: ClassVar[bool] = False  # a term of penalties.py, which reads no logits
     registry: ClassVar[dict[str, type[Term]]] = {}
@@ -555,7 +597,7 @@ class Term(Objective):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.kind is not None or cls.element_kind is not None:
+        if (cls.kind is not None or cls.element_kind is not None) and not cls.__name__.startswith("_"):
             Term.registry[cls.__name__] = cls
         if cls.kind is not None:
             Term.by_kind[cls.kind] = cls
@@ -687,7 +729,9 @@ def _parse_term(node: ast.Call) -> Term:
         raise ValueError(f"objective: {name}: {error}") from None
 
 
-def _parse_argument(term: str, argument: str, node: ast.expr) -> float:
+def _parse_argument(term: str, argument: str, node: ast.expr) -> float | str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
     number = _parse_number(node)
     if number is None:
         raise ValueError(

@@ -17,7 +17,7 @@ from .batch import REDUCTIONS, Batch, validates
 from .statistics import Statistics
 
 FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
-CENTRED = 14  # fields of Centred in csrc/objective.h
+CENTRED = 21  # fields of Centred in csrc/objective.h
 _FREE = len(reference.FREE_STATISTICS)
 
 
@@ -149,9 +149,15 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
         if checks_labels and batch.validate:
             reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
-        return Statistics(*found.unbind(0))
+        return named_statistics(found, batch)
 
     return Backend(name, objective, statistics, family_name)
+
+
+def named_statistics(found: Tensor, batch: Batch) -> Statistics:
+    """Of the rows of an op's result; without a reference there is no divergence from it."""
+    named = Statistics(*found.unbind(0))
+    return named if batch.reference is not None else named._replace(forward_kl=None, reverse_kl=None)
 
 
 def _options(batch: Batch) -> dict[str, Any]:
@@ -167,6 +173,9 @@ def _options(batch: Batch) -> dict[str, Any]:
         options["softcap"] = batch.softcap
     if not batch.masked:
         options["masked"] = False
+    if batch.reference is not None:
+        options["reference"] = batch.reference
+        options["temperature"] = batch.temperature
     return options
 
 
@@ -218,12 +227,12 @@ def _terms(program: Program, by_kind: dict[int, type[Any]] | None = None) -> lis
 def objective_forward(
     terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
-    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
-    with_parts: bool = False,
+    reference_logits: Tensor | None = None, temperature: float = 1.0, coefficient_tensor: Tensor | None = None,
+    normalizer: Tensor | None = None, empty_zero: bool = False, with_parts: bool = False,
 ) -> Tensor:  # fmt: skip
     batch = Batch(
         logits, target, class_weight, normalizer, logit_scale, softcap, ignore_index, REDUCTIONS[reduction], empty_zero,
-        masked, validate=False, shape=logits.shape[:1], rows={},
+        masked, validate=False, shape=logits.shape[:1], rows={}, reference=reference_logits, temperature=temperature,
     )  # fmt: skip
     return reference.objective(batch, _terms(Program(terms, coefficient_tensor)))[0]
 
@@ -231,12 +240,14 @@ def objective_forward(
 def statistics_forward(
     logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+    reference_logits: Tensor | None = None, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
     batch = Batch(
         logits, target, class_weight, None, logit_scale, softcap, ignore_index, "none", False, masked, validate=False,
-        shape=logits.shape[:1], rows={},
+        shape=logits.shape[:1], rows={}, reference=reference_logits, temperature=temperature,
     )  # fmt: skip
-    return torch.stack(reference.statistics(batch)).to(torch.float64)
+    found = reference.statistics(batch)
+    return torch.stack([torch.zeros_like(found.lse) if field is None else field for field in found]).to(torch.float64)
 
 
 def elementwise_forward(
@@ -262,9 +273,9 @@ class _Family(NamedTuple):
     differentiable: tuple[int, ...]
 
 
-_OBJECTIVE = _Family(objective_forward, (2, 3, 4, 9))
-_STATISTICS = _Family(statistics_forward, (0, 1, 2))
-_ELEMENTWISE = _Family(elementwise_forward, (2, 3, 4, 9, 5, 6))
+_OBJECTIVE = _Family(objective_forward, (2, 3, 4, 9, 11))
+_STATISTICS = _Family(statistics_forward, (0, 1, 2, 7))
+_ELEMENTWISE = _Family(elementwise_forward, (2, 3, 4, 5, 6, 9))
 
 
 def _reference_gradient(family: _Family, upstream: Tensor, needed: list[bool], *arguments: Any) -> list[Tensor]:
@@ -337,11 +348,11 @@ def no_meta_beside(name_of_first: str, first: Tensor, **others: Any) -> None:
 def _fake_objective(
     terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
     class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
-    coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
-    with_parts: bool = False,
+    reference: Tensor | None = None, temperature: float = 1.0, coefficient_tensor: Tensor | None = None,
+    normalizer: Tensor | None = None, empty_zero: bool = False, with_parts: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     no_meta_beside(
-        "logits", logits, target=target, logit_scale=logit_scale, class_weight=class_weight,
+        "logits", logits, target=target, logit_scale=logit_scale, class_weight=class_weight, reference=reference,
         coefficient=coefficient_tensor, normalizer=normalizer,
     )  # fmt: skip
     like = {"dtype": torch.float64 if logits.dtype == torch.float64 else torch.float32}

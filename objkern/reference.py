@@ -6,7 +6,7 @@ no kernel knows. It is written for reading; it allocates freely.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,7 @@ def statistics(batch: Batch) -> Statistics:
     mean_logprob = (logp * weight).sum(-1) / n
     logprob = (logp * weight * batch.target.to(z.dtype)).sum(-1) if batch.dense else -nlp_target
 
+    forward_kl, reverse_kl = (None, None) if batch.reference is None else divergences(batch, z, excluded)
     found = Statistics(
         logprob=logprob,
         other_logprob=-nlp_others,
@@ -122,15 +123,45 @@ def statistics(batch: Batch) -> Statistics:
         logit_variance=variance,
         target_logit=z_target,
         mean_logprob=mean_logprob,
+        forward_kl=forward_kl,
+        reverse_kl=reverse_kl,
     )
     hopeless = excluded.all(-1)  # no class is left, so there is no distribution
-    found = Statistics(*(field.masked_fill(hopeless, torch.nan) for field in found))._replace(target_logit=z_target)
+    found = found.each(lambda field: field.masked_fill(hopeless, torch.nan))._replace(target_logit=z_target)
     counted = batch.counted()
     if counted is not None:
-        found = Statistics(*(torch.where(counted, field, torch.zeros_like(field)) for field in found))
+        found = found.each(lambda field: torch.where(counted, field, torch.zeros_like(field)))
     if bad is not None:
-        found = Statistics(*(field.masked_fill(bad, torch.nan) for field in found))
+        found = found.each(lambda field: field.masked_fill(bad, torch.nan))
     return found
+
+
+def divergences(batch: Batch, z: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """(N) KL(q ‖ p) and KL(p ‖ q), q of the reference; see csrc/divergence.h."""
+    r = cast(Tensor, batch.reference).to(z.dtype)
+    counted = batch.counted()
+    if counted is not None:  # whatever an ignored row holds, nothing comes of it
+        r = r.masked_fill(~counted[:, None], 0.0)
+    log_p = (z / batch.temperature).log_softmax(-1).masked_fill(excluded, 0.0)
+    log_q = (r.masked_fill(excluded, -torch.inf) / batch.temperature).log_softmax(-1)
+    p = log_p.exp().masked_fill(excluded, 0.0)
+    absent = excluded | (log_q == -torch.inf)  # of q
+    q = log_q.exp().masked_fill(absent, 0.0)
+    # Σ q (log q − log p) as Σ q g(log p − log q), g(t) = exp(t) − 1 − t, which is never negative.
+    more = (log_q.masked_fill(absent, 0.0) - log_p).masked_fill(absent, 0.0)
+    forward = torch.where(absent, p, q * _g(-more)).sum(-1)
+    reverse = (p * _g(more)).masked_fill(absent, 0.0).sum(-1)
+    return forward, reverse.masked_fill(((p > 0) & absent).any(-1), torch.inf)
+
+
+def _g(t: Tensor) -> Tensor:
+    """exp(t) − 1 − t; by its series for small t, where the formula would be all cancellation."""
+    small = t.abs() < 0.5
+    x, series = t.masked_fill(~small, 0.0), torch.ones_like(t)
+    for k in range(15, 2, -1):
+        series = 1.0 + series * x / k
+    large = t.masked_fill(small, 0.0)
+    return torch.where(small, 0.5 * x * x * series, large.expm1() - large)
 
 
 def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,9 @@ class Statistics(NamedTuple):
         logit_variance: Σ (z_j − mean_logit)² / n
         target_logit: z_y
         mean_logprob: Σ log p_j / n, negative cross-entropy against the uniform distribution
+        forward_kl: KL(q ‖ p) = Σ q_j (log q_j − log p_j), q = softmax(r/T) of a reference r and p = softmax(z/T), both
+            over the classes that z does not exclude; 1e-6 keeps its digits
+        reverse_kl: KL(p ‖ q); the two are None where there is no reference
     """
 
     logprob: Tensor
@@ -36,3 +40,9 @@ class Statistics(NamedTuple):
     logit_variance: Tensor
     target_logit: Tensor
     mean_logprob: Tensor
+    forward_kl: Tensor
+    reverse_kl: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Statistics:
+        """With the function applied to every field that is there."""
+        return Statistics(*(None if field is None else function(field) for field in self))

@@ -233,6 +233,60 @@ class LogitL2(Term):
         return z.square()
 
 
+class KLDivergence(Term):
+    """``T**2 * F.kl_div((logits / T).log_softmax(-1), (reference / T).softmax(-1), reduction="none").sum(-1)``
+
+    "forward": T² KL(q ‖ p) = T² Σ q_j (log q_j − log p_j), "reverse": T² KL(p ‖ q), with p = softmax(z/T) and q =
+    softmax(r/T) of the logits r that the call gives as ``reference``, over the classes that z does not exclude. T²
+    keeps the size of the gradient where T grows. Accumulated as differences: 1e-6 keeps its sign and its digits.
+
+    Args:
+        direction: "forward" (the reference teaches; p covers all that q does) or "reverse" (p stays where q is).
+        temperature: T > 0, the same for all such terms of an objective.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Gu et al. 2023, "MiniLLM", for reverse.
+    """
+
+    name, kind, reads_reference = "kl_divergence", 10, True
+
+    def __new__(cls, direction: str = "forward", temperature: float = 1.0) -> KLDivergence:
+        return super().__new__(_ReverseKL if cls is KLDivergence and direction == "reverse" else cls)
+
+    def __init__(self, direction: str = "forward", temperature: float = 1.0) -> None:
+        super().__init__()
+        if direction not in ("forward", "reverse"):
+            raise ValueError(f'direction: expected "forward" or "reverse" but got {direction!r}')
+        self.direction = direction
+        self.parameter = checked_temperature(temperature)
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return parameter**2 * s.forward_kl
+
+    def _arguments(self) -> str:
+        return f"{self.direction!r}" + (f", temperature={self.parameter!r}" if self.parameter != 1.0 else "")
+
+    def _formula_name(self) -> str:
+        return f"KLDivergence({self._arguments()})"
+
+
+class _ReverseKL(KLDivergence):
+    """The other direction, which to the kernels is a term of its own."""
+
+    kind = 11
+
+    @staticmethod
+    def formula(s: Statistics, parameter: float, weight: Tensor | float) -> Tensor:
+        return parameter**2 * s.reverse_kl
+
+
+def checked_temperature(value: float) -> float:
+    temperature = checked_number("temperature", value, 0.0)
+    if temperature == 0.0:
+        raise ValueError("temperature: expected a number > 0 but got 0")
+    return temperature
+
+
 class Custom(Term):
     """A term of your own; see `custom`."""
 
@@ -249,6 +303,7 @@ class Custom(Term):
         if self.name in RESERVED_PARTS:
             raise ValueError(f"name: {self.name!r} is a part of every call; give the term another name")
         self.required_rows, self._optional_rows = _arguments_after_first(fn)
+        self.reads_reference = bool(self.needs) and bool({"forward_kl", "reverse_kl"} & set(self.needs))
         if self.needs is not None and {"logprob", "other_logprob", "target_logit"} & set(self.needs):
             self.target = "any" if set(self.needs) & {"logprob"} else "index"
 
@@ -260,12 +315,15 @@ class Custom(Term):
         if batch.dense:
             visible = visible._replace(other_logprob=None, target_logit=None)
         dtype = batch.result_dtype
-        visible = Statistics(*(field if field is None else field.to(dtype) for field in visible))
+        visible = visible.each(lambda field: field.to(dtype))
         try:
             value = self.fn(visible, **{name: row for name, row in batch.rows.items() if self.reads_row(name)})
         except (TypeError, AttributeError) as error:
-            if batch.target is None and "None" in str(error):
-                raise ValueError(f"target: {self._formula_name()} reads statistics of a target: {error}") from error
+            missing = [name for name, x in (("target", batch.target), ("reference", batch.reference)) if x is None]
+            if missing and "None" in str(error):
+                raise ValueError(
+                    f"{' or '.join(missing)}: {self._formula_name()} reads statistics that are None without: {error}"
+                ) from error
             raise
         if not isinstance(value, Tensor) or value.shape != s.lse.shape:
             raise ValueError(

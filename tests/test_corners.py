@@ -199,7 +199,7 @@ def test_more_bad_algebra() -> None:
         objkern.parse("9" * 400 + "*ZLoss()")
     with pytest.raises(TypeError, match="divisor: expected a number"):
         ZLoss() / torch.tensor(2.0)
-    with pytest.raises(ValueError, match="target: custom"):
+    with pytest.raises(ValueError, match="target or reference: custom"):
         custom(lambda s: s.logprob * 2)(torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="expected at least one class"):
         torch.ops.objkern.statistics(torch.zeros(2, 0), None, None, None, -100, 0.0, True)

@@ -167,8 +167,9 @@ def test_the_extras_are_the_terms() -> None:
 def test_row_statistics_against_their_definitions(backend: str) -> None:
     z = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, 11, (2, 3))
-    s = objkern.row_statistics(z, y, backend=backend)
-    log_p = z.log_softmax(-1)
+    r = torch.randn(2, 3, 11, dtype=torch.float64)
+    s = objkern.row_statistics(z, y, reference=r, temperature=1.5, backend=backend)
+    log_p, log_pt, log_q = z.log_softmax(-1), (z / 1.5).log_softmax(-1), (r / 1.5).log_softmax(-1)
     own = log_p.gather(-1, y[..., None]).squeeze(-1)
     expected = objkern.Statistics(
         logprob=own,
@@ -181,6 +182,8 @@ def test_row_statistics_against_their_definitions(backend: str) -> None:
         logit_variance=z.var(-1, correction=0),
         target_logit=z.gather(-1, y[..., None]).squeeze(-1),
         mean_logprob=log_p.mean(-1),
+        forward_kl=(log_q.exp() * (log_q - log_pt)).sum(-1),
+        reverse_kl=(log_pt.exp() * (log_pt - log_q)).sum(-1),
     )
     for name, found, wanted in zip(s._fields, s, expected, strict=True):
         upstream = torch.randn(2, 3, dtype=torch.float64)

@@ -311,12 +311,18 @@ def test_the_gradient_of_a_part_of_the_vocabulary(objective: str, classes: int, 
     z, y = random_rows(6, classes, torch.float32)
     y[2] = 5  # ignored
     weight = torch.rand(classes) + 0.5
-    for options in ({}, {"class_weight": weight}, {"softcap": 3.0, "logit_scale": torch.tensor(0.5)}):
+    beside = torch.randn(6, classes)
+    for options in (
+        {}, {"class_weight": weight}, {"softcap": 3.0, "logit_scale": torch.tensor(0.5)},
+        {"reference": beside, "temperature": 1.5},
+    ):  # fmt: skip
         terms = [x for c, t in objkern.parse(objective).weighted_terms for x in (t.kind, t.parameter, c)]
+        if "reference" in options:
+            terms += [10.0, 1.5, 0.3, 11.0, 1.5, 0.2]
         row_gradient = OPS.objective(terms, 2, z, y, ignore_index=5, **options)[2]
         centred = OPS.statistics(z, y, ignore_index=5, **options)[1]
         whole = OPS.gradient(torch.tensor(0.7), row_gradient, False, terms, 2, z, y, ignore_index=5, **options)
-        f = torch.randn(10, 6, dtype=torch.float64)
+        f = torch.randn(12, 6, dtype=torch.float64)
         f[4] = 0.0  # more than one part may hold the maximum
         of_statistics = OPS.statistics_gradient(f, centred, False, z, y, ignore_index=5, **options)
         size = classes // parts
@@ -325,8 +331,10 @@ def test_the_gradient_of_a_part_of_the_vocabulary(objective: str, classes: int, 
             of_part = {**options, "ignore_index": 5 - begin}
             if "class_weight" in options:
                 of_part["class_weight"] = weight[part]
+            if "reference" in options:
+                of_part["reference"] = beside[:, part]
             kept = row_gradient.clone()
-            if len(kept) == 10:
+            if len(kept) >= 10:
                 kept[9] *= z.argmax(1).div(size, rounding_mode="floor") * size == begin
             inside = z[:, part].contiguous()
             found = OPS.gradient(torch.tensor(0.7), kept, False, terms, 2, inside, y - begin, **of_part)

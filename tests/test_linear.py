@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import warnings
@@ -229,7 +230,8 @@ def test_custom_terms(reduction: str) -> None:
 def test_row_statistics(dtype: torch.dtype) -> None:
     """A policy loss on top: every statistic is differentiable, with an upstream gradient of each row's own."""
     hidden, weight, bias, labels = inputs(dtype)
-    factors = torch.randn(10, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    factors = torch.randn(12, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    beside = torch.randn(N, V, generator=torch.Generator().manual_seed(4))
 
     def loss(statistics: Callable[..., objkern.Statistics]) -> Loss:
         def run(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -238,10 +240,12 @@ def test_row_statistics(dtype: torch.dtype) -> None:
 
         return run
 
-    ours = results(loss(lambda h, w, b: objkern.linear_row_statistics(h, w, labels, bias=b, chunk_rows=80)),
+    ours = results(loss(lambda h, w, b: objkern.linear_row_statistics(h, w, labels, bias=b, chunk_rows=80,
+                                                                      reference=beside)),
                    hidden, weight, bias)  # fmt: skip
-    eager = results(loss(lambda h, w, b: objkern.row_statistics(F.linear(h, w, b), labels)), hidden, weight, bias)
-    exact = results(loss(lambda h, w, b: objkern.row_statistics(F.linear(h, w, b), labels, backend="reference")),
+    direct = lambda h, w, b, **more: objkern.row_statistics(F.linear(h, w, b), labels, reference=beside, **more)  # noqa: E731
+    eager = results(loss(direct), hidden, weight, bias)
+    exact = results(loss(functools.partial(direct, backend="reference")),
                     hidden.double(), weight.double(), bias.double())  # fmt: skip
     for one, other, truth in zip(ours, eager, exact, strict=True):
         assert_within_budget(one, other, truth, dtype)
@@ -380,7 +384,27 @@ def test_nothing_is_allocated_for_the_frozen(needs: tuple[bool, ...], monkeypatc
             return found
 
     hidden, weight, bias, labels = inputs(torch.float32)
-    arguments = (None, None, -100, 0.0, True, [0.0, 0.0, 1.0], 1, None, None, False, False, list(needs), 50, True, True)
+    arguments = (
+        None,
+        None,
+        -100,
+        0.0,
+        True,
+        None,
+        1.0,
+        None,
+        None,
+        [0.0, 0.0, 1.0],
+        1,
+        None,
+        None,
+        False,
+        False,
+        list(needs),
+        50,
+        True,
+        True,
+    )
     Largest.shapes = set()
     with Largest():
         torch.ops.objkern.linear_objective("objkern", hidden, weight, bias, labels, *arguments)
@@ -570,7 +594,7 @@ def test_compiled_once_more_when_the_number_of_rows_varies(mode: str) -> None:
 def test_opcheck() -> None:
     hidden, weight, bias, labels = inputs(torch.float32, rows=20)
     h, w, b = (x.requires_grad_() for x in (hidden, weight, bias))
-    rows = (None, None, -100, 0.0, True)
+    rows = (None, None, -100, 0.0, True, torch.randn(20, 4), 1.5, torch.randn(V, 4), torch.randn(V))
     terms = ([0.0, 0.1, 1.0, 1.0, 0.0, 0.01], 1, None, None, False, True)
     for needs, in_forward in (([True] * 3, True), ([True] * 3, False), ([False, True, False], True)):
         torch.library.opcheck(torch.ops.objkern.linear_objective.default,

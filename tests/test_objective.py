@@ -293,7 +293,7 @@ def test_gradcheck_of_statistics_targets_scales_and_coefficients() -> None:
     q = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
     s = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     c = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    statistics = lambda x, s: tuple(objkern.row_statistics(x, y, logit_scale=s))  # noqa: E731
+    statistics = lambda x, s: tuple(objkern.row_statistics(x, y, logit_scale=s, reference=q.detach()))  # noqa: E731
     whole = lambda x, q, s, c: (CrossEntropy(label_smoothing=0.1) + c * ZLoss())(x, q, logit_scale=s)  # noqa: E731
     for check in (gradcheck, gradgradcheck):
         assert check(statistics, (x, s))

@@ -18,25 +18,30 @@ PARAMETERS = {
     "Poly1": [-1.0, 2.0],
     "GeneralizedCrossEntropy": [0.3, 1.0],
     "Margin": [-0.5, 0.35],
+    "KLDivergence": [1.0, 2.5],
+    "_ReverseKL": [1.0, 2.5],
 }
 
 
-ROW_TERMS = [name for name, term in Term.registry.items() if term.kind is not None]
+# Those of a divergence need a reference: test_divergence.py.
+ROW_TERMS = [name for name, term in Term.registry.items() if term.kind is not None and not term.reads_reference]
 
 
 def example_statistics(seed: int) -> list[float]:
     """Statistics of a real row, from confident and right (seed 0) to confident and wrong."""
     z = torch.randn(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     z[2] += [12.0, 3.0, 0.0, -9.0][seed % 4]
-    return [float(field) for field in objkern.row_statistics(z, torch.tensor(2), backend="reference")]
+    beside = z.flip(0)
+    return [float(field) for field in objkern.row_statistics(z, torch.tensor(2), reference=beside, backend="reference")]
 
 
-@pytest.mark.parametrize(("name", "parameter"), [(n, p) for n in ROW_TERMS for p in PARAMETERS.get(n, [0.0])])
+@pytest.mark.parametrize(
+    ("cls", "parameter"), [(cls, p) for cls in Term.by_kind.values() for p in PARAMETERS.get(cls.__name__, [0.0])]
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_cpp_and_python_terms_agree(name: str, parameter: float, seed: int) -> None:
+def test_cpp_and_python_terms_agree(cls: type[Term], parameter: float, seed: int) -> None:
     """Value and every partial derivative: the C++ twin states its derivative, Python's comes from autograd."""
     values = example_statistics(seed)
-    cls = Term.registry[name]
     weight = 1.7 if cls.reads_class_weight else 1.0
     leaves = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in values]
     expected = cls.formula(Statistics(*leaves), parameter, weight)
@@ -49,7 +54,7 @@ def test_cpp_and_python_terms_agree(name: str, parameter: float, seed: int) -> N
 
 def test_every_cpp_kind_has_a_python_twin() -> None:
     """The enum in csrc/objective.h and the classes here count the same, without gaps."""
-    assert sorted(Term.by_kind) == list(range(10))
+    assert sorted(Term.by_kind) == list(range(12))
     unknown, _ = _C.term(len(Term.by_kind), 0.0, 1.0, example_statistics(0))
     assert math.isnan(unknown)
 
@@ -60,6 +65,7 @@ def test_derive_by_hand() -> None:
     centred = [
         math.log(2), 1.5, 0.5 * half, half, half**2 / 2, half**2,  # max, Σe, Σe·t, Σt, Σ(z − mean)², Σz²
         2.0, half, 0.0, 0.0, 3.0, math.log(3), 1.0, 1.0,  # Σw, Σw·t, soft, soft, classes, z_y, w_y, is max
+        0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.75,  # of a reference: what gradients read, and the divergences
     ]  # fmt: skip
     found = Statistics(*_C.derive(centred, False))
     z = [0.0, math.log(2), math.log(3)]
@@ -74,6 +80,7 @@ def test_derive_by_hand() -> None:
     assert found.mean_square_logit == pytest.approx(sum(x * x for x in z) / 3, rel=1e-14)
     assert found.logit_variance == pytest.approx(sum((x - sum(z) / 3) ** 2 for x in z) / 3, rel=1e-14)
     assert found.mean_logprob == pytest.approx(sum(math.log(q) for q in p) / 3, rel=1e-15)
+    assert (found.forward_kl, found.reverse_kl) == (0.25, 0.75)
 
 
 # p = (1, 2, 3)/6, target 2, by hand.

@@ -51,6 +51,21 @@ void over_groups(const Rows& in, const F& f) {
                    });
 }
 
+// What is collected of a row, segment by segment.
+struct Found {
+  Piece others;
+  DivergenceSums<double> beside;  // the reference
+
+  template <class K>
+  static Found of(K& kernel, int64_t row, int64_t segment, int64_t lane) {
+    return {kernel.collect_segment(row, segment, lane), kernel.compare_segment(row, segment)};
+  }
+  void add(const Rows& in, const Found& more) {
+    others = merge(others, more.others);
+    if (in.reference != nullptr) beside = merge(beside, more.beside, 1.0 / in.temperature);
+  }
+};
+
 // Collects every row and calls consume(kernel, tile, row, count) for each tile of them. `keep`: the kernel may keep for
 // the gradient what it computes for the sums.
 template <class K, class F>
@@ -67,10 +82,9 @@ void collect_wide(const Rows& in, bool keep, const F& consume) {
         const int64_t row = i * rows, count = std::min(rows, in.rows - row);
         for (int64_t lane = 0; lane < count; ++lane) {
           if (ignored(in, row + lane)) continue;
-          Piece others;
-          for (int64_t s = 0; s < kernel.segments(); ++s)
-            others = merge(others, kernel.collect_segment(row + lane, s, lane));
-          tile.set(lane, kernel.centre(row + lane, others));
+          Found found;
+          for (int64_t s = 0; s < kernel.segments(); ++s) found.add(in, Found::of(kernel, row + lane, s, lane));
+          tile.set(lane, kernel.centre(row + lane, found.others, found.beside));
         }
         consume(kernel, tile, row, count);
       }
@@ -79,11 +93,11 @@ void collect_wide(const Rows& in, bool keep, const F& consume) {
     return;
   }
   const int64_t segments = (in.classes + kSegment - 1) / kSegment;
-  std::vector<Piece> pieces(in.rows * segments);
+  std::vector<Found> pieces(in.rows * segments);
   at::parallel_for(0, in.rows * segments, 1, [&](int64_t begin, int64_t end) {
     K kernel(in);
     for (int64_t i = begin; i < end; ++i)
-      if (!ignored(in, i / segments)) pieces[i] = kernel.collect_segment(i / segments, i % segments);
+      if (!ignored(in, i / segments)) pieces[i] = Found::of(kernel, i / segments, i % segments, 0);
   });
   K kernel(in);
   const int64_t rows = rows_per_tile(in);
@@ -92,9 +106,9 @@ void collect_wide(const Rows& in, bool keep, const F& consume) {
     const int64_t count = std::min(rows, in.rows - row);
     for (int64_t lane = 0; lane < count; ++lane) {
       if (ignored(in, row + lane)) continue;
-      Piece others;
-      for (int64_t s = 0; s < segments; ++s) others = merge(others, pieces[(row + lane) * segments + s]);
-      tile.set(lane, kernel.centre(row + lane, others));
+      Found found;
+      for (int64_t s = 0; s < segments; ++s) found.add(in, pieces[(row + lane) * segments + s]);
+      tile.set(lane, kernel.centre(row + lane, found.others, found.beside));
     }
     consume(kernel, tile, row, count);
   }
@@ -166,7 +180,7 @@ void statistics_door(const Rows& in, double* centred, double* statistics) {
       for (int64_t lane = 0; lane < count; lane += V::size()) {
         const int64_t first = row + lane, n = std::min<int64_t>(V::size(), count - lane);
         const Centred<V> c = tile.lanes(lane);
-        const Statistics<V> s = derive(c, Odds<V>(c), in.dense_target != nullptr);
+        const Statistics<V> s = derive(c, Odds<V>(c), in.dense_target != nullptr, in.reads);
         const bool some = any_ignored(in, first, n);
         for (int k = 0; k < kCentred; ++k) scatter(in, (&c.max)[k], first, n, some, centred + k * in.rows + first);
         for (int k = 0; k < kStatistics; ++k)
@@ -234,7 +248,8 @@ void chain_door(const Rows& in, const double* centred, const double* partials, v
         for (int k = 0; k < kStatistics; ++k) (&f.logprob)[k] = V::loadu(partials + k * in.rows + row, n);
         const Odds<V> odds(c);
         const bool dense = in.dense_target != nullptr;
-        store_row_gradient(in, chain(c, odds, derive(c, odds, dense), f, in.reads, dense, in.class_weight != nullptr),
+        store_row_gradient(in,
+                           chain(c, odds, derive(c, odds, dense, in.reads), f, in.reads, dense, in.class_weight != nullptr),
                            row, n, any_ignored(in, row, n), static_cast<A*>(row_gradient));
       }
     });

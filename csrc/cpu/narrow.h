@@ -15,12 +15,12 @@ namespace {
 constexpr int64_t kNarrow = 12 * Vec<float>::size();
 
 inline bool narrow(const Rows& in) {
-  return in.classes <= kNarrow;
+  return in.classes <= kNarrow && in.reference == nullptr;
 }
 
 // The gradient has no sums, and turns twice, so that it pays only where a row is no longer than two vectors.
 inline bool narrow_gradient(const Rows& in, int64_t element_size) {
-  return in.classes * element_size <= 128;
+  return in.classes * element_size <= 128 && in.reference == nullptr;
 }
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -267,7 +267,7 @@ struct Narrow {
   void write(int64_t row, int64_t count, const A* row_gradient, const A* upstream, int64_t stride, T* gradient) {
     RowGradient<V> g;
     alignas(64) A lanes[kLanes] = {};
-    const int fields = kFieldsOfDepth[static_cast<int>(depth)];
+    const int fields = row_gradient_fields(in);
     for (int k = 0; k < fields; ++k) {
       const A* from = row_gradient + k * in.rows + row;
       std::copy(from, from + count, lanes);

@@ -60,6 +60,10 @@ inline Depth depth_of(const Rows& in) {
   return objkern::depth_of(in.reads, in.class_weight != nullptr, in.dense_target != nullptr);
 }
 
+inline int row_gradient_fields(const Rows& in) {
+  return objkern::row_gradient_fields(in.reads, in.class_weight != nullptr, in.dense_target != nullptr);
+}
+
 // Writes a field of the lanes [first, first + count) to consecutive rows, and 0 to the ignored ones.
 template <class To>
 void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, bool some_ignored, To* out) {
@@ -76,7 +80,7 @@ void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, b
 template <class A>
 void store_row_gradient(const Rows& in, const RowGradient<Vec<double>>& g, int64_t row, int64_t count,
                         bool some_ignored, A* out) {
-  const int fields = kFieldsOfDepth[static_cast<int>(depth_of(in))];
+  const int fields = row_gradient_fields(in);
   for (int k = 0; k < fields; ++k) scatter(in, (&g.max)[k], row, count, some_ignored, out + k * in.rows + row);
 }
 

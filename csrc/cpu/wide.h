@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "reference.h"
 #include "tile.h"
 #include "vectors.h"
 
@@ -46,6 +47,7 @@ struct Wide {
   const Depth depth;
   const bool past_caches;  // how the gradient is stored
   std::vector<A> scratch;  // z of a segment, where it is not the logit itself
+  Reference<T> reference;
 
   // e of the rows in hand, for a gradient that is written while they are in the cache: exp is the dearest step of both.
   // Block by block as they were summed, relative to the largest logit by then.
@@ -57,7 +59,8 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
-        past_caches(gradient_passes_caches(rows, sizeof(T))) {}
+        past_caches(gradient_passes_caches(rows, sizeof(T))),
+        reference(rows, transform) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(in.logits) + row * in.row_stride; }
   const D* dense(int64_t row) const { return static_cast<const D*>(in.dense_target) + row * in.dense_stride; }
@@ -92,6 +95,13 @@ struct Wide {
       for (int k = 0; k < W::kVectors; ++k) transform(v[k]).store(scratch.data() + j + k * W::kLanes);
     }
     return at_depth<false>(static_cast<const A*>(scratch.data()), count, hole, 0);
+  }
+
+  // The sums beside the reference, over the same segment.
+  DivergenceSums<double> compare_segment(int64_t row, int64_t segment) {
+    if (in.reference == nullptr) return {};
+    const int64_t begin = segment * kSegment;
+    return reference.collect(logits(row), row, begin, std::min(kSegment, n - begin));
   }
 
   template <bool kKeep, class E>
@@ -251,7 +261,7 @@ struct Wide {
   // ---- a whole row ----------------------------------------------------------------------------------------------
 
   // From the merged pieces of a row to its centred sums.
-  Centred<double> centre(int64_t row, const Piece& others) const {
+  Centred<double> centre(int64_t row, const Piece& others, const DivergenceSums<double>& beside) const {
     const int64_t y = label(in, row);
     const bool alone = others.classes == 0;
     Centred<double> c;
@@ -275,6 +285,7 @@ struct Wide {
     c.sum_wt = infinite_terms ? -kInfinity : c.sum_t;
     if (!in.masked && alone && no_target) c.sum_e = std::numeric_limits<double>::quiet_NaN();
     if (weight != nullptr || in.dense_target != nullptr) add_weighted(c, row, infinite_terms);
+    if (in.reference != nullptr) c.reference = divergence(beside, 1.0 / in.temperature);
     return c;
   }
 
@@ -333,8 +344,7 @@ struct Wide {
 
   RowGradient<A> coefficients(const A* row_gradient, int64_t row) const {
     RowGradient<A> g;
-    for (int k = 0; k < kFieldsOfDepth[static_cast<int>(depth)]; ++k)
-      (&g.max)[k] = canonical(row_gradient[k * in.rows + row]);
+    for (int k = 0; k < row_gradient_fields(in); ++k) (&g.max)[k] = canonical(row_gradient[k * in.rows + row]);
     return g;
   }
 
@@ -366,7 +376,8 @@ struct Wide {
     if (y >= begin && y < end) {
       const A z = target_z(row);
       const bool excluded = in.masked && z == -std::numeric_limits<A>::infinity();
-      out[y] = excluded ? T(0) : static_cast<T>(g.target_grad * upstream * transform.slope(z));
+      const A share = in.reference == nullptr ? A(0) : reference.share_at(g, z, row, y);
+      out[y] = excluded ? T(0) : static_cast<T>((g.target_grad + share) * upstream * transform.slope(z));
     }
     if (depth == Depth::kFull && g.max_grad != 0) {
       // The subgradient of the maximum goes to its first place among the others, where t = 0 and e = 1.
@@ -375,6 +386,7 @@ struct Wide {
       const A w = weight == nullptr ? A(1) : weight[place];
       A d = g.exp_1 + g.const_1 + g.const_z * g.max + g.max_grad + g.const_w * w;
       if (in.dense_target != nullptr) d += g.const_q * w * static_cast<A>(dense(row)[place]);
+      if (in.reference != nullptr) d += reference.share_at(g, g.max, row, place);
       out[place] = static_cast<T>(d * upstream * transform.slope(g.max));
     }
   }
@@ -508,8 +520,9 @@ struct Wide {
     const V m(g.max), u(upstream), zero(A(0)), one(A(1));
     for (int64_t j = begin; j < end; j += W::kPack) {
       const int64_t count = std::min(W::kPack, end - j);
-      typename W::Pack v, w, q;
+      typename W::Pack v, w, q, r;
       W::load(x + j, count, 0.0f, v);
+      if (in.reference != nullptr) reference.load(row, j, count, r);
       for (int k = 0; k < W::kVectors; ++k) w[k] = one;
       if (weight != nullptr) W::load(weight + j, count, 0.0f, w);
       if (q_row != nullptr) W::load(q_row + j, count, 0.0f, q);
@@ -519,6 +532,7 @@ struct Wide {
         V d = e * at::vec::fmadd(V(g.exp_t), clamp_exponent(t), V(g.exp_1));
         d = d + at::vec::fmadd(V(g.const_t), t, V(g.const_1)) + V(g.const_z) * finite + V(g.const_w) * w[k];
         if (q_row != nullptr) d = at::vec::fmadd(V(g.const_q) * w[k], q[k], d);
+        if (in.reference != nullptr) d = d + reference.share(g, z, r[k]);
         d = d * u * transform.slope(finite);
         v[k] = in.masked ? V::blendv(d, zero, out_of) : d;
       }

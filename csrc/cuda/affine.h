@@ -3,6 +3,7 @@
 // it.
 #pragma once
 
+#include "beside.h"
 #include "call.h"
 
 namespace objkern::cuda {
@@ -42,7 +43,18 @@ struct Affine {
     }
   }
 
-  OBJKERN_DEVICE A at(A x, int column) const {
+  // What a reference adds to the gradient of a class whose logits are z and r; finite where r is −∞.
+  OBJKERN_DEVICE A share(A z, A r) const {
+    const A by = static_cast<A>(1.0 / rows.temperature);
+    const A e = exp_nonpositive<A>((r - g.max_r) * by), f = exp_nonpositive<A>((z - g.max_z) * by);
+    const A d = larger(((r - z) - (g.max_r - g.max_z)) * by, A(kLeastExponent));
+    return f * (g.of_p + g.of_pd * d) + g.of_q * e;
+  }
+  OBJKERN_DEVICE A beside(int column) const {
+    return kFull && rows.reference != nullptr ? Beside<T>{rows, row}.at(column) : A(0);
+  }
+
+  OBJKERN_DEVICE A at(A x, int column, A r) const {
     const A z = transform(x);
     const bool out = z == A(-kInfinity);
     if constexpr (kDepth == Depth::kPlain) return exp_nonpositive<T>(z - g.max) * g.exp_1 * transform.slope(z);
@@ -56,6 +68,7 @@ struct Affine {
       d += g.const_t * (out ? A(0) : t) + g.const_w * w;
       if (rows.dense_target != nullptr)
         d += g.const_q * w * element<A>(rows.dense_target, rows.dense_dtype, row * rows.dense_stride + column);
+      if (rows.reference != nullptr && !out) d += share(z, r);
       if (column == place) d += g.max_grad;
       d *= upstream;
     }
@@ -70,9 +83,12 @@ struct Affine {
     return kDepth >= Depth::kSquare ? d + g.const_z * z : d;
   }
 
-  OBJKERN_DEVICE A at_target(A x) const {
+  OBJKERN_DEVICE A at_target(A x, A r) const {
     const A z = transform(x);
-    return rows.masked && z == A(-kInfinity) ? A(0) : g.target_grad * upstream * transform.slope(z);
+    if (rows.masked && z == A(-kInfinity)) return A(0);
+    A d = g.target_grad;
+    if (kFull && rows.reference != nullptr) d += share(z, r);
+    return d * upstream * transform.slope(z);
   }
 
   // Columns [begin, end) of the row at x, which may lie in shared memory, to those at `out`; the share of thread
@@ -104,7 +120,9 @@ struct Affine {
   }
 
   OBJKERN_DEVICE void write_vector(const Loaded& loaded, G* out, int start) const {
-    A z[kVector], d[kVector];
+    A z[kVector], d[kVector], r[kVector] = {};
+    if constexpr (kFull)
+      if (rows.reference != nullptr) Beside<T>{rows, row}.load(start, r);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) unpack<T>(loaded.words[i], z + i * Element<T>::kVector);
     if constexpr (kOrdinary) {  // one comparison an element in place of three
@@ -116,23 +134,24 @@ struct Affine {
         for (int i = 0; i < kVector; ++i) d[i] = at_ordinary(z[i]);
       } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+        for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i, r[i]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i);
+      for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i, r[i]);
     }
     if (static_cast<unsigned>(target - start) < static_cast<unsigned>(kVector)) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
-        if (start + i == target) d[i] = at_target(z[i]);
+        if (start + i == target) d[i] = at_target(z[i], r[i]);
     }
     store128_once(out + start, packed<G>(d));
   }
 
   OBJKERN_DEVICE void write_one(const T* x, G* out, int j) const {
     const A z = widen(x[j]);
-    out[j] = narrowed<G>(j == target ? at_target(z) : at(z, j));
+    const A r = beside(j);
+    out[j] = narrowed<G>(j == target ? at_target(z, r) : at(z, j, r));
   }
 };
 

@@ -40,6 +40,7 @@ struct RowCall {
   int64_t tile = 0;   // columns of a block of the cluster
   double* centred = nullptr;
   double* statistics = nullptr;
+  const void* divergence = nullptr;  // (kDivergence, rows) of A, if there is a reference
 
   OBJKERN_DEVICE Header* header() const { return static_cast<Header*>(results.workspace); }
   OBJKERN_DEVICE double* team_sums() const { return reinterpret_cast<double*>(header() + 1); }

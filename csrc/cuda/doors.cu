@@ -57,8 +57,7 @@ Variant variant(const Rows& rows, const Scalar& logit_scale) {
 }
 
 int fields(const Rows& rows) {
-  return kFieldsOfDepth[static_cast<int>(
-      depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr))];
+  return row_gradient_fields(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr);
 }
 
 int lanes_for(int64_t classes) {
@@ -175,11 +174,19 @@ int64_t workspace_bytes(const Rows& rows, const Program& program, const Plan& pl
   return static_cast<int64_t>(sizeof(Header)) + (reduced ? 8 * quantities(program) * teams_of(rows, plan) : 0);
 }
 
+Status compare(const Rows& rows, const Scalar& logit_scale, void* found, Stream stream) {
+  if (rows.rows == 0) return kOk;
+  const int threads = rows.classes <= kMostLaneClasses ? kWarp : kCompareThreads;
+  const Grid grid{std::min<int64_t>(rows.rows, kMostRowTeams), threads, 1, static_cast<int64_t>(sizeof(CompareShared))};
+  return launch(table(rows).compare, grid, stream, CompareCall{rows, logit_scale, found});
+}
+
 Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,
                  const Results& results, Stream stream) {
   RowCall call = call_of(rows, logit_scale, plan);
   call.program = program;
   call.results = results;
+  call.divergence = results.divergence;
   call.fields = fields(rows);
   const Table& kernels = table(rows);
   if (program.reduction != Reduction::kNone) {
@@ -199,10 +206,11 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
   return run(kernel, grid, stream, call);
 }
 
-Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, double* centred, double* statistics,
-                  Stream stream) {
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence, double* centred,
+                  double* statistics, Stream stream) {
   if (rows.rows == 0) return kOk;
   RowCall call = call_of(rows, logit_scale, plan);
+  call.divergence = divergence;
   call.centred = centred;
   call.statistics = statistics;
   const Table& kernels = table(rows);

@@ -112,9 +112,19 @@ OBJKERN_DEVICE A label_weight(const Rows& rows, const Label& label) {
   return static_cast<const A*>(rows.class_weight)[label.column];
 }
 
+// What the comparison with a reference found of the row.
+template <Depth kDepth, class A>
+OBJKERN_DEVICE void load_divergence(const RowCall& call, int64_t row, Centred<A>& c) {
+  if (kDepth != Depth::kFull || call.divergence == nullptr) return;
+  A* const numbers = &c.reference.max_z;
+#pragma unroll
+  for (int k = 0; k < kDivergence; ++k)
+    numbers[k] = static_cast<const A*>(call.divergence)[k * call.rows.rows + row];
+}
+
 template <class A>
 OBJKERN_DEVICE void store_statistics(const RowCall& call, const Centred<A>& c, bool bad, int64_t row) {
-  const Statistics<A> s = derive(c, Odds<A>(c), call.rows.dense_target != nullptr);
+  const Statistics<A> s = derive(c, Odds<A>(c), call.rows.dense_target != nullptr, call.rows.reads);
   const A *centred = &c.max, *statistics = &s.logprob;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   for (int k = 0; k < kCentred; ++k)

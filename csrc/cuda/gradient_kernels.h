@@ -123,7 +123,7 @@ chain_kernel(OBJKERN_ARGUMENT ChainCall call) {
   const Odds<double> odds(c);
   const bool dense = rows.dense_target != nullptr;
   const RowGradient<double> g =
-      chain(c, odds, derive(c, odds, dense), f, rows.reads, dense, rows.class_weight != nullptr);
+      chain(c, odds, derive(c, odds, dense, rows.reads), f, rows.reads, dense, rows.class_weight != nullptr);
   const double* const fields = &g.max;
 #pragma unroll
   for (int k = 0; k < kRowGradient; ++k) {

@@ -1,5 +1,6 @@
 // The door of the CUDA backend: plain pointers and sizes, and a stream. No torch; plain nvcc compiles it anywhere.
 //
+//   compare      logits and those of a reference ─▶ the divergence of every row
 //   objective    logits ─▶ the loss, and the coefficients of every row's gradient
 //   fused        logits ─▶ the same and the gradient; where a row fits in shared memory it is read once
 //   statistics   logits ─▶ centred sums and statistics of every row
@@ -76,13 +77,16 @@ struct Results {
   void* row_gradient = nullptr;  // (fields of the depth, rows) of A
   void* gradient = nullptr;      // (rows, classes) of gradient_dtype, contiguous; null: not asked for
   void* workspace = nullptr;     // workspace_bytes, aligned to 16
+  const void* divergence = nullptr;  // what `compare` found, if there is a reference
 };
 
+// found: (kDivergence, rows) of A; of ignored rows nothing
+Status compare(const Rows& rows, const Scalar& logit_scale, void* found, Stream stream);
 Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,
                  const Results& results, Stream stream);
 // centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
-Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, double* centred, double* statistics,
-                  Stream stream);
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence, double* centred,
+                  double* statistics, Stream stream);
 // partials: (kStatistics, rows) float64, ∂L/∂statistics; row_gradient: (kRowGradient, rows) of A
 Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream);
 // upstream: of A, stride 0 for one number for all rows. `unless_one`: leave the gradient as it is if that number is 1.

@@ -111,7 +111,8 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
       }
       const A z = label.column < 0 ? A(-kInfinity) : transform(widen(x[label.column]));
       const A weight = label_weight<A>(rows, label);
-      const Centred<A> c = centred(rows, others, label.column, z, weight);
+      Centred<A> c = centred(rows, others, label.column, z, weight);
+      load_divergence<kDepth>(call, row, c);
       if constexpr (kPass == Pass::kStatistics) {
         if (rank == 0) store_statistics(call, c, label.bad, row);
       } else {
@@ -190,7 +191,8 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
     }
     const A z = label.column < 0 ? A(-kInfinity) : transform(widen(x[label.column]));
     const A weight = label_weight<A>(rows, label);
-    const Centred<A> c = centred(rows, others, label.column, z, weight);
+    Centred<A> c = centred(rows, others, label.column, z, weight);
+    load_divergence<kDepth>(call, row, c);
     if constexpr (kPass == Pass::kStatistics) {
       if (lane == 0) store_statistics(call, c, label.bad, row);
     } else {

@@ -2,6 +2,7 @@
 // a while: rows_float32.cu, and rows_float32_bfloat16.cu where the gradient has another dtype, ...
 #pragma once
 
+#include "compare_kernel.h"
 #include "gradient_kernels.h"
 #include "row_kernels.h"
 
@@ -22,6 +23,7 @@ struct Table {
   RowKernel cluster_statistics, lanes_statistics;
   GradientKernel gradient[kVariants];
   RowKernel count;
+  void (*compare)(CompareCall);
   void (*chain)(ChainCall);
   int64_t (*tile_offset)(int64_t numbers);  // of the variant that shares most
 };
@@ -57,6 +59,7 @@ Table table_of() {
   table.cluster_statistics = &cluster_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
   table.lanes_statistics = &lanes_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
   table.count = &count_kernel<A>;
+  table.compare = &compare_kernel<T>;
   table.chain = &chain_kernel<A>;
   table.tile_offset = &tile_offset<A, Depth::kFull>;
   return table;

@@ -9,9 +9,10 @@ import triton.language as tl
 # What a kernel is not compiled anew for: sizes, strides and numbers, and whether a tensor begins at a 16-byte boundary.
 RUN_TIME = (
     "rows", "row_stride", "dense_stride", "class_stride", "upstream_stride", "ignore_index", "V", "count", "programs",
-    "transform", "numbers",
+    "transform", "numbers", "temperature", "reference_stride",
 )  # fmt: skip
-ANYWHERE = ("x", "target", "dense", "class_weight", "logit_scale", "upstream", "gradient", "coefficient_tensor")
+ANYWHERE = ("x", "target", "dense", "class_weight", "logit_scale", "upstream", "gradient", "coefficient_tensor",
+            "reference")  # fmt: skip
 
 
 @triton.jit

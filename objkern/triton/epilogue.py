@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .elementary import ANYWHERE, RUN_TIME, zero_of
 from .elements import transformed
-from .objective import Centred, RowGradient, Statistics, add_term, chain, derive, odds_of
+from .objective import Centred, Divergence, RowGradient, Share, Statistics, add_term, chain, derive, odds_of, share_of
 
 
 class Row(NamedTuple):
@@ -89,8 +89,47 @@ def put_sum(out, field, program, programs, row, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read_divergence(divergence, row, rows, like):
+    """What `compare_kernel` left of rows, and zeros without a reference."""
+    if divergence is None:
+        zero = zero_of(like)
+        return Divergence(
+            max_z=zero, max_r=zero, to_p=zero, to_q=zero, log_ratio=zero, forward=zero, reverse=zero
+        )  # fmt: skip
+    else:
+        p = divergence + row.index
+        mask = row.there & (row.ignored == 0)
+        A: tl.constexpr = like.dtype
+        return Divergence(
+            max_z=tl.load(p, mask=mask, other=0.0).to(A),
+            max_r=tl.load(p + rows, mask=mask, other=0.0).to(A),
+            to_p=tl.load(p + 2 * rows, mask=mask, other=0.0).to(A),
+            to_q=tl.load(p + 3 * rows, mask=mask, other=0.0).to(A),
+            log_ratio=tl.load(p + 4 * rows, mask=mask, other=0.0).to(A),
+            forward=tl.load(p + 5 * rows, mask=mask, other=0.0).to(A),
+            reverse=tl.load(p + 6 * rows, mask=mask, other=0.0).to(A),
+        )  # fmt: skip
+
+
+@triton.jit
+def put_share(out, row, rows, share):
+    """The last five fields of RowGradient in csrc/objective.h."""
+    for k in tl.static_range(5):
+        put(out, 10 + k, row, rows, share[k])
+
+
+@triton.jit
+def read_share(kept_, row, rows, upstream):
+    p = kept_ + 10 * rows + row.index
+    return Share(
+        max_z=tl.load(p), max_r=tl.load(p + rows), of_p=tl.load(p + 2 * rows) * upstream,
+        of_pd=tl.load(p + 3 * rows) * upstream, of_q=tl.load(p + 4 * rows) * upstream,
+    )  # fmt: skip
+
+
+@triton.jit
 def objective(
-    c, row, row_weight, rows, program, programs, scales, values, loss, row_gradient, TERMS: tl.constexpr,
+    c, divergence, row, row_weight, rows, program, programs, scales, values, loss, row_gradient, TERMS: tl.constexpr,
     READS: tl.constexpr, DEPTH: tl.constexpr, DENSE: tl.constexpr, WEIGHTED: tl.constexpr, PER_ROW: tl.constexpr,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -103,11 +142,13 @@ def objective(
     COUNT: tl.constexpr = len(TERMS)
     READS_ALL: tl.constexpr = (READS | 4) if PARTS else READS
     o = odds_of(c)
-    s = derive(c, o, DENSE, READS_ALL)
     zero = zero_of(c.sum_e)
+    v = read_divergence(divergence, row, rows, zero)
+    s = derive(c, o, v, DENSE, READS_ALL)
     f = Statistics(
         logprob=zero, other_logprob=zero, lse=zero, entropy=zero, max_logit=zero, mean_logit=zero,
-        mean_square_logit=zero, logit_variance=zero, target_logit=zero, mean_logprob=zero,
+        mean_square_logit=zero, logit_variance=zero, target_logit=zero, mean_logprob=zero, forward_kl=zero,
+        reverse_kl=zero,
     )  # fmt: skip
     total = zero.to(tl.float64)
     for k in tl.static_range(COUNT):
@@ -133,6 +174,8 @@ def objective(
             put_sum(values, COUNT + 2, program, programs, row, o.p_target, BLOCK)
     g = chain(c, o, s, f, READS, DENSE, WEIGHTED)
     put_row_gradient(row_gradient, row, rows, g, DEPTH)
+    if divergence is not None:
+        put_share(row_gradient, row, rows, share_of(v, f))
     poison = tl.where(row.bad, float("nan"), 0.0).to(A)
     return RowGradient(
         max=g.max + poison, target_grad=g.target_grad, exp_1=g.exp_1 + poison, exp_t=g.exp_t,
@@ -193,13 +236,16 @@ def put_piece(p, field, mask, piece, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def statistics(c, row, rows, out, centred, DENSE: tl.constexpr):
-    """Stores the statistics (10, rows) and the centred sums (14, rows), both float64."""
-    s = derive(c, odds_of(c), DENSE, 1023)
-    for k in tl.static_range(10):
+def statistics(c, divergence, row, rows, out, centred, DENSE: tl.constexpr):
+    """Stores the statistics (12, rows) and the centred sums (21, rows), both float64."""
+    v = read_divergence(divergence, row, rows, zero_of(c.sum_e))
+    s = derive(c, odds_of(c), v, DENSE, 1023)
+    for k in tl.static_range(12):
         put(out, k, row, rows, s[k])
     for k in tl.static_range(14):
         put(centred, k, row, rows, c[k])
+    for k in tl.static_range(7):
+        put(centred, 14 + k, row, rows, v[k])
 
 
 @triton.jit
@@ -237,19 +283,24 @@ def read_partials(partials, row, rows, A: tl.constexpr):
         logit_variance=tl.load(p + 7 * rows, mask=row.there, other=0.0).to(A),
         target_logit=tl.load(p + 8 * rows, mask=row.there, other=0.0).to(A),
         mean_logprob=tl.load(p + 9 * rows, mask=row.there, other=0.0).to(A),
+        forward_kl=tl.load(p + 10 * rows, mask=row.there, other=0.0).to(A),
+        reverse_kl=tl.load(p + 11 * rows, mask=row.there, other=0.0).to(A),
     )
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def chain_kernel(
     row_gradient, centred, partials, target, rows: tl.int64, ignore_index: tl.int64, V: tl.int32, A: tl.constexpr,
-    DENSE: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
+    DENSE: tl.constexpr, WEIGHTED: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Centred sums and ∂L/∂statistics ─▶ the coefficients of the gradient; one row per lane."""
+    """Centred sums and ∂L/∂statistics ─▶ the coefficients of the gradient; one row per lane. BESIDE: a reference."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = of_a_part(read_row(index, rows, target, ignore_index, V))
     c = read_centred(centred, row, rows, A)
     o = odds_of(c)
-    s = derive(c, o, DENSE, 1023)
-    g = chain(c, o, s, read_partials(partials, row, rows, A), 1023, DENSE, WEIGHTED)
-    put_row_gradient(row_gradient, row, rows, g, 3)
+    v = read_divergence(centred + 14 * rows if BESIDE else None, row, rows, zero_of(c.sum_e))
+    s = derive(c, o, v, DENSE, 1023)
+    f = read_partials(partials, row, rows, A)
+    put_row_gradient(row_gradient, row, rows, chain(c, o, s, f, 1023, DENSE, WEIGHTED), 3)
+    if BESIDE:
+        put_share(row_gradient, row, rows, share_of(v, f))

@@ -49,6 +49,7 @@ MOST_NARROW_ROWS = 8  # two a warp: what is kept per row would fill the register
 EPILOGUE_ROWS = 128
 PROGRAMS = 512  # fewer rows than this are split into pieces, so that a GPU of a hundred and more processors is busy
 MOST_PIECES = 32
+COMPARE_CLASSES = 2048  # that a program of 8 warps compares with a reference's together
 COUNT_ROWS = 4096  # labels that the one program of `prepare_kernel` looks at together
 ELEMENTS = 1024  # of a prediction that a program of 4 warps takes
 REDUCE_ELEMENTS = 2048  # values that the one program of `reduce_kernel` adds together; 8 float64 a thread
@@ -90,10 +91,11 @@ def words(*numbers: float) -> tuple[int, ...]:
 
 # What a term reads, by kind, as bits of `Reads` in csrc/objective.h, and what it reads besides where its parameter is
 # not 0.
-_READS = (1, 4, 16, 8, 1, 3, 1, 2, 3, 64)
+_READS = (1, 4, 16, 8, 1, 3, 1, 2, 3, 64, 1024, 2048)
 _READS_WITH_PARAMETER = {0: 512, 4: 2}
 _ELEMENT_KINDS = 6  # ElementKind in csrc/elementwise.h
-_DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3}  # by the number of fields that a row's gradient keeps
+DIVERGENCES = 1024 | 2048
+_DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3, 15: 3}  # by the number of fields that a row's gradient keeps
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class Rows(OnDevice):
     def __init__(
         self, logits: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
         class_weight: Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0, masked: bool = True,
+        reference: Tensor | None = None, temperature: float = 1.0,
     ) -> None:  # fmt: skip
         if logits.dim() != 2 or logits.shape[1] == 0:
             raise RuntimeError(
@@ -241,8 +244,7 @@ class Rows(OnDevice):
                     f"objkern: target: expected probabilities of shape {tuple(logits.shape)} but got "
                     f"{tuple(target.shape)}"
                 )
-            same = target.dtype == logits.dtype
-            self.dense = with_unit_class_stride(target if same else target.to(self.dtype))
+            self.dense = self._as_read(target)
         if class_weight is not None:
             if class_weight.shape != (self.classes,):
                 raise RuntimeError(
@@ -252,7 +254,26 @@ class Rows(OnDevice):
         self.class_weight = class_weight
         # A number of the host travels with the call; one of the device is read there.
         self.set_transform(logit_scale, softcap)
-        self.few, self.narrow = self.classes <= FEW, self.classes <= NARROW
+        self.reference, self.temperature = None, words(1.0 / temperature)
+        if reference is not None:
+            if reference.shape != logits.shape:
+                raise ValueError(
+                    f"objkern: reference: expected logits of shape {tuple(logits.shape)} but got "
+                    f"{tuple(reference.shape)}"
+                )
+            if not masked:
+                raise ValueError("objkern: reference: logits of −inf have to be excluded classes beside it")
+            self.reference = self._as_read(reference)
+        whole = self.reference is not None  # rows of any length by the kernels for many classes
+        self.few, self.narrow = self.classes <= FEW and not whole, self.classes <= NARROW and not whole
+
+    def _as_read(self, x: Tensor) -> Tensor:
+        """A (rows, classes) tensor beside the logits, of their type or the accumulation type."""
+        return with_unit_class_stride(x if x.dtype == self.logits.dtype else x.to(self.dtype))
+
+    @property
+    def reference_stride(self) -> int:
+        return 0 if self.reference is None else self.reference.stride(0)
 
     @property
     def dense_stride(self) -> int:

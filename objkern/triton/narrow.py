@@ -204,11 +204,11 @@ def few_kernel(
     row_weight = label_weight(row, class_weight, A)
     c = centre(piece, z_y, row.y >= 0, row_weight, V, MASKED, (WEIGHTED or DENSE) and DEPTH == 3)
     if TASK == 2:
-        epilogue.statistics(c, row, rows, values, loss, DENSE)
+        epilogue.statistics(c, None, row, rows, values, loss, DENSE)
     else:
         g = epilogue.objective(
-            c, row, row_weight, rows, program, tl.num_programs(0), scales, values, loss, row_gradient, TERMS, READS,
-            DEPTH, DENSE, WEIGHTED, PER_ROW, PARTS, True,
+            c, None, row, row_weight, rows, program, tl.num_programs(0), scales, values, loss, row_gradient, TERMS,
+            READS, DEPTH, DENSE, WEIGHTED, PER_ROW, PARTS, True,
         )  # fmt: skip
         if TASK == 1:
             d = row_gradients(z, column, row, w, q, g, scale, cap, A, DEPTH, TRANSFORM, MASKED, 0)

@@ -44,6 +44,30 @@ class Statistics(NamedTuple):
     logit_variance: tl.tensor
     target_logit: tl.tensor
     mean_logprob: tl.tensor
+    forward_kl: tl.tensor
+    reverse_kl: tl.tensor
+
+
+class Divergence(NamedTuple):
+    """What the comparison with a reference found; the order is that of csrc/divergence.h."""
+
+    max_z: tl.tensor
+    max_r: tl.tensor
+    to_p: tl.tensor
+    to_q: tl.tensor
+    log_ratio: tl.tensor
+    forward: tl.tensor
+    reverse: tl.tensor
+
+
+class Share(NamedTuple):
+    """A reference's share of the gradient, f_j (of_p + of_pd d_j) + of_q e_j: the end of RowGradient in csrc."""
+
+    max_z: tl.tensor
+    max_r: tl.tensor
+    of_p: tl.tensor
+    of_pd: tl.tensor
+    of_q: tl.tensor
 
 
 class Odds(NamedTuple):
@@ -139,7 +163,7 @@ def weighted_nlp(c, o):
 
 
 @triton.jit
-def derive(c, o, DENSE: tl.constexpr, READS: tl.constexpr):
+def derive(c, o, v, DENSE: tl.constexpr, READS: tl.constexpr):
     """The statistics in `READS`; those made of log-probabilities are there anyway."""
     zero = zero_of(c.sum_e)
     lse, entropy, max_logit, mean_logit = zero, zero, zero, zero
@@ -174,7 +198,16 @@ def derive(c, o, DENSE: tl.constexpr, READS: tl.constexpr):
     return Statistics(
         logprob=logprob, other_logprob=-o.nlp_others, lse=lse, entropy=entropy, max_logit=max_logit,
         mean_logit=mean_logit, mean_square_logit=mean_square, logit_variance=variance, target_logit=c.target,
-        mean_logprob=mean_logprob,
+        mean_logprob=mean_logprob, forward_kl=v.forward, reverse_kl=v.reverse,
+    )  # fmt: skip
+
+
+@triton.jit
+def share_of(v, f):
+    """(p_j − q_j) / T for KL(q ‖ p), p_j (log p_j − log q_j − KL) / T for KL(p ‖ q)."""
+    return Share(
+        max_z=v.max_z, max_r=v.max_r, of_p=v.to_p * (f.forward_kl + weighted(f.reverse_kl, v.log_ratio - v.reverse)),
+        of_pd=-v.to_p * f.reverse_kl, of_q=-v.to_q * f.forward_kl,
     )  # fmt: skip
 
 
@@ -188,6 +221,7 @@ def add_term(TERM: tl.constexpr, parameter, row_weight, scale, s, f):
     HAS_PARAMETER: tl.constexpr = TERM % 2 == 1
     logprob, other_logprob, lse, entropy = f.logprob, f.other_logprob, f.lse, f.entropy
     max_logit, mean_square, mean_logprob = f.max_logit, f.mean_square_logit, f.mean_logprob
+    forward_kl, reverse_kl = f.forward_kl, f.reverse_kl
     if KIND == 0:  # cross-entropy; parameter: label smoothing
         hard = (1.0 - parameter) * row_weight
         value = -hard * s.logprob
@@ -228,14 +262,20 @@ def add_term(TERM: tl.constexpr, parameter, row_weight, scale, s, f):
         value, _, others, _ = log_odds(s.other_logprob - s.logprob + parameter)
         logprob -= scale * others
         other_logprob += scale * others
-    else:
-        tl.static_assert(KIND == 9, "a term that is not known")
+    elif KIND == 9:
         value = s.mean_square_logit
         mean_square += scale
+    elif KIND == 10:  # divergences; parameter: T
+        value = parameter * parameter * s.forward_kl
+        forward_kl += scale * (parameter * parameter)
+    else:
+        tl.static_assert(KIND == 11, "a term that is not known")
+        value = parameter * parameter * s.reverse_kl
+        reverse_kl += scale * (parameter * parameter)
     return value, Statistics(
         logprob=logprob, other_logprob=other_logprob, lse=lse, entropy=entropy, max_logit=max_logit,
         mean_logit=f.mean_logit, mean_square_logit=mean_square, logit_variance=f.logit_variance,
-        target_logit=f.target_logit, mean_logprob=mean_logprob,
+        target_logit=f.target_logit, mean_logprob=mean_logprob, forward_kl=forward_kl, reverse_kl=reverse_kl,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .compare import compare_kernel
 from .elementwise import element_kernel
 from .epilogue import chain_kernel
 from .launch import Elements, Rows, Terms
@@ -19,6 +20,7 @@ _FREE = 3  # lse, accuracy, target probability
 _NONE, _MEAN = 0, 1  # reductions, in the order of objkern.batch.REDUCTIONS
 _OBJECTIVE, _FUSED, _STATISTICS = 0, 1, 2  # tasks
 _LOGPROBS = 3  # reads of a target
+_STATISTIC_FIELDS, _CENTRED, _DIVERGENCE, _ROW_GRADIENT = 12, 21, 7, 15  # fields, as in csrc
 
 
 class Call:
@@ -27,11 +29,19 @@ class Call:
     def __init__(
         self, terms: list[float], reduction: int, logits: Tensor, target: Tensor | None = None,
         logit_scale: Tensor | None = None, class_weight: Tensor | None = None, ignore_index: int = -100,
-        softcap: float = 0.0, masked: bool = True, coefficient_tensor: Tensor | None = None,
-        normalizer: Tensor | None = None, empty_zero: bool = False, with_parts: bool = False,
+        softcap: float = 0.0, masked: bool = True, reference: Tensor | None = None, temperature: float = 1.0,
+        coefficient_tensor: Tensor | None = None, normalizer: Tensor | None = None, empty_zero: bool = False,
+        with_parts: bool = False,
     ) -> None:  # fmt: skip
-        self.rows = Rows(logits, target, logit_scale, class_weight, ignore_index, softcap, masked)
-        self.terms = Terms.of(terms, class_weight is not None, self.rows.dense is not None)
+        dense = target is not None and target.dtype != torch.int64
+        self.terms = Terms.of(terms, class_weight is not None, dense)
+        if not self.terms.reads & launch.DIVERGENCES:
+            reference = None
+        elif reference is None:
+            raise ValueError("objkern: reference: a term needs one but got None")
+        self.rows = Rows(
+            logits, target, logit_scale, class_weight, ignore_index, softcap, masked, reference, temperature
+        )
         if target is None and self.terms.reads & _LOGPROBS:
             raise ValueError("objkern: target: a term needs one but got None")
         self.per_row, self.mean = reduction == _NONE, reduction == _MEAN
@@ -71,7 +81,7 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         row_gradient = rows.empty(terms.fields, rows.rows)
         gradient = _gradient_of(rows, given) if with_gradient else None
         pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
-        one_pass = with_gradient and pieces == 1 and not rows.narrow
+        one_pass = with_gradient and pieces == 1 and not rows.narrow and rows.reference is None
         block = launch.FEW_ROWS if rows.few else 1 if one_pass else launch.EPILOGUE_ROWS
         programs = _programs(rows.rows, block)
         fields = count + (_FREE if call.with_parts else 0)
@@ -100,9 +110,9 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         else:
             found = _collect(rows, pieces, terms.depth, terms.smoothed, call.with_parts or bool(terms.reads & 16))
             epilogue_kernel[(programs,)](
-                **rows.sizes(), pieces=found, scales=scales, values=values, loss=loss, row_gradient=row_gradient,
-                count=pieces, TASK=_OBJECTIVE, **call.constants(), DENSE=rows.dense is not None, PER_ROW=call.per_row,
-                ROWS=block, num_warps=4,
+                **rows.sizes(), pieces=found, divergence=_compare(rows), scales=scales, values=values, loss=loss,
+                row_gradient=row_gradient, count=pieces, TASK=_OBJECTIVE, **call.constants(),
+                DENSE=rows.dense is not None, PER_ROW=call.per_row, ROWS=block, num_warps=4,
             )  # fmt: skip
             if gradient is not None:
                 one = torch.ones((), dtype=rows.dtype, device=rows.device)
@@ -118,6 +128,19 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         )  # fmt: skip
         found = (loss, parts, row_gradient)
         return (*found, gradient) if with_gradient and given is None else found
+
+
+def _compare(rows: Rows) -> Tensor | None:
+    """(7, rows) what a comparison with the reference finds; see `Divergence` in objective.py."""
+    if rows.reference is None:
+        return None
+    found = rows.empty(_DIVERGENCE, rows.rows)
+    sizes = {name: value for name, value in rows.sizes().items() if name not in ("class_weight", "MASKED")}
+    compare_kernel[(rows.rows,)](
+        **sizes, reference=rows.reference, reference_stride=rows.reference_stride, temperature=rows.temperature,
+        found=found, BLOCK=launch.COMPARE_CLASSES, num_warps=8,
+    )  # fmt: skip
+    return found
 
 
 def _collect(rows: Rows, pieces: int, depth: int, smoothed: bool, places: bool) -> Tensor:
@@ -161,7 +184,8 @@ def _write_gradient(
         table = launch.wide_launch(rows.classes)
         chunk = table.vectors * rows.vector * table.tiles
         gradient_kernel[(rows.rows, -(-rows.classes // chunk))](
-            **shared, ALIGNED=rows.aligned_with(gradient), TILES=table.tiles, R=table.vectors, E=rows.vector,
+            **shared, reference=rows.reference, reference_stride=rows.reference_stride, temperature=rows.temperature,
+            ALIGNED=rows.aligned_with(gradient), TILES=table.tiles, R=table.vectors, E=rows.vector,
             num_warps=table.warps,
         )  # fmt: skip
 
@@ -222,7 +246,8 @@ def rescale(gradient: Tensor, upstream: Tensor, row_gradient: Tensor, *arguments
 def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     rows = Rows(*arguments, **options)
     with rows.on_its_device():
-        out, centred = rows.empty(10, rows.rows, dtype=torch.float64), rows.empty(14, rows.rows, dtype=torch.float64)
+        out = rows.empty(_STATISTIC_FIELDS, rows.rows, dtype=torch.float64)
+        centred = rows.empty(_CENTRED, rows.rows, dtype=torch.float64)
         if rows.rows == 0:
             return out, centred
         shared = {
@@ -239,8 +264,8 @@ def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
             pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
             found = _collect(rows, pieces, 3, False, True)
             epilogue_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
-                **shared, pieces=found, count=pieces, DENSE=rows.dense is not None, ROWS=launch.EPILOGUE_ROWS,
-                num_warps=4,
+                **shared, pieces=found, divergence=_compare(rows), count=pieces, DENSE=rows.dense is not None,
+                ROWS=launch.EPILOGUE_ROWS, num_warps=4,
             )  # fmt: skip
     return out, centred
 
@@ -249,18 +274,21 @@ def statistics_gradient(
     partials: Tensor, centred: Tensor, unscaled: bool, *arguments: Any, gradient: Tensor | None = None, **options: Any
 ) -> Tensor | None:
     rows = Rows(*arguments, **options)
-    if not (centred.is_contiguous() and centred.shape == (14, rows.rows) and centred.dtype == torch.float64):
+    if not (centred.is_contiguous() and centred.shape == (_CENTRED, rows.rows) and centred.dtype == torch.float64):
         raise RuntimeError("objkern: centred sums do not belong to these logits")
-    if partials.shape != (10, rows.rows):
-        raise RuntimeError(f"objkern: partials: expected (10, {rows.rows}) but got {tuple(partials.shape)}")
+    if partials.shape != (_STATISTIC_FIELDS, rows.rows):
+        raise RuntimeError(
+            f"objkern: partials: expected ({_STATISTIC_FIELDS}, {rows.rows}) but got {tuple(partials.shape)}"
+        )
     with rows.on_its_device():
         out = _gradient_of(rows, gradient)
-        row_gradient = rows.empty(10, rows.rows)
+        row_gradient = rows.empty(_ROW_GRADIENT, rows.rows)
         if rows.rows:
             chain_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
                 row_gradient, centred, partials.to(torch.float64).contiguous(), rows.labels, rows.rows,
                 rows.ignore_index, rows.classes, A=rows.type, DENSE=rows.dense is not None,
-                WEIGHTED=rows.class_weight is not None, ROWS=launch.EPILOGUE_ROWS, num_warps=4,
+                WEIGHTED=rows.class_weight is not None, BESIDE=rows.reference is not None,
+                ROWS=launch.EPILOGUE_ROWS, num_warps=4,
             )  # fmt: skip
             one = torch.ones((), dtype=rows.dtype, device=rows.device)
             _write_gradient(rows, 3, row_gradient, one, out, unscaled)

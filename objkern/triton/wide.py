@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from . import epilogue
-from .elementary import ANYWHERE, RUN_TIME, lowest, zero_of
+from .compare import share_at
+from .elementary import ANYWHERE, RUN_TIME, lowest, number, zero_of
 from .elements import add, add_carefully, fold, gradient_of, no_lanes, slope, transformed
-from .epilogue import label_weight, read_row, read_row_gradient, target_logit
+from .epilogue import label_weight, read_row, read_row_gradient, read_share, target_logit
 from .narrow import read_scale
 from .objective import Piece, centre, merge
 
@@ -177,12 +178,13 @@ def collect(
 
 @triton.jit
 def write_row(
-    row_x, row_out, y, ignored, class_weight, dense_row, g, z_y, scale, gain, cap, first, last, V, A: tl.constexpr,
-    DEPTH: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr,
-    E: tl.constexpr,
+    row_x, row_out, y, ignored, class_weight, dense_row, row_r, share, by, g, z_y, scale, gain, cap, first, last, V,
+    A: tl.constexpr, DEPTH: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
+    R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first, last) of a row's gradient; the ends belong to tile 0.
 
+    row_r: the same row of a reference, whose share of the gradient is `share`, or None.
     ALIGNED: logits and gradient begin equally many elements from a boundary of E of theirs; else the stores are
     narrower than the loads.
     """
@@ -206,6 +208,9 @@ def write_row(
             tl.store(row_out + j_ends, tl.zeros((1, 2 * E), T), mask=j_ends < V)
     else:
         own_d = g.target_grad * slope(z_y, gain, cap, TRANSFORM) if TRANSFORM != 0 else g.target_grad
+        if row_r is not None:
+            if y >= 0:
+                own_d += share_at(share, z_y, tl.load(row_r + y).to(A), by, gain, cap, A, TRANSFORM)
         if MASKED:
             own_d = tl.where(z_y == float("-inf"), 0.0, own_d)
         max_place = y
@@ -223,6 +228,10 @@ def write_row(
             if WEIGHTED or DENSE:
                 w, q = weights_at(class_weight, dense_row, element + head, here & (element >= 0), A)
             d = gradient_of(z, w, q, g, gain, cap, A, DEPTH, TRANSFORM, MASKED, WEIGHTED, DENSE)
+            if row_r is not None:
+                r = tl.load(row_r + element + head, mask=here & (element >= 0), other=0.0).to(A)
+                own = share_at(share, z, r, by, gain, cap, A, TRANSFORM)
+                d += tl.where(z == float("-inf"), 0.0, own)
             if DEPTH == 3:
                 d = tl.where(element + head == max_place, d + max_extra, d)
             begin = tile * (R * E) + head
@@ -234,6 +243,10 @@ def write_row(
             z = transformed(tl.load(row_x + j_ends, mask=there, other=0.0).to(A), scale, cap, TRANSFORM)
             w, q = weights_at(class_weight, dense_row, j_ends, there, A)
             d = gradient_of(z, w, q, g, gain, cap, A, DEPTH, TRANSFORM, MASKED, WEIGHTED, DENSE)
+            if row_r is not None:
+                r = tl.load(row_r + j_ends, mask=there, other=0.0).to(A)
+                own = share_at(share, z, r, by, gain, cap, A, TRANSFORM)
+                d += tl.where(z == float("-inf"), 0.0, own)
             if DEPTH == 3:
                 d = tl.where(j_ends == max_place, d + max_extra, d)
             d = tl.where(j_ends == y, own_d, d)
@@ -291,8 +304,8 @@ def read_piece(pieces, k, count, row, rows, A: tl.constexpr, DEPTH: tl.constexpr
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def epilogue_kernel(
-    x, target, class_weight, logit_scale, transform, pieces, scales, values, loss, row_gradient, rows: tl.int64,
-    row_stride: tl.int64, ignore_index: tl.int64, V: tl.int32, count: tl.int32, A: tl.constexpr,
+    x, target, class_weight, logit_scale, transform, pieces, divergence, scales, values, loss, row_gradient,
+    rows: tl.int64, row_stride: tl.int64, ignore_index: tl.int64, V: tl.int32, count: tl.int32, A: tl.constexpr,
     TASK: tl.constexpr, TERMS: tl.constexpr, READS: tl.constexpr, DEPTH: tl.constexpr, TRANSFORM: tl.constexpr,
     MASKED: tl.constexpr, DENSE: tl.constexpr, PER_ROW: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -308,11 +321,11 @@ def epilogue_kernel(
     row_weight = label_weight(row, class_weight, A)
     c = centre(piece, z_y, row.y >= 0, row_weight, V, MASKED, (WEIGHTED or DENSE) and DEPTH == 3)
     if TASK == 2:
-        epilogue.statistics(c, row, rows, values, loss, DENSE)
+        epilogue.statistics(c, divergence, row, rows, values, loss, DENSE)
     else:
         epilogue.objective(
-            c, row, row_weight, rows, program, tl.num_programs(0), scales, values, loss, row_gradient, TERMS, READS,
-            DEPTH, DENSE, WEIGHTED, PER_ROW, PARTS, True,
+            c, divergence, row, row_weight, rows, program, tl.num_programs(0), scales, values, loss, row_gradient,
+            TERMS, READS, DEPTH, DENSE, WEIGHTED, PER_ROW, PARTS, True,
         )  # fmt: skip
 
 
@@ -339,21 +352,22 @@ def fused_kernel(
     row_weight = label_weight(row, class_weight, A)
     c = centre(found, z_y, row.y >= 0, row_weight, V, MASKED, (WEIGHTED or DENSE) and DEPTH == 3)
     g = epilogue.objective(
-        c, row, row_weight, rows, tl.program_id(0), rows, scales, values, None, row_gradient, TERMS, READS, DEPTH,
+        c, None, row, row_weight, rows, tl.program_id(0), rows, scales, values, None, row_gradient, TERMS, READS, DEPTH,
         DENSE, WEIGHTED, False, PARTS, False,
     )  # fmt: skip
     write_row(
-        row_x, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, g, z_y, scale, scale,
-        cap, 0, 2147483647, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
+        row_x, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, None, None, 1.0, g, z_y, scale,
+        scale, cap, 0, 2147483647, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def gradient_kernel(
-    x, target, dense, class_weight, logit_scale, transform, row_gradient, upstream, gradient, rows: tl.int64,
-    row_stride: tl.int64, dense_stride: tl.int64, upstream_stride: tl.int64, ignore_index: tl.int64, V: tl.int32,
-    A: tl.constexpr, DEPTH: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, UNSCALED: tl.constexpr,
-    RESCALE: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
+    x, target, dense, class_weight, reference, logit_scale, transform, temperature, row_gradient, upstream, gradient,
+    rows: tl.int64, row_stride: tl.int64, dense_stride: tl.int64, reference_stride: tl.int64,
+    upstream_stride: tl.int64, ignore_index: tl.int64, V: tl.int32, A: tl.constexpr, DEPTH: tl.constexpr,
+    TRANSFORM: tl.constexpr, MASKED: tl.constexpr, UNSCALED: tl.constexpr, RESCALE: tl.constexpr,
+    ALIGNED: tl.constexpr, TILES: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Program (row, TILES tiles of it). RESCALE: the gradient is there already where the upstream one is 1."""
     if RESCALE:
@@ -369,7 +383,10 @@ def gradient_kernel(
         gain = zero_of(scale) + 1.0
     first = tl.program_id(1) * TILES
     dense_row = dense + row.index * dense_stride if dense is not None else None
+    row_r = reference + row.index * reference_stride if reference is not None else None
+    share = read_share(row_gradient, row, rows, u) if reference is not None else None
+    by = number(temperature, 0).to(A)
     write_row(
-        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, g, z_y, scale,
-        gain, cap, first, first + TILES, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
+        x + row.index * row_stride, gradient + row.index * V, row.y, row.ignored, class_weight, dense_row, row_r, share,
+        by, g, z_y, scale, gain, cap, first, first + TILES, V, A, DEPTH, TRANSFORM, MASKED, ALIGNED, R, E,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import objkern
-from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from tests import properties
 from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_within_budget, random_rows
 
@@ -492,6 +492,56 @@ def test_the_linear_path_in_half_precision(mode: str, dtype: torch.dtype) -> Non
         for size in (1.0, 1e-6):
             for one, other, truth in zip(results(objective, True, size, hidden, weight), eager, exact, strict=True):
                 assert_within_budget(one, other, truth, dtype)
+
+
+DIVERGENT = CrossEntropy(label_smoothing=0.1) + 0.3 * KLDivergence("forward", 1.7) + 0.2 * KLDivergence("reverse", 1.7)
+
+
+def beside(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of a reference, which excludes a class of its own in the first row."""
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(4))
+    r = (z.float() * 0.9 + noise).to(dtype)
+    if z.shape[1] > 4:
+        r[0, 3] = -torch.inf
+    return r
+
+
+@pytest.mark.parametrize("classes", [1, 9, 130, 1031])
+@pytest.mark.parametrize("plan", [Plan(1), Plan(2, True), Plan(8), Plan(lanes=4), Plan(lanes=32)], ids=name_of)
+@every_dtype
+def test_the_divergence_from_a_reference(dtype: torch.dtype, plan: Plan, classes: int) -> None:
+    z, y = batch(classes, dtype)
+    y[5] = -100
+    forward = CrossEntropy(label_smoothing=0.1) + 0.3 * KLDivergence("forward", 1.7)
+    for r in (beside(z, dtype), beside(z, torch.float64 if dtype == torch.float64 else torch.float32)):
+        r[5] = torch.nan  # of an ignored row nothing is read
+        options = {"reference": r, "gradient": "forward"}
+        assert_same(run(forward, z, y, plan, **options), truth(forward, z, y, **options), dtype, "forward")
+        both = {"reference": r[:, :].masked_fill(r == -torch.inf, -9.0), "reduction": "none", "softcap": 20.0}
+        up = torch.linspace(-1.0, 2.0, len(z))
+        assert_same(run(DIVERGENT, z, y, plan, up, **both), truth(DIVERGENT, z, y, up, **both), dtype, "both")
+
+
+def test_a_small_divergence_keeps_its_digits() -> None:
+    z, _ = batch(1031, torch.float32)
+    r = z + 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    for direction in ("forward", "reverse"):
+        found = KLDivergence(direction)(z, reference=r, reduction="none")
+        exact = KLDivergence(direction)(z.double(), reference=r, reduction="none", backend="reference")
+        assert (exact < 1e-5).all()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
+
+
+def test_statistics_beside_a_reference() -> None:
+    z, y = batch(130, torch.float32)
+    r = beside(z, torch.float32)
+    r[0, 3] = 0.0
+    found, exact = (
+        objkern.row_statistics(x.requires_grad_(), y, reference=r, temperature=2.0, backend=backend)
+        for x, backend in ((z.clone(), "auto"), (z.double(), "reference"))
+    )
+    for name in ("forward_kl", "reverse_kl", "lse"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-6)
 
 
 def test_no_rows() -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 import objkern
-from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom
+from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from objkern.triton import launch
 
 from ..conftest import EVERY_NATIVE, EVERY_TERM, NATIVE, assert_within_budget, native_objective, random_rows
@@ -460,6 +460,46 @@ def test_custom_terms_and_second_derivatives(kind: str) -> None:
     loss = (CrossEntropy() + LogitL2())(again, y, backend="reference")
     (first,) = torch.autograd.grad(loss, again, create_graph=True)
     torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), again)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("classes", [5, 37, 130])
+def test_the_divergence_from_a_reference(classes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "COMPARE_CLASSES", 32)
+    z, y = random_rows(5, classes, dtype, 3)
+    y[3] = -100
+    r = (0.9 * z.double() + torch.randn(z.shape, generator=torch.Generator().manual_seed(1))).to(dtype)
+    r[3] = torch.nan  # of an ignored row nothing is read
+    up = torch.linspace(-1, 2, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    both = 0.3 * KLDivergence("forward", 1.7) + 0.2 * KLDivergence("reverse", 1.7)
+    assert_same(CrossEntropy(label_smoothing=0.1) + both, z, y, up, reference=r, softcap=20.0, logit_scale=0.9)
+    assert_same(both, z, y, reduction="mean", reference=r.float(), gradient="forward")
+    r[0, 2] = -torch.inf  # q excludes a class
+    z[1, 4] = -torch.inf  # z does
+    assert_same(KLDivergence(), z, y, up, reference=r)
+
+
+def test_a_small_divergence_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "COMPARE_CLASSES", 32)
+    z, _ = random_rows(4, 130, torch.float32, 3)
+    r = z + 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    for direction in ("forward", "reverse"):
+        found = KLDivergence(direction)(z, reference=r, reduction="none", backend="triton")
+        exact = KLDivergence(direction)(z.double(), reference=r, reduction="none", backend="reference")
+        assert (exact < 1e-5).all()
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
+
+
+def test_statistics_beside_a_reference() -> None:
+    z, y = random_rows(4, 37, torch.float32, 3)
+    r = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for x, backend in ((z.clone(), "triton"), (z.double(), "reference")):
+        s = objkern.row_statistics(x.requires_grad_(), y, reference=r, temperature=2.0, backend=backend)
+        (s.forward_kl.square() + s.reverse_kl * s.lse).sum().backward()
+        found.append((s.forward_kl.detach(), s.reverse_kl.detach(), x.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_without_a_finite_logit(kind: str) -> None:

@@ -1,0 +1,117 @@
+// How far the distribution of a row of logits z is from that of a reference r, at a temperature T. Host and device code.
+//
+//   p = softmax(z/T), q = softmax(r/T) over the classes that z does not exclude
+//   d_j = ((r_j − max r) − (z_j − max z)) / T       e_j = exp((r_j − max r) / T)       f_j = exp((z_j − max z) / T)
+//
+// With E = Σ e and F = Σ f, log q_j − log p_j = d_j − log(E/F), and since f_j = e_j exp(−d_j),
+//
+//   F/E − 1 = (Σ e_j g(−d_j) − Σ e_j d_j) / E =: x,   g(t) = exp(t) − 1 − t ≥ 0
+//   KL(q ‖ p) = Σ e_j d_j / E + log(1 + x) = Σ e_j g(−d_j) / E + (log(1 + x) − x)
+//
+// and KL(p ‖ q) likewise with f, −d and g(d). What is of first order in d has cancelled on paper, so that a divergence
+// of 1e-6 between nearly equal distributions keeps its digits, where Σ q log q − Σ q log p has none left in float32.
+#pragma once
+
+#include "numbers.h"
+
+namespace objkern {
+inline namespace OBJKERN_VARIANT {
+
+// The divergences of a row, and what its gradient reads.
+template <class R>
+struct Divergence {
+  R max_z = R(0), max_r = R(0);
+  R to_p = R(0), to_q = R(0);  // p_j / T = to_p f_j, q_j / T = to_q e_j
+  R log_ratio = R(0);          // log(E/F)
+  R forward = R(0);            // KL(q ‖ p)
+  R reverse = R(0);            // KL(p ‖ q)
+};
+constexpr int kDivergence = 7;
+
+// Sums over some classes, relative to their own maxima. A class that r excludes has e = 0 and d = −∞.
+template <class R>
+struct DivergenceSums {
+  R max_z = R(0), max_r = R(0);
+  R e = R(0), f = R(0);
+  R ed = R(0), eg = R(0);  // Σ e d, Σ e g(−d)
+  R fd = R(0), fg = R(0);  // Σ f d, Σ f g(d)
+};
+
+// g(−d) for |d| < 1/2 by its series, as long as terms matter; as a plain formula it would be all cancellation.
+template <class R>
+OBJKERN_INLINE R g_of_minus(R d, bool doubles) {
+  R sum(0);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int k = 14; k >= 2; --k)
+    if (doubles || k <= 8) sum = R(1) - sum * d * R(1.0 / (k + 1));
+  return d * d * R(0.5) * sum;
+}
+
+// One class more.
+template <class R>
+OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d, bool doubles) {
+  using L = Lane<R>;
+  const R ed = weighted(e, d), fd = weighted(f, d);
+  const auto small = L::less(L::abs(d), R(0.5));
+  const R series = e * g_of_minus(L::select(small, d, R(0)), doubles);
+  const R eg = L::select(small, series, f - e + ed);
+  s.e = s.e + e;
+  s.f = s.f + f;
+  s.ed = s.ed + ed;
+  s.fd = s.fd + fd;
+  s.eg = s.eg + eg;
+  s.fg = s.fg + L::select(small, (ed - series) * d - series, e - f - fd);  // e − f = e d − e g(−d)
+}
+
+// To maxima that are larger by `up_z` and `up_r`, both over T: with s = up_z − up_r, d becomes d + s and
+// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d.
+OBJKERN_INLINE void raise(DivergenceSums<double>& sums, double up_z, double up_r) {
+  const bool some_r = !(sums.e == 0);
+  const double less_z = std::exp(-up_z), less_r = some_r ? std::exp(-up_r) : 0, s = some_r ? up_z - up_r : 0;
+  const bool small = std::fabs(s) < 0.5;
+  const double change = small ? less_r * std::expm1(-s) : less_z - less_r;  // exp(−up_z) − exp(−up_r)
+  const double g_e = small ? less_r * g_of_minus(s, true) : change + less_r * s;
+  const double g_f = small ? less_z * g_of_minus(-s, true) : -change - less_z * s;
+  sums.eg = less_z * sums.eg + (some_r ? g_e * sums.e - change * sums.ed : 0);
+  if (some_r) sums.fg = less_r * sums.fg + g_f * sums.f - change * sums.fd;
+  sums.ed = less_r * (sums.ed + s * sums.e);
+  sums.fd = weighted(less_z, sums.fd + s * sums.f);
+  sums.e *= less_r;
+  sums.f *= less_z;
+}
+
+OBJKERN_INLINE DivergenceSums<double> merge(DivergenceSums<double> a, DivergenceSums<double> b,
+                                            double inverse_temperature) {
+  if (a.f == 0) return b;
+  if (b.f == 0) return a;
+  DivergenceSums<double> both;
+  both.max_z = a.max_z < b.max_z ? b.max_z : a.max_z;
+  both.max_r = a.e == 0 || (a.max_r < b.max_r && b.e != 0) ? b.max_r : a.max_r;
+  raise(a, (both.max_z - a.max_z) * inverse_temperature, (both.max_r - a.max_r) * inverse_temperature);
+  raise(b, (both.max_z - b.max_z) * inverse_temperature, (both.max_r - b.max_r) * inverse_temperature);
+  both.e = a.e + b.e;
+  both.f = a.f + b.f;
+  both.ed = a.ed + b.ed;
+  both.eg = a.eg + b.eg;
+  both.fd = a.fd + b.fd;
+  both.fg = a.fg + b.fg;
+  return both;
+}
+
+OBJKERN_INLINE Divergence<double> divergence(const DivergenceSums<double>& s, double inverse_temperature) {
+  const double forward = s.eg / s.e, reverse = s.fg / s.f, x = forward - s.ed / s.e, y = reverse + s.fd / s.f;
+  Divergence<double> found;
+  found.max_z = s.max_z;
+  found.max_r = s.max_r;
+  found.to_p = inverse_temperature / s.f;
+  found.to_q = inverse_temperature / s.e;
+  found.log_ratio = std::log1p(y);
+  found.forward = forward + (std::log1p(x) - x);
+  found.reverse = s.fd == -std::numeric_limits<double>::infinity() ? -s.fd : reverse + (std::log1p(y) - y);
+  return found;
+}
+
+}  // namespace OBJKERN_VARIANT
+}  // namespace objkern

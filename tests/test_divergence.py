@@ -1,0 +1,326 @@
+"""Divergence from a reference: its digits, its gradient, everything that stands beside it, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import objkern
+from objkern import CrossEntropy, Entropy, KLDivergence, ZLoss, custom
+
+from .conftest import DTYPES, assert_within_budget
+
+DIRECTIONS = ["forward", "reverse"]
+
+
+def eager(z: Tensor, r: Tensor, direction: str = "forward", temperature: float = 1.0) -> Tensor:
+    log_p, log_q = (z / temperature).log_softmax(-1), (r / temperature).log_softmax(-1)
+    a, b = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    return temperature**2 * (a.exp() * (a - b)).sum(-1)
+
+
+def pair(rows: int, classes: int, dtype: torch.dtype, apart: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z = 3.0 * torch.randn(rows, classes, dtype=torch.float64, generator=generator)
+    return z.to(dtype), (z + apart * torch.randn(rows, classes, dtype=torch.float64, generator=generator)).to(dtype)
+
+
+def value_and_gradient(run, z: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = z.detach().clone().requires_grad_()
+    loss = run(x)
+    loss.backward(
+        torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view_as(loss) if upstream is None else upstream
+    )
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.05])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("classes", [1, 2, 9, 100, 1003, 20001])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(
+    dtype: torch.dtype, direction: str, classes: int, temperature: float, apart: float
+) -> None:
+    z, r = pair(7, classes, dtype, apart)
+    term = KLDivergence(direction, temperature)
+    ours = value_and_gradient(lambda x: term(x, reference=r, reduction="none"), z)
+    native = value_and_gradient(lambda x: eager(x, r, direction, temperature), z)
+    truth = value_and_gradient(lambda x: eager(x, r.double(), direction, temperature), z.double())
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ours[1].dtype == dtype
+    for a, b, c, what in zip(ours, native, truth, ("value", "gradient"), strict=True):
+        if dtype == torch.float64:  # the truth has digits of its own to lose
+            torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-13)
+        else:
+            assert_within_budget(a, b, c, dtype, what)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_small_divergence_keeps_its_digits(backend: str, direction: str, offset: float) -> None:
+    """Where the difference of two sums in float32 has none: eager torch is off by 10 % and more here."""
+    z, r = pair(16, 5000, torch.float32, 1e-3)
+    z, r = z + offset, r + offset
+    exact = eager(z.double(), r.double(), direction)
+    assert (exact < 2e-6).all()
+    found = KLDivergence(direction)(z, reference=r, reduction="none", backend=backend)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3 if offset == 0 else 0.2, atol=0.0)
+    if offset == 0 and backend == "auto":
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0.0)
+        assert ((eager(z, r, direction).double() / exact - 1).abs() > 0.01).any()
+
+
+def test_the_same_logits_diverge_by_nothing_at_all() -> None:
+    z, _ = pair(3, 50, torch.float32, 0.0)
+    for direction in DIRECTIONS:
+        loss, gradient = value_and_gradient(lambda x, d=direction: KLDivergence(d)(x, reference=z), z)
+        assert loss == 0
+        assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("classes", [7, 1003])
+def test_beside_every_other_kind_of_term(classes: int, gradient: str) -> None:
+    z, r = pair(9, classes, torch.float32, 1.0)
+    y = torch.arange(9) % classes
+    y[4] = -100
+    r[4] = torch.nan  # of an ignored row nothing is read
+    z[0, 3 % classes] = -torch.inf  # excluded from both
+    y[0] = 0
+    objective = CrossEntropy(label_smoothing=0.1) + 0.3 * KLDivergence() - 0.1 * Entropy() + 0.01 * ZLoss()
+    objective = objective + objkern.MaxZLoss() + 0.2 * KLDivergence("reverse")
+    options = {"reference": r, "softcap": 30.0, "logit_scale": 0.7, "gradient": gradient}
+    found = value_and_gradient(lambda x: objective(x, y, **options), z)
+    exact = value_and_gradient(lambda x: objective(x, y, **options, backend="reference"), z.double())
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    assert not found[1][4].any()
+    assert found[1][0, 3 % classes] == 0
+    _, parts = objective(z, y, **options, return_parts=True)
+    assert {"kl_divergence", "kl_divergence_2"} <= set(parts)
+    kept = y != -100
+    z64 = (30.0 * torch.tanh(z.double() * 0.7 / 30.0)).masked_fill(z == -torch.inf, -1e9)[kept]
+    torch.testing.assert_close(
+        parts["kl_divergence"].double(), eager(z64, r[kept].masked_fill((z == -torch.inf)[kept], -1e9).double()).mean(),
+        rtol=1e-5, atol=0.0,
+    )  # fmt: skip
+
+
+def test_what_the_reference_excludes() -> None:
+    z, r = pair(3, 20, torch.float32, 1.0)
+    r[:, 5] = -torch.inf
+    loss, gradient = value_and_gradient(lambda x: KLDivergence()(x, reference=r, reduction="none"), z)
+    exact = value_and_gradient(lambda x: eager(x, r.double().clamp(min=-1e6)), z.double())
+    torch.testing.assert_close(loss.double(), exact[0])
+    torch.testing.assert_close(gradient.double(), exact[1], rtol=1e-5, atol=1e-7)
+    assert (KLDivergence("reverse")(z, reference=r, reduction="none") == torch.inf).all()
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_reference_of_another_dtype_or_layout(other: torch.dtype) -> None:
+    z, r = pair(4, 33, torch.bfloat16, 1.0)
+    exact = KLDivergence()(z, reference=r)
+    torch.testing.assert_close(KLDivergence()(z, reference=r.to(other)), exact)
+    images, beside = z.t().reshape(1, 33, 4), r.t().reshape(1, 33, 4)
+    torch.testing.assert_close(KLDivergence()(images, reference=beside, class_dim=1), exact)
+    torch.testing.assert_close(KLDivergence()(z.view(2, 2, 33), reference=r.view(2, 2, 33)), exact)
+
+
+# ---- the linear path --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heads() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    y = torch.randint(57, (3, 5), generator=generator)
+    y[1, 2] = -100
+    return {
+        "h": make(3, 5, 8),
+        "w": make(57, 8),
+        "b": make(57),
+        "h2": make(3, 5, 6),
+        "w2": make(57, 6),
+        "b2": make(57),
+        "y": y,
+    }
+
+
+OBJECTIVES = {
+    "forward": CrossEntropy() + 0.5 * KLDivergence("forward", 2.0),
+    "both": KLDivergence("forward", 2.0) + KLDivergence("reverse", 2.0) + 0.01 * objkern.MaxZLoss(),
+    "custom": CrossEntropy() + custom(lambda s: s.forward_kl * s.lse, needs=("forward_kl",)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 0.8}], ids=["plain", "cap"])
+@pytest.mark.parametrize("given", ["logits", "head", "head and bias"])
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_linear_path(name: str, mode: str, given: str, options: dict, heads: dict[str, Tensor]) -> None:
+    if name == "custom":
+        mode = "auto"
+    objective = OBJECTIVES[name]
+    bias = heads["b2"] if given == "head and bias" else None
+    r = F.linear(heads["h2"], heads["w2"], bias)
+    if given != "logits" and options:  # a head's logits go through scale and cap as those beside them
+        r = 5.0 * torch.tanh(0.8 * r / 5.0)
+    reference = r if given == "logits" else (heads["h2"], heads["w2"], *([bias] if bias is not None else []))
+    found, exact = [], []
+    for results, dtype in ((found, torch.float32), (exact, torch.float64)):
+        h, w, b = (heads[k].to(dtype, copy=True).requires_grad_() for k in ("h", "w", "b"))
+        if dtype == torch.float32:
+            loss = objective.linear(h, w, heads["y"], b, reference=reference, mode=mode, chunk_rows=4, **options)
+        else:
+            loss = objective(F.linear(h, w, b), heads["y"], reference=r.double(), backend="reference", **options)
+        loss.backward()
+        results += [loss.detach(), h.grad, w.grad, b.grad]
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+
+
+def test_the_linear_path_in_bfloat16(heads: dict[str, Tensor]) -> None:
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in heads.items()}
+    loss = KLDivergence().linear(half["h"], half["w"], half["y"], reference=(half["h2"], half["w2"]))
+    exact = KLDivergence()(
+        F.linear(half["h"].double(), half["w"].double()), half["y"],
+        reference=F.linear(half["h2"].double(), half["w2"].double()),
+    )  # fmt: skip
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
+
+
+def test_statistics(heads: dict[str, Tensor]) -> None:
+    z, r = F.linear(heads["h"], heads["w"]), F.linear(heads["h2"], heads["w2"])
+    direct = objkern.row_statistics(z, heads["y"], reference=r, temperature=2.0)
+    linear = objkern.linear_row_statistics(
+        heads["h"], heads["w"], heads["y"], reference=(heads["h2"], heads["w2"]), temperature=2.0
+    )
+    kept = heads["y"] != -100
+    for s in (direct, linear):
+        torch.testing.assert_close(s.forward_kl[kept], eager(z, r, "forward", 2.0)[kept] / 4, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(s.reverse_kl[kept], eager(z, r, "reverse", 2.0)[kept] / 4, rtol=1e-5, atol=1e-6)
+        assert s.forward_kl[1, 2] == 0
+    assert objkern.row_statistics(z).forward_kl is None
+    assert objkern.linear_row_statistics(heads["h"], heads["w"]).reverse_kl is None
+
+
+# ---- derivatives ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_gradient_to_the_reference(direction: str, heads: dict[str, Tensor]) -> None:
+    z, r = pair(4, 11, torch.float64, 1.0)
+    r.requires_grad_()
+    ours = torch.autograd.grad(KLDivergence(direction, 2.0)(z.requires_grad_(), reference=r), (z, r))
+    exact = torch.autograd.grad(eager(z, r, direction, 2.0).mean(), (z, r))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = [heads[k].double().requires_grad_() for k in ("h", "w", "h2", "w2")]
+    h, w, h2, w2 = leaves
+    ours = torch.autograd.grad(KLDivergence(direction).linear(h, w, reference=(h2, w2), softcap=9.0), leaves)
+    cap = lambda x: 9.0 * torch.tanh(x / 9.0)  # noqa: E731
+    exact = torch.autograd.grad(eager(cap(F.linear(h, w)), cap(F.linear(h2, w2)), direction).mean(), leaves)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_derivatives_of_any_order(direction: str) -> None:
+    z, r = pair(3, 6, torch.float64, 0.7)
+    term = KLDivergence(direction, 1.5)
+    run = lambda x, b: term(x, reference=b, reduction="none")  # noqa: E731
+    assert torch.autograd.gradcheck(run, (z.requires_grad_(), r.requires_grad_()))
+    assert torch.autograd.gradgradcheck(run, (z, r))
+
+
+def test_opcheck_and_compile() -> None:
+    z, r = pair(5, 12, torch.float32, 1.0)
+    y = torch.arange(5)
+    terms = [10.0, 1.5, 1.0, 11.0, 1.5, 0.5, 0.0, 0.0, 1.0]
+    options = {"reference": r, "temperature": 1.5}
+    torch.library.opcheck(torch.ops.objkern.objective, (terms, 1, z.requires_grad_(), y), options)
+    torch.library.opcheck(torch.ops.objkern.statistics, (z, y), options)
+    objective = CrossEntropy() + 0.5 * KLDivergence("forward", 1.5)
+    run = lambda x, b: objective(x, y, reference=b)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True)
+    for a, b in (
+        (run(z, r), compiled(z, r)),
+        (torch.autograd.grad(run(z, r), z), torch.autograd.grad(compiled(z, r), z)),
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_coefficient_that_changes_in_place() -> None:
+    z, r = pair(5, 12, torch.float32, 1.0)
+    warm = torch.tensor(0.0)
+    objective = ZLoss() + warm * KLDivergence()
+    before = objective(z, reference=r)
+    warm.fill_(0.5)
+    torch.testing.assert_close(objective(z, reference=r) - before, 0.5 * eager(z, r).mean())
+
+
+# ---- names and refusals -----------------------------------------------------------------------------------------------
+
+
+def test_formulas() -> None:
+    objective = CrossEntropy() + 0.5 * KLDivergence("reverse", temperature=2.0) - 0.1 * KLDivergence(temperature=2)
+    text = repr(objective)
+    assert text == (
+        "CrossEntropy() + 0.5*KLDivergence('reverse', temperature=2.0) - 0.1*KLDivergence('forward', temperature=2.0)"
+    )
+    z, r = pair(5, 12, torch.float32, 1.0)
+    y = torch.arange(5)
+    for other in (objkern.parse(text), pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective)):
+        assert repr(other) == text
+        assert torch.equal(other(z, y, reference=r), objective(z, y, reference=r))
+
+
+def test_refusals(heads: dict[str, Tensor]) -> None:
+    z, r = pair(5, 12, torch.float32, 1.0)
+    y = torch.arange(5)
+    for wrong, error, message in (
+        (lambda: KLDivergence()(z), ValueError, r"reference: KLDivergence\('forward'\) needs one but got None"),
+        (lambda: KLDivergence()(z, y), ValueError, "reference: .*needs one"),
+        (lambda: CrossEntropy()(z, y, reference=r), ValueError, "reference: no term reads it"),
+        (lambda: KLDivergence()(z, reference=r[:, :5]), ValueError, r"reference: expected logits of shape \(5, 12\)"),
+        (lambda: KLDivergence()(z, reference=r.long()), TypeError, "reference: expected floating-point logits"),
+        (lambda: KLDivergence()(z, reference=(r, r)), TypeError, "reference: expected floating-point logits"),
+        (lambda: KLDivergence()(z, reference=r.to("meta")), ValueError, "reference: expected a tensor on cpu"),
+        (lambda: KLDivergence("sideways"), ValueError, 'direction: expected "forward" or "reverse"'),
+        (lambda: KLDivergence(temperature=0), ValueError, "temperature: expected a number > 0"),
+        (lambda: KLDivergence(temperature=-1.0), ValueError, "temperature: expected a number"),
+        (lambda: (KLDivergence() + KLDivergence("reverse", 2.0))(z, reference=r), ValueError, "share one"),
+        (lambda: custom(lambda s: s.forward_kl, needs=("forward_kl",))(z), ValueError, "reference: .*needs one"),
+        (lambda: custom(lambda s: s.forward_kl * 2)(z), ValueError, "target or reference: .*None without"),
+        (lambda: KLDivergence().linear(heads["h"], heads["w"], reference=5), TypeError, "reference: expected logits, or"),
+        (lambda: KLDivergence().linear(heads["h"], heads["w"], reference=(heads["h2"], heads["w"])), ValueError,
+         r"reference: weight: expected shape \(57, 6\)"),
+        (lambda: KLDivergence().linear(heads["h"], heads["w"], reference=(heads["h2"][0], heads["w2"])), ValueError,
+         "reference: hidden: expected shape"),
+        (lambda: objkern.BernoulliEntropy()(z, reference=r), ValueError, "reference: has no meaning"),
+        (lambda: objkern.row_statistics(z, reference=r, temperature=0.0), ValueError, "temperature"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            wrong()
+
+
+def test_the_inputs_are_not_written_and_results_repeat() -> None:
+    z, r = pair(300, 1003, torch.bfloat16, 1.0)
+    before = z.clone(), r.clone()
+
+    def both(gradient: str) -> tuple[Tensor, Tensor]:
+        return value_and_gradient(lambda x: KLDivergence()(x, reference=r, gradient=gradient), z)
+
+    found, again = ([both(gradient) for gradient in ("forward", "backward")] for _ in range(2))
+    assert torch.equal(z, before[0])
+    assert torch.equal(r, before[1])
+    for one, other in zip(found, again, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
