@@ -133,7 +133,8 @@ void run_objective(Stack* stack, To to) {
   rows.free_statistics = in.with_parts;
   if (with_gradient) gradient = call.gradient(in, gradient);
   const cuda::Program program = call.program(in);
-  const cuda::Plan plan = cuda::plan(rows, with_gradient);
+  const int numbers = in.with_parts ? 1 + program.size + kFreeStatistics : 1;
+  const cuda::Plan plan = cuda::plan(rows, call.logit_scale, with_gradient, numbers);
 
   const int64_t n = rows.rows, parts_size = in.with_parts ? program.size + kFreeStatistics : 0;
   const auto options = call.options();
@@ -221,7 +222,7 @@ void statistics(const c10::OperatorHandle&, Stack* stack) {
   const auto options = call.options().dtype(at::kDouble);
   const Tensor centred = at::empty({kCentred, rows.rows}, options), out = at::empty({kStatistics, rows.rows}, options);
   const Tensor divergence = call.divergence();
-  check(cuda::statistics(rows, call.logit_scale, cuda::plan(rows, false),
+  check(cuda::statistics(rows, call.logit_scale, cuda::plan(rows, call.logit_scale, false, 0),
                          divergence.defined() ? divergence.const_data_ptr() : nullptr,
                          centred.mutable_data_ptr<double>(), out.mutable_data_ptr<double>(), call.stream));
   torch::jit::push(*stack, out, centred);

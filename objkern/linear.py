@@ -914,8 +914,10 @@ def _coefficient_gradient(arguments: list[Any], parts: Tensor, upstream: Tensor)
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · upstream, in place where nobody else can see it."""
-    if gradient.dtype != dtype or type(gradient) is not Tensor or _stands_for_others(gradient, upstream):
+    if type(gradient) is not Tensor or _stands_for_others(gradient, upstream):
         return (gradient * upstream).to(dtype)
+    if gradient.dtype != dtype:  # in one pass, without the wide product between
+        return torch.mul(gradient, upstream, out=gradient.new_empty(gradient.shape, dtype=dtype))
     if upstream.is_cpu and float(upstream) == 1.0:
         return gradient
     return gradient.mul_(upstream)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import objkern
-from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, Unlikelihood, ZLoss
+from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, Unlikelihood, ZLoss
 
 EVERY_TERM = objkern.parse(
     "CrossEntropy(label_smoothing=0.1) + 0.5*ZLoss() + 0.3*MaxZLoss() - 0.7*Entropy() + Focal(gamma=2.0) + "
     "Poly1(epsilon=1.0) + GeneralizedCrossEntropy(q=0.7) + 0.2*Unlikelihood() + Margin(m=0.35) + 0.9*LogitL2()"
 )
+BESIDE = CrossEntropy() + KLDivergence("forward", 2.0) + KLDivergence("reverse", 2.0)
 OBJECTIVES = [CrossEntropy(), CrossEntropy() - 0.1 * Entropy() + LogitL2(), EVERY_TERM]
 CLASSES = [2, 9, 33, 130, 1003, 4099, 20011]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
@@ -43,6 +44,11 @@ def sizes(device: str, backend: str, quick: bool) -> int:
                     both(objective(x, y, gradient=mode, backend=backend), x)
                 both(objective(x, y, reduction="none", backend=backend), x)
                 calls += 3
+            for beside in (x.detach() * 0.9, x.detach().float()):
+                for mode in ("backward", "forward"):
+                    both(BESIDE(x, y, reference=beside, gradient=mode, backend=backend), x)
+                both(objkern.row_statistics(x, y, reference=beside, backend=backend).forward_kl, x)
+                calls += 3
     return calls
 
 
@@ -55,7 +61,7 @@ def options(device: str, backend: str) -> int:
     both(CrossEntropy(label_smoothing=0.1)(x, dense, backend=backend), x)
     both((ZLoss() + MaxZLoss() - Entropy())(x, backend=backend), x)
     both(EVERY_TERM(x, y, return_parts=True, normalizer=torch.tensor(7.0, device=device), backend=backend)[0], x)
-    both(torch.stack(objkern.row_statistics(x, y, backend=backend)).sum(), x)
+    both(torch.stack(objkern.row_statistics(x, y, backend=backend)[:10]).sum(), x)
     if device != "cpu":
         y[3:7] = torch.tensor([-1, 1003, 2**40, -(2**63)], device=device)
         both(EVERY_TERM(x, y, backend=backend), x)

@@ -18,7 +18,7 @@ from .step import Entry, Step, main
 
 BACKENDS = ("cuda", "triton", "reference")
 ALONE = ("test_large.py",)  # want the device's memory to themselves
-FIRST = ("test_precision.py", "test_backends.py", "test_streams.py")  # the longest, so that nobody waits for them
+FIRST = ("test_compile.py", "test_precision.py", "test_autograd.py", "test_demo.py")  # the longest, so that nobody waits for them
 OUTCOME = re.compile(r"^(?:tests/gpu/)?(\w+\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE)
 STARTED = re.compile(r"^(?:tests/gpu/)?(\w+\.py::test_\w+)(\[.*\])?")
 REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/gpu/)?(\S+\.py::.+?) - (.*)$", re.MULTILINE)
@@ -87,7 +87,7 @@ def run(step: Step) -> int:
         step.record(entry)
         return entry["exit"] not in (0, 5)
 
-    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 2) // 2))) as executor:
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as executor:
         failed += sum(executor.map(go, [job for job in jobs if job[0] not in ALONE]))
     failed += sum(go(job) for job in jobs if job[0] in ALONE)
     return min(failed, 100)

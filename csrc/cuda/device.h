@@ -42,6 +42,10 @@ struct Limits {
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #define OBJKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define OBJKERN_ARGUMENT const __grid_constant__  // of a kernel: stays where it is, even if indexed
 #define OBJKERN_DEVICE __device__ __forceinline__
@@ -219,6 +223,26 @@ OBJKERN_DEVICE uint32_t shifted_bytes(uint32_t low, uint32_t high, int bytes) {
 
 // ---- launches (host) ------------------------------------------------------------------------------------------------
 
+struct LaunchOptions {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  LaunchOptions(const Grid& grid, void* stream) {
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    if (grid.cluster > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+  }
+  LaunchOptions(const LaunchOptions&) = delete;  // it points into itself
+};
+
 template <class Call>
 int launch(void (*kernel)(Call), const Grid& grid, void* stream, const Call& call) {
   if (grid.shared_bytes > 48 * 1024) {
@@ -227,21 +251,9 @@ int launch(void (*kernel)(Call), const Grid& grid, void* stream, const Call& cal
                              static_cast<int>(grid.shared_bytes));
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
-  if (grid.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
+  LaunchOptions options(grid, stream);
   void* arguments[] = {const_cast<Call*>(&call)};
-  const cudaError_t status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  const cudaError_t status = cudaLaunchKernelExC(&options.config, reinterpret_cast<const void*>(kernel), arguments);
   return status;
 }
 
@@ -254,19 +266,56 @@ inline int count_devices(int& count) {
   return status;
 }
 
-// Of the current device.
+// Blocks, or clusters of them, that the current device holds at once. Asked once for each kernel and shape of block.
+template <class Call>
+int held_at_once(void (*kernel)(Call), const Grid& grid, int64_t& held) {
+  int device = 0, multiprocessors = 0, found = 0;
+  int status = cudaGetDevice(&device);
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, int64_t>, int64_t> known;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& entry = known[{device, function, grid.threads, grid.cluster, grid.shared_bytes}];
+  if (entry == 0 && status == cudaSuccess) {
+    if (grid.shared_bytes > 48 * 1024)
+      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(grid.shared_bytes));
+    if (status != cudaSuccess) return status;
+    if (grid.cluster > 1) {
+      LaunchOptions options(grid, nullptr);
+      status = cudaOccupancyMaxActiveClusters(&found, function, &options.config);
+      multiprocessors = 1;
+    } else {
+      status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, function, grid.threads,
+                                                             static_cast<size_t>(grid.shared_bytes));
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    entry = int64_t{found} * multiprocessors;
+  }
+  held = entry;
+  return status;
+}
+
+// Of the current device, which is asked once.
 inline int read_limits(Limits& limits) {
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
+  static std::mutex mutex;
+  static std::map<int, Limits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Limits& found = known[device];
   const auto read = [&](cudaDeviceAttr attribute) {
     int value = 0;
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, device);
     return value;
   };
-  limits.multiprocessors = read(cudaDevAttrMultiProcessorCount);
-  limits.shared_of_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  limits.shared_of_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  limits.clusters = read(cudaDevAttrComputeCapabilityMajor) >= 9;
+  if (found.multiprocessors == 0) {
+    found.shared_of_multiprocessor = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    found.shared_of_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    found.clusters = read(cudaDevAttrComputeCapabilityMajor) >= 9;
+    found.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+  }
+  limits = found;
   return status;
 }
 

@@ -56,6 +56,13 @@ Variant variant(const Rows& rows, const Scalar& logit_scale) {
   return identity ? static_cast<Variant>(depth) : Variant::kTransformed;
 }
 
+RowKernel row_kernel(const Rows& rows, const Scalar& logit_scale, const Plan& plan, bool writes) {
+  const Table& kernels = table(rows);
+  const int v = static_cast<int>(variant(rows, logit_scale));
+  if (plan.lanes != 0) return kernels.lanes[v][writes ? 1 : 0];
+  return kernels.clusters[v][!writes ? 0 : plan.resident ? 2 : 1];
+}
+
 int fields(const Rows& rows) {
   return row_gradient_fields(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr);
 }
@@ -78,7 +85,8 @@ int64_t tile_bytes(const Rows& rows, int cluster) {
 
 int64_t teams_of(const Rows& rows, const Plan& plan) {
   const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
-  return std::clamp<int64_t>((rows.rows + slots - 1) / slots, 1, kMostRowTeams);
+  const int64_t most = plan.teams == 0 ? kMostRowTeams : std::min<int64_t>(plan.teams, kMostRowTeams);
+  return std::clamp<int64_t>((rows.rows + slots - 1) / slots, 1, most);
 }
 
 RowCall call_of(const Rows& rows, const Scalar& logit_scale, const Plan& plan) {
@@ -134,13 +142,15 @@ void force_plan(const Plan* plan) {
   forced() = plan == nullptr ? std::nullopt : std::optional<Plan>(*plan);
 }
 
-Plan plan(const Rows& rows, bool with_gradient) {
+namespace {
+
+Plan spread(const Rows& rows, bool with_gradient) {
+  Plan found;
   if (forced().has_value()) {
-    Plan found = *forced();
+    found = *forced();
     found.resident = found.resident && with_gradient && found.lanes == 0;
     return found;
   }
-  Plan found;
   if (rows.classes <= kMostLaneClasses && !(with_gradient && rows.gradient_dtype != rows.dtype)) {
     found.lanes = lanes_for(rows.classes);
     return found;
@@ -166,6 +176,17 @@ Plan plan(const Rows& rows, bool with_gradient) {
     }
   }
   found.cluster = grow(1);
+  return found;
+}
+
+}  // namespace
+
+Plan plan(const Rows& rows, const Scalar& logit_scale, bool with_gradient, int numbers) {
+  Plan found = spread(rows, with_gradient);
+  Limits limits;
+  if (read_limits(limits) != kOk || (found.cluster > 1 && !limits.clusters)) return found;  // the launch will say
+  const RowKernel kernel = row_kernel(rows, logit_scale, found, with_gradient);
+  if (held_at_once(kernel, grid_of(rows, found, 1, numbers), found.teams) != kOk) found.teams = 0;
   return found;
 }
 
@@ -196,14 +217,8 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
   } else if (rows.rows == 0) {
     return kOk;
   }
-  const int v = static_cast<int>(variant(rows, logit_scale));
-  const bool writes = results.gradient != nullptr;
-  const Grid grid = grid_of(rows, plan, call.teams, quantities(program));
-  const RowKernel kernel = plan.lanes != 0 ? kernels.lanes[v][writes ? 1 : 0]
-                                           : kernels.clusters[v][!writes         ? 0
-                                                                 : plan.resident ? 2
-                                                                                 : 1];
-  return run(kernel, grid, stream, call);
+  return run(row_kernel(rows, logit_scale, plan, results.gradient != nullptr),
+             grid_of(rows, plan, call.teams, quantities(program)), stream, call);
 }
 
 Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence, double* centred,

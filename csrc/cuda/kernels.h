@@ -57,6 +57,7 @@ struct Plan {
   int cluster = 1;        // blocks that share a row
   bool resident = false;  // the row's tile stays in shared memory between the two passes
   int lanes = 0;          // lanes that share a row, several rows a block; 0: whole blocks
+  int64_t teams = 0;      // clusters, or blocks of several rows, that the device holds at once; 0: whatever there is
 };
 
 // What is there at all. A null reason means that the kernels run on the device.
@@ -67,7 +68,8 @@ struct Support {
 Support support();
 const char* why_not(int device);
 
-Plan plan(const Rows& rows, bool with_gradient);  // for the current device
+// For the current device. `numbers`: how many a block sums.
+Plan plan(const Rows& rows, const Scalar& logit_scale, bool with_gradient, int numbers);
 void force_plan(const Plan* plan);                // from now on, for measurements and tests; null: no longer
 int64_t workspace_bytes(const Rows& rows, const Program& program, const Plan& plan);
 

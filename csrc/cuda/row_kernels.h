@@ -79,6 +79,9 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
       continue;
     }
 
+    // On its way while the others are: nobody waits for it alone.
+    const T own = thread == 0 && label.column >= 0 ? x[label.column] : T{};
+
     // The tile's elements stand where the row's do modulo 16 bytes, column `begin` among the first of them.
     const T* source = x;
     if constexpr (kPass == Pass::kResident) {
@@ -109,7 +112,7 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
         others = *in_block(&shared.of_block, 0);
         for (int r = 1; r < ranks; ++r) others.merge(*in_block(&shared.of_block, r));
       }
-      const A z = label.column < 0 ? A(-kInfinity) : transform(widen(x[label.column]));
+      const A z = label.column < 0 ? A(-kInfinity) : transform(widen(own));
       const A weight = label_weight<A>(rows, label);
       Centred<A> c = centred(rows, others, label.column, z, weight);
       load_divergence<kDepth>(call, row, c);
