@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,13 @@ from objkern import (
     BinaryCrossEntropy,
     CrossEntropy,
     Entropy,
+    Focal,
     Huber,
+    KLDivergence,
     LogitL2,
     MeanSquaredError,
     Objective,
+    Poly1,
     ZLoss,
 )
 
@@ -30,7 +34,7 @@ class Workload:
     """One objective, as objkern and as eager torch compute it."""
 
     name: str
-    objective: Objective
+    objective: Objective | Beside
     eager: Loss
 
     def __str__(self) -> str:
@@ -56,6 +60,18 @@ REGULARIZED = Workload(
     CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy() + 1e-3 * LogitL2(),
     eager_regularized,
 )
+SIX = Workload(
+    "six terms", REGULARIZED.objective + 0.1 * Focal(gamma=2.0) + 0.1 * Poly1(epsilon=1.0),
+    lambda logits, target: eager_regularized(logits, target) + eager_focal_and_poly(logits, target),
+)  # fmt: skip
+
+
+def eager_focal_and_poly(logits: Tensor, target: Tensor) -> Tensor:
+    nll = F.cross_entropy(logits, target, reduction="none")
+    p = (-nll).exp()
+    return 0.1 * ((1 - p).square() * nll).mean() + 0.1 * (nll + 1 - p).mean()
+
+
 WORKLOADS = {workload.name: workload for workload in (PLAIN, REGULARIZED)}
 
 
@@ -78,6 +94,24 @@ ELEMENTWISE = [
     Workload("squares", MeanSquaredError(), F.mse_loss),
     Workload("squares, penalties", MeanSquaredError() + 0.1 * Huber() + 1e-4 * LogitL2(), eager_squares),
 ]  # fmt: skip
+
+
+class Beside:
+    """A divergence as a function of two logits, the second those of a reference."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, z: Tensor, r: Tensor, **options: Any) -> Tensor:
+        return self.objective(z, reference=r, **options)
+
+
+def eager_divergence(z: Tensor, r: Tensor) -> Tensor:
+    """As in most distillation scripts."""
+    return 4.0 * F.kl_div((z / 2.0).log_softmax(-1), (r / 2.0).softmax(-1), reduction="batchmean")
+
+
+DIVERGENCE = Workload("divergence", Beside(KLDivergence(temperature=2.0)), eager_divergence)
 
 
 @dataclass(frozen=True)

@@ -37,25 +37,26 @@ struct DivergenceSums {
   R fd = R(0), fg = R(0);  // Σ f d, Σ f g(d)
 };
 
+// 1 − d/k (1 − d/(k+1) (...)), as far as 1/kLast.
+template <int k, int kLast, class R>
+OBJKERN_INLINE R nested(R d) {
+  if constexpr (k == kLast) return R(1) - d * R(1.0 / k);
+  return R(1) - d * R(1.0 / k) * nested<k + (k < kLast), kLast>(d);
+}
+
 // g(−d) for |d| < 1/2 by its series, as long as terms matter; as a plain formula it would be all cancellation.
-template <class R>
-OBJKERN_INLINE R g_of_minus(R d, bool doubles) {
-  R sum(0);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-  for (int k = 14; k >= 2; --k)
-    if (doubles || k <= 8) sum = R(1) - sum * d * R(1.0 / (k + 1));
-  return d * d * R(0.5) * sum;
+template <bool kDouble, class R>
+OBJKERN_INLINE R g_of_minus(R d) {
+  return d * d * R(0.5) * nested<3, kDouble ? 14 : 8>(d);
 }
 
 // One class more.
-template <class R>
-OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d, bool doubles) {
+template <bool kDouble, class R>
+OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d) {
   using L = Lane<R>;
   const R ed = weighted(e, d), fd = weighted(f, d);
   const auto small = L::less(L::abs(d), R(0.5));
-  const R series = e * g_of_minus(L::select(small, d, R(0)), doubles);
+  const R series = e * g_of_minus<kDouble>(L::select(small, d, R(0)));
   const R eg = L::select(small, series, f - e + ed);
   s.e = s.e + e;
   s.f = s.f + f;
@@ -66,21 +67,32 @@ OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d, bool doubles)
 }
 
 // To maxima that are larger by `up_z` and `up_r`, both over T: with s = up_z − up_r, d becomes d + s and
-// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d.
-OBJKERN_INLINE void raise(DivergenceSums<double>& sums, double up_z, double up_r) {
-  const bool some_r = !(sums.e == 0);
-  const double less_z = std::exp(-up_z), less_r = some_r ? std::exp(-up_r) : 0, s = some_r ? up_z - up_r : 0;
-  const bool small = std::fabs(s) < 0.5;
-  const double change = small ? less_r * std::expm1(-s) : less_z - less_r;  // exp(−up_z) − exp(−up_r)
-  const double g_e = small ? less_r * g_of_minus(s, true) : change + less_r * s;
-  const double g_f = small ? less_z * g_of_minus(-s, true) : -change - less_z * s;
-  sums.eg = less_z * sums.eg + (some_r ? g_e * sums.e - change * sums.ed : 0);
-  if (some_r) sums.fg = less_r * sums.fg + g_f * sums.f - change * sums.fd;
-  sums.ed = less_r * (sums.ed + s * sums.e);
-  sums.fd = weighted(less_z, sums.fd + s * sums.f);
-  sums.e *= less_r;
-  sums.f *= less_z;
-}
+// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d. An infinite `up_r`: r has excluded every class so far.
+struct Raise {
+  double less_z, less_r, s, change, g_e, g_f;  // change: exp(−up_z) − exp(−up_r)
+
+  OBJKERN_INLINE Raise(double up_z, double up_r) : less_z(std::exp(-up_z)), less_r(0), s(0), change(0), g_e(0), g_f(0) {
+    if (up_r == std::numeric_limits<double>::infinity()) return;
+    less_r = std::exp(-up_r);
+    s = up_z - up_r;
+    const bool small = std::fabs(s) < 0.5;
+    change = small ? less_r * std::expm1(-s) : less_z - less_r;
+    g_e = small ? less_r * g_of_minus<true>(s) : change + less_r * s;
+    g_f = small ? less_z * g_of_minus<true>(-s) : -change - less_z * s;
+  }
+
+  // A: the type of a number of R.
+  template <class A, class R>
+  OBJKERN_INLINE void apply(DivergenceSums<R>& sums) const {
+    const auto r = [](double number) { return R(static_cast<A>(number)); };
+    sums.eg = r(less_z) * sums.eg + r(g_e) * sums.e - r(change) * sums.ed;
+    sums.fg = r(less_r) * sums.fg + r(g_f) * sums.f - weighted(r(change), sums.fd);
+    sums.ed = r(less_r) * (sums.ed + r(s) * sums.e);
+    sums.fd = weighted(r(less_z), sums.fd + r(s) * sums.f);
+    sums.e = r(less_r) * sums.e;
+    sums.f = r(less_z) * sums.f;
+  }
+};
 
 OBJKERN_INLINE DivergenceSums<double> merge(DivergenceSums<double> a, DivergenceSums<double> b,
                                             double inverse_temperature) {
@@ -89,8 +101,11 @@ OBJKERN_INLINE DivergenceSums<double> merge(DivergenceSums<double> a, Divergence
   DivergenceSums<double> both;
   both.max_z = a.max_z < b.max_z ? b.max_z : a.max_z;
   both.max_r = a.e == 0 || (a.max_r < b.max_r && b.e != 0) ? b.max_r : a.max_r;
-  raise(a, (both.max_z - a.max_z) * inverse_temperature, (both.max_r - a.max_r) * inverse_temperature);
-  raise(b, (both.max_z - b.max_z) * inverse_temperature, (both.max_r - b.max_r) * inverse_temperature);
+  for (int i = 0; i < 2; ++i) {
+    DivergenceSums<double>& part = i == 0 ? a : b;
+    const double up_r = part.e == 0 ? std::numeric_limits<double>::infinity() : both.max_r - part.max_r;
+    Raise((both.max_z - part.max_z) * inverse_temperature, up_r * inverse_temperature).apply<double>(part);
+  }
   both.e = a.e + b.e;
   both.f = a.f + b.f;
   both.ed = a.ed + b.ed;

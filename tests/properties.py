@@ -54,6 +54,7 @@ class Case:
     excluded: float = 0.0  # share of the logits
     layout: str = "contiguous"
     linear: str | None = None  # a mode, for the path from hidden states
+    temperature: float = 1.0  # of the divergences
 
     @property
     def objective(self) -> objkern.Objective:
@@ -75,9 +76,14 @@ def cases(draw: Any, most_rows: int = 9, most_classes: int = 150, linear: bool =
     if classes == 1:  # a sole class has probability 1: some formulas are infinite, others 0 by 0
         chosen = [(c, term) for c, term in chosen if not term.startswith(("Unlikelihood", "Focal", "Margin"))]
         chosen = chosen or [(1.0, "LogitL2()" if kind != "elements" else "MeanSquaredError()")]
+    temperature = draw(st.sampled_from([1.0, 2.0, 0.5]))
+    if kind != "elements" and draw(st.integers(0, 2)) == 0:
+        both = [f"KLDivergence({direction!r}, temperature={temperature})" for direction in ("forward", "reverse")]
+        chosen = [*chosen[:4], *draw(st.lists(st.tuples(coefficient, st.sampled_from(both)), min_size=1, max_size=2))]
     case = Case(
         kind, chosen, draw(st.integers(1, most_rows)), classes, draw(st.sampled_from(DTYPES)),
         draw(st.integers(0, 2**20)), draw(st.sampled_from([0.1, 1.0, 3.0])), draw(st.sampled_from([0.0, 0.0, -4.0, 50.0])),
+        temperature=temperature,
     )  # fmt: skip
     options = case.options
     options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
@@ -139,6 +145,10 @@ def run(case: Case, objective: objkern.Objective, z: Tensor, target: Tensor | No
     """Loss, parts and gradients under an upstream gradient of its own for every number of the loss, by name. Without the
     accuracy: which of two logits is larger may hang on the last digit of a transform."""
     options = {**case.options, **more}
+    if "KLDivergence" in repr(objective):
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(case.seed + 2), dtype=torch.float64)
+        narrow = (z.double().masked_fill(z == -torch.inf, 0.0) + noise).to(case.dtype)  # the same for the exact run
+        options["reference"] = narrow.to(z.dtype)
     exact = options.get("backend") == "reference"
     if exact:
         options.pop("gradient", None)
@@ -188,7 +198,10 @@ def mismatch(case: Case, found: Results, exact: Results, *sizes: Results) -> str
         if name.startswith("gradient"):
             # Gradients are differences of probabilities, a digit of 1 each; where a cap saturates, its slope
             # 1 − (z/c)² is what rounding left of a difference.
-            steep = 1.0 + (4.0 + 2.0 * case.options.get("softcap", 0.0)) * sum(abs(c) for c, _ in case.terms)
+            steep = case.temperature**2 + (4.0 + 2.0 * case.options.get("softcap", 0.0)) * sum(
+                abs(c) for c, _ in case.terms
+            )
+            steep = max(1.0, steep)
             bound = OF_GRADIENT[case.dtype] * sum(largest(x[name]) for x in sizes) + LEAST[case.dtype] * steep
         else:
             of_sum = sum(largest(x["loss"]) for x in sizes) if name in ("loss", "total") else 0.0

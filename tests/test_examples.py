@@ -127,3 +127,43 @@ def test_mixup(example: ModuleType) -> None:
     expected = F.cross_entropy(z, q, label_smoothing=0.05) + 1e-4 * z.logsumexp(1).square().mean()
     torch.testing.assert_close(example.objective(z, q), expected)
     assert example.main() > 0.9
+
+
+def plain_divergence(z: Tensor, r: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over the positions that count of T² KL(q ‖ p), position t against label t + 1."""
+    kept = labels[:, 1:] != -100
+    log_p, log_q = ((x[:, :-1] / temperature).log_softmax(-1)[kept] for x in (z, r))
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+@the("distillation")
+def test_distillation(example: ModuleType) -> None:
+    hidden, weight, labels = inputs(example)
+    teacher_hidden, teacher_weight = torch.randn(6, 9, 8).double(), torch.randn(40, 8).double()
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        return example.distillation_loss(hidden, weight, teacher_hidden, teacher_weight, labels)[0]
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        z, r = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+        loss = F.cross_entropy(z[:, :-1].transpose(1, 2), labels[:, 1:])
+        return 0.3 * loss + 0.7 * plain_divergence(z, r, labels, 2.0)
+
+    assert_same(fused, plain, hidden, weight)
+    assert example.main() < 0.5 * example.train(example.Student(), 1, example.ToyModel())
+
+
+@the("r_drop")
+def test_r_drop(example: ModuleType) -> None:
+    (first, weight, labels), (second, _, _) = inputs(example), inputs(example)
+
+    def fused(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        return example.r_drop_loss(first, second, weight, labels)
+
+    def plain(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        z, r = first @ weight.T, second @ weight.T
+        loss = sum(F.cross_entropy(x[:, :-1].transpose(1, 2), labels[:, 1:]) for x in (z, r)) / 2
+        return loss + 0.5 * (plain_divergence(z, r, labels) + plain_divergence(r, z, labels))
+
+    assert_same(fused, plain, first, second, weight)
+    assert example.main() < 1.0

@@ -41,6 +41,8 @@ TARGETS = {
         1.0,
     ),
     "elementwise": Target("elementwise objectives with penalties, eager torch: its time / the best of objkern", 3.0),
+    "divergence": Target("KL divergence from a reference, eager torch: its time / the best of objkern", 5.0),
+    "penalties": Target("L2SP of 22M weights, the sum over the parameters in eager torch: its time / objkern's", 2.0),
     "host": Target("512 × 32, the host's time for forward and backward / F.cross_entropy's", 1.1, at_least=False),
 }
 
@@ -145,10 +147,14 @@ def linears(result: Result) -> Iterator[Finding]:
 
 
 def elements(result: Result) -> Iterator[Finding]:
-    for entry in entries(result, "elementwise"):
-        name = best(entry)
-        if name is not None and (ratio := entry["ratio"].get(f"eager / {name}")) is not None:
-            yield Finding("elementwise", f"{where(entry)} {entry['workload']}", ratio[1], name)
+    for kind in ("elementwise", "divergence"):
+        for entry in entries(result, kind):
+            name = best(entry)
+            if name is not None and (ratio := entry["ratio"].get(f"eager / {name}")) is not None:
+                yield Finding(kind, f"{where(entry)} {entry['workload']}", ratio[1], name)
+    for entry in entries(result, "penalty"):
+        if (ratio := entry.get("ratio", {}).get("eager / objkern L2SP")) is not None:
+            yield Finding("penalties", f"{entry['weights']} weights", ratio[1], "objkern L2SP")
 
 
 def hosts(result: Result) -> Iterator[Finding]:

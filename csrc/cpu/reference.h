@@ -2,8 +2,6 @@
 // ../divergence.h.
 #pragma once
 
-#include <vector>
-
 #include "kernels.h"
 #include "vectors.h"
 
@@ -19,13 +17,16 @@ struct Reference {
   using V = Vec<A>;
   using Pack = typename W::Pack;
 
+  static constexpr int64_t kAtOnce = 1024;  // classes, which the first cache keeps from the maxima to the sums
+
   const Rows& in;
   const Transform<A>& transform;
   const A inverse_temperature;
-  std::vector<A> z, r;  // of a segment
 
   Reference(const Rows& rows, const Transform<A>& transform_)
       : in(rows), transform(transform_), inverse_temperature(static_cast<A>(1.0 / rows.temperature)) {}
+
+  const T* of_row(int64_t row) const { return static_cast<const T*>(in.reference) + row * in.reference_stride; }
 
   // The reference's logits of `count` classes from j on, −∞ past them.
   void load(int64_t row, int64_t j, int64_t count, Pack& v) const {
@@ -42,36 +43,81 @@ struct Reference {
                                           : static_cast<const A*>(in.reference)[place];
   }
 
-  // Over `count` classes from `begin` on of the row of logits x.
-  DivergenceSums<double> collect(const T* x, int64_t row, int64_t begin, int64_t count) {
-    z.resize(count + W::kPack);
-    r.resize(count + W::kPack);
-    const V low = minus_inf<A>(), zero(A(0));
-    V high_z = low, high_r = low;
-    for (int64_t j = 0; j < count; j += W::kPack) {
-      Pack of_z, of_r;
-      W::load(x + begin + j, std::min(W::kPack, count - j), -std::numeric_limits<float>::infinity(), of_z);
-      load(row, begin + j, std::min(W::kPack, count - j), of_r);
-      for (int k = 0; k < W::kVectors; ++k) {
-        const V z_ = transform(of_z[k]), r_ = V::blendv(of_r[k], low, is_minus_inf(z_));
-        high_z = at::vec::clamp_min(z_, high_z);
-        high_r = at::vec::clamp_min(r_, high_r);
-        z_.store(z.data() + j + k * W::kLanes);
-        r_.store(r.data() + j + k * W::kLanes);
+  // Logits and those of the reference, in the same order; −∞ past `count`.
+  void load_both(const T* x, int64_t row, int64_t j, int64_t count, Pack& z, Pack& r) const {
+    const float low = -std::numeric_limits<float>::infinity();
+    if (in.reference_dtype != in.dtype) {
+      W::load(x + j, count, low, z);
+      load(row, j, count, r);
+    } else if (count == W::kPack) [[likely]] {
+      W::take(x + j, z);
+      W::take(of_row(row) + j, r);
+    } else {
+      W::take(x + j, count, low, z);
+      W::take(of_row(row) + j, count, low, r);
+    }
+    if (!transform.identity)
+      for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
+  }
+
+  // Over classes [begin, end) of the row of logits x.
+  DivergenceSums<double> collect(const T* x, int64_t row, int64_t begin, int64_t end) const {
+    const V low = minus_inf<A>(), zero(A(0)), by(inverse_temperature);
+    const auto finite = [](A max) { return max == -std::numeric_limits<A>::infinity() ? A(0) : max; };
+    const T* const beside = of_row(row);
+    A top_z = -std::numeric_limits<A>::infinity(), top_r = top_z;
+    DivergenceSums<V> sums;
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const int64_t last = std::min(first + kAtOnce, end);
+      V high_z = low, high_r = low, least = zero;
+      Pack z, r;
+      for (int64_t j = first; j < last; j += W::kPack) {
+        load_both(x, row, j, std::min(W::kPack, last - j), z, r);
+        for (int k = 0; k < W::kVectors; ++k) {
+          high_z = at::vec::clamp_min(z[k], high_z);
+          least = at::vec::clamp_max(z[k], least);
+          high_r = at::vec::clamp_min(V::blendv(r[k], low, is_minus_inf(z[k])), high_r);
+        }
+      }
+      const A max_z = std::max(top_z, horizontal_max(high_z)), max_r = std::max(top_r, horizontal_max(high_r));
+      if (top_z != -std::numeric_limits<A>::infinity() && (max_z != top_z || max_r != top_r)) {
+        const double per = 1.0 / in.temperature;
+        Raise((static_cast<double>(max_z) - static_cast<double>(top_z)) * per,
+              (static_cast<double>(max_r) - static_cast<double>(top_r)) * per)
+            .template apply<A>(sums);
+      }
+      top_z = max_z;
+      top_r = max_r;
+      const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
+      const bool careful = any_above(V(std::numeric_limits<A>::lowest()), least);  // there is −∞
+      const auto add = [&] {
+        for (int k = 0; k < W::kVectors; ++k) {
+          V d = ((r[k] - z[k]) - apart) * by;
+          if (careful) [[unlikely]] {
+            const V out = is_minus_inf(z[k]);
+            r[k] = V::blendv(r[k], low, out);
+            d = V::blendv(d, zero, out);
+          }
+          const V e = exp_nonpositive((r[k] - m_r) * by), f = exp_nonpositive((z[k] - m_z) * by);
+          add_class<sizeof(A) == 8>(sums, e, f, d);
+        }
+      };
+      int64_t j = first;
+      if (transform.identity && in.reference_dtype == in.dtype) {
+        for (; j + W::kPack <= last; j += W::kPack) {
+          W::take(x + j, z);
+          W::take(beside + j, r);
+          add();
+        }
+      }
+      for (; j < last; j += W::kPack) {
+        load_both(x, row, j, std::min(W::kPack, last - j), z, r);
+        add();
       }
     }
-    const auto finite = [](A max) { return max == -std::numeric_limits<A>::infinity() ? A(0) : max; };
-    const A max_z = finite(horizontal_max(high_z)), max_r = finite(horizontal_max(high_r));
-    const V m_z(max_z), m_r(max_r), apart(max_r - max_z), by(inverse_temperature);
-    DivergenceSums<V> sums;
-    for (int64_t j = 0; j < count; j += W::kLanes) {
-      const V z_ = V::loadu(z.data() + j), r_ = V::loadu(r.data() + j), out = is_minus_inf(z_);
-      const V e = exp_nonpositive((r_ - m_r) * by), f = exp_nonpositive((z_ - m_z) * by);
-      add_class(sums, e, f, V::blendv(((r_ - z_) - apart) * by, zero, out), sizeof(A) == 8);
-    }
     DivergenceSums<double> found;
-    found.max_z = max_z;
-    found.max_r = max_r;
+    found.max_z = finite(top_z);
+    found.max_r = finite(top_r);
     found.e = horizontal_sum(sums.e);
     found.f = horizontal_sum(sums.f);
     found.ed = horizontal_sum(sums.ed);

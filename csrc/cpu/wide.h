@@ -44,7 +44,7 @@ struct Wide {
   const Transform<A> transform;
   const int64_t n;
   const A* const weight;
-  const Depth depth;
+  const Depth depth, of_sums;  // which are none of a divergence
   const bool past_caches;  // how the gradient is stored
   std::vector<A> scratch;  // z of a segment, where it is not the logit itself
   Reference<T> reference;
@@ -59,6 +59,7 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
+        of_sums(objkern::depth_of(rows.reads & ~int64_t{kDivergences}, weight != nullptr, rows.dense_target != nullptr)),
         past_caches(gradient_passes_caches(rows, sizeof(T))),
         reference(rows, transform) {}
 
@@ -84,6 +85,7 @@ struct Wide {
 
   // Sums over a segment of z, whose element `hole` (if it is one of them) is left out. `lane`: which of the kept rows.
   Piece collect_segment(int64_t row, int64_t segment, int64_t lane = 0) {
+    if ((in.reads & ~int64_t{kDivergences}) == 0 && !in.free_statistics) return {};  // nobody asks
     const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
     const T* x = logits(row) + begin;
     if (!kept_e.empty()) return at_depth<true>(x, count, hole, lane * blocks() + begin / kBlock);
@@ -100,13 +102,12 @@ struct Wide {
   // The sums beside the reference, over the same segment.
   DivergenceSums<double> compare_segment(int64_t row, int64_t segment) {
     if (in.reference == nullptr) return {};
-    const int64_t begin = segment * kSegment;
-    return reference.collect(logits(row), row, begin, std::min(kSegment, n - begin));
+    return reference.collect(logits(row), row, segment * kSegment, std::min((segment + 1) * kSegment, n));
   }
 
   template <bool kKeep, class E>
   Piece at_depth(const E* z, int64_t count, int64_t hole, int64_t block) {
-    switch (depth) {
+    switch (of_sums) {
       case Depth::kPlain:
         return sums<Depth::kPlain, kKeep>(z, count, hole, block);
       case Depth::kEntropy:
@@ -369,6 +370,10 @@ struct Wide {
         simple.template operator()<Depth::kSquare>();
         break;
       case Depth::kFull:
+        if (is_share_alone(g)) {
+          write_share(row, g, upstream, begin, end, out);
+          return;
+        }
         write_full(row, g, upstream, begin, end, out);
         break;
     }
@@ -512,6 +517,58 @@ struct Wide {
         }
       }
     }
+  }
+
+  // Whether the objective is a divergence and nothing else.
+  bool is_share_alone(const RowGradient<A>& g) const {
+    const A others[] = {g.target_grad, g.exp_1,   g.exp_t,   g.const_1, g.const_z,
+                        g.const_t,     g.const_w, g.const_q, g.max_grad};
+    return in.reference != nullptr && std::all_of(std::begin(others), std::end(others), [](A x) { return x == A(0); });
+  }
+
+  void write_share(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const T* x = logits(row);
+    const V u(upstream), zero(A(0));
+    const auto gradients = [&](typename W::Pack& z, const typename W::Pack& r) {
+      for (int k = 0; k < W::kVectors; ++k) {
+        const V out_of = is_minus_inf(z[k]);
+        V d = reference.share(g, z[k], r[k]) * u;
+        if (!transform.identity) d = d * transform.slope(V::blendv(z[k], zero, out_of));
+        z[k] = V::blendv(d, zero, out_of);
+      }
+    };
+    typename W::Pack z, r;
+    if (in.reference_dtype != in.dtype) {
+      for (int64_t j = begin; j < end; j += W::kPack) {
+        const int64_t count = std::min(W::kPack, end - j);
+        reference.load_both(x, row, j, count, z, r);
+        gradients(z, r);
+        W::store(out + j, count, z);
+      }
+      return;
+    }
+    const auto some = [&](int64_t j, int64_t count) {
+      reference.load_both(x, row, j, count, z, r);
+      gradients(z, r);
+      store_first(out + j, count, W::packed(z));
+    };
+    const int64_t head = std::min(W::to_boundary(out + begin), end - begin);
+    if (head > 0) some(begin, head);
+    const T* const beside = reference.of_row(row);
+    int64_t j = begin + head;
+    for (; j + W::kPack <= end; j += W::kPack) {
+      W::take(x + j, z);
+      W::take(beside + j, r);
+      if (!transform.identity)
+        for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
+      gradients(z, r);
+      if (past_caches) {
+        store_past_caches(out + j, W::packed(z));
+      } else {
+        W::packed(z).store(out + j);
+      }
+    }
+    if (j < end) some(j, end - j);
   }
 
   void write_full(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {

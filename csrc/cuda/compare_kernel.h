@@ -90,13 +90,10 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
       }
       block_sync();
       if (top_z != low && (max_z != top_z || max_r != top_r)) {
-        DivergenceSums<double> old;
-        old.e = sums.e, old.f = sums.f, old.ed = sums.ed, old.eg = sums.eg, old.fd = sums.fd, old.fg = sums.fg;
         const double per = 1.0 / rows.temperature;
-        raise(old, (static_cast<double>(max_z) - static_cast<double>(top_z)) * per,
-              (static_cast<double>(max_r) - static_cast<double>(top_r)) * per);
-        sums.e = static_cast<A>(old.e), sums.f = static_cast<A>(old.f), sums.ed = static_cast<A>(old.ed);
-        sums.eg = static_cast<A>(old.eg), sums.fd = static_cast<A>(old.fd), sums.fg = static_cast<A>(old.fg);
+        Raise((static_cast<double>(max_z) - static_cast<double>(top_z)) * per,
+              (static_cast<double>(max_r) - static_cast<double>(top_r)) * per)
+            .apply<A>(sums);
       }
       top_z = max_z;
       top_r = max_r;
@@ -104,7 +101,7 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
       each_pair<T>(x, beside, transform, begin, end, [&](A z, A r) {
         if (z == low) return;
         const A e = exp_nonpositive<A>((r - base_r) * by), f = exp_nonpositive<A>((z - base_z) * by);
-        add_class(sums, e, f, ((r - z) - apart) * by, sizeof(A) == 8);
+        add_class<sizeof(A) == 8>(sums, e, f, ((r - z) - apart) * by);
       });
     }
 

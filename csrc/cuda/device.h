@@ -254,6 +254,7 @@ int launch(void (*kernel)(Call), const Grid& grid, void* stream, const Call& cal
   LaunchOptions options(grid, stream);
   void* arguments[] = {const_cast<Call*>(&call)};
   const cudaError_t status = cudaLaunchKernelExC(&options.config, reinterpret_cast<const void*>(kernel), arguments);
+  if (status != cudaSuccess) cudaGetLastError();  // it is told here, and no later call shall be blamed
   return status;
 }
 
@@ -290,6 +291,7 @@ int held_at_once(void (*kernel)(Call), const Grid& grid, int64_t& held) {
                                                              static_cast<size_t>(grid.shared_bytes));
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     }
+    if (status != cudaSuccess) cudaGetLastError();
     entry = int64_t{found} * multiprocessors;
   }
   held = entry;
