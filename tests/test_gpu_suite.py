@@ -234,7 +234,7 @@ def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
     source = "(A GPU, 2030-01-02, gpu-a-gpu-2030-01-02.json)"
     nothing = status.NOTHING
     assert rows["all rows ignored, no rows, one class (12)"] == (
-        f"cuda: 7 cases hold, triton: {nothing}, reference: {nothing} {source}"
+        f"cuda: 7 cases hold (A GPU, {path.name}); triton: {nothing}, reference: {nothing}"
     )
     assert rows["`ignore_index` inside the vocabulary (14)"].startswith("cuda: **1 of 4 cases fail**")
     assert rows["no access out of bounds or misaligned"] == f"cuda: clean, 9 calls, triton: {nothing} {source}"
@@ -248,7 +248,23 @@ def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
 def test_tests_that_were_cut_off_are_no_proof_of_the_rest() -> None:
     result = {"steps": {"tests": {"entries": [{**TESTED, "exit": "timeout"}]}}}
     (claim,) = (claim for claim in CLAIMS["Labels and masks"] if "one class (12)" in claim.text)
-    assert status.of_tests(claim, result).startswith("cuda: 7 cases hold, others were not reached, ")
+    text = status.measured_tests([(Path("gpu-2.json"), result)], claim)
+    assert text.startswith("cuda: 7 cases hold, others were not reached (")
+    whole = {"steps": {"tests": {"entries": [TESTED]}}}
+    text = status.measured_tests([(Path("gpu-2.json"), result), (Path("gpu-1.json"), whole)], claim)
+    assert text.startswith("cuda: 7 cases hold (an unknown device, gpu-1.json)")
+
+
+def test_the_test_that_a_limit_ended_did_not_fail() -> None:
+    (claim,) = (claim for claim in CLAIMS["Labels and masks"] if "one class (12)" in claim.text)
+    name = f"test_{claim.tests[0].partition('::')[0]}.py::test_{claim.tests[0].partition('::')[2]}"
+    ended = {"passed": 3, "failed": 1, "messages": [f"{name}[x]: {suite.ENDED}"]}
+    entry = {"kind": "tests", "file": "", "backend": "cuda", "tests": {name: ended}}
+    for code, failed in (("timeout", 0), (-11, 1)):  # a limit, a crash
+        outcome = status.outcome(
+            claim, Path("gpu-1.json"), {"steps": {"t": {"entries": [{**entry, "exit": code}]}}}, "cuda"
+        )
+        assert outcome == status.Outcome("gpu-1.json", 3, failed, True)
 
 
 def test_the_drop_in_counts_as_a_call_and_the_bare_op_does_not() -> None:

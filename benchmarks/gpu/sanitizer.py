@@ -49,8 +49,9 @@ def verdict(returncode: int, output: str) -> Entry:
     if not summary or calls is None:
         return {"status": "failed", "returncode": returncode, "tail": ends(output)}
     errors = sum(int(a or b) for a, b in summary)
-    found: Entry = {"status": "clean" if errors == 0 and returncode == 0 else "errors", "errors": errors}
-    return found | {"calls": int(calls[1])} | ({"tail": ends(output)} if found["status"] == "errors" else {})
+    status = "errors" if errors else "clean" if returncode == 0 else "failed"  # in the end, at its own exit
+    found: Entry = {"status": status, "errors": errors, "calls": int(calls[1])}
+    return found | ({} if status == "clean" else {"returncode": returncode, "tail": ends(output)})
 
 
 def ends(output: str | bytes | None, lines: int = 30) -> str:

@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import results
 from . import figures
-from .claims import CLAIMS, NATIVE, SANITIZER, Claim
+from .claims import CLAIMS, NATIVE, REMARKS, SANITIZER, Claim
 from .figures import TARGETS, Result, entries, findings
+from .suite import ENDED
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "gpu-status.md"
@@ -44,7 +46,7 @@ def load(folder: Path = results.RESULTS) -> list[File]:
 def page(files: list[File]) -> str:
     blocks = [INTRODUCTION.strip(), runs(files)]
     for topic, claims in CLAIMS.items():
-        rows = [(claim.text, measured(files, lambda result, c=claim: of_tests(c, result))) for claim in claims]
+        rows = [(claim.text, measured_tests(files, claim)) for claim in claims]
         blocks += [f"## {topic}", table("claim", rows)]
     rows = [(text, measured(files, lambda result, n=name: of_sanitizer(n, result))) for name, text in SANITIZER.items()]
     blocks += ["## compute-sanitizer over every kernel", table("claim", rows)]
@@ -78,7 +80,7 @@ def runs(files: list[File]) -> str:
         lines.append(
             f"- [{path.name}](../benchmarks/results/{path.name}), {result['datetime'][:10]}: {fact.get('device')}, "
             f"driver {fact.get('driver')}, torch {fact.get('torch')}, triton {fact.get('triton')}, nvcc "
-            f"{fact.get('nvcc')}, commit {result['commit']}"
+            f"{fact.get('nvcc')}, commit {result['commit']}{REMARKS.get(path.name, '')}"
         )
     return "\n".join(lines)
 
@@ -98,27 +100,57 @@ def measured(files: list[File], evidence: Evidence) -> str:
     return "; ".join(found.values()) or NOTHING
 
 
-def of_tests(claim: Claim, result: Result) -> str | None:
-    """How the cases of a claim's tests went, by backend."""
+class Outcome(NamedTuple):
+    """How the cases of a claim's tests went on one backend. `cut`: the tests did not come to their end."""
+
+    file: str
+    passed: int
+    failed: int
+    cut: bool
+
+
+def measured_tests(files: list[File], claim: Claim) -> str:
+    """For each device and backend the newest run that came to its end, or else the newest of all."""
+    devices = dict.fromkeys(device_of(result) for _, result in files)
+    found = []
+    for device in devices:
+        own = [file for file in files if device_of(file[1]) == device]
+        words: dict[str, list[str]] = {}
+        for backend in claim.backends or ("",):
+            runs = [run for path, result in own if (run := outcome(claim, path, result, backend)) is not None]
+            best = next((run for run in runs if not run.cut), runs[0] if runs else None)
+            if best is not None and best.failed and not runs[0].failed:  # since repaired, as far as it came
+                best = runs[0]
+            prefix = f"{backend}: " if backend else ""
+            if best is None:
+                words.setdefault("", []).append(prefix + NOTHING)
+            else:
+                words.setdefault(best.file, []).append(prefix + went(best.passed, best.failed, best.cut))
+        if set(words) != {""}:
+            found += [", ".join(texts) + (f" ({device}, {name})" if name else "") for name, texts in words.items()]
+    return "; ".join(found) or NOTHING
+
+
+def device_of(result: Result) -> str:
+    return next(iter(entries(result, "facts")), {}).get("device", "an unknown device")
+
+
+def outcome(claim: Claim, path: Path, result: Result, backend: str) -> Outcome | None:
+    """None if nothing ran. backend "": any."""
     names = {f"test_{file}.py::test_{function}" for file, _, function in (t.partition("::") for t in claim.tests)}
-    found: dict[str, tuple[int, int]] = {}
-    cut: set[str] = set()  # backends whose tests did not come to their end
+    passed = failed = 0
+    cut = False
     for entry in entries(result, "tests"):
         chosen = [counts for name, counts in entry["tests"].items() if name in names]
-        passed, failed = (sum(counts.get(what, 0) for counts in chosen) for what in ("passed", "failed"))
-        if chosen and entry["exit"] not in (0, 1, 5):
-            cut.add(entry["backend"])
-        if passed or failed:
-            before = found.get(entry["backend"], (0, 0))
-            found[entry["backend"]] = (before[0] + passed, before[1] + failed)
-    if not claim.backends:
-        passed, failed = (sum(counts[k] for counts in found.values()) for k in (0, 1))
-        return went(passed, failed, bool(cut)) if passed or failed else None
-    words = [f"{backend}: {went(*found[backend], backend in cut)}" for backend in claim.backends if backend in found]
-    if not words:
-        return None
-    absent = [backend for backend in claim.backends if backend not in found]
-    return ", ".join(words + [f"{backend}: {NOTHING}" for backend in absent])
+        if not chosen or (backend and entry["backend"] != backend):
+            continue
+        passed += sum(counts.get("passed", 0) for counts in chosen)
+        failed += sum(counts.get("failed", 0) for counts in chosen)
+        if entry["exit"] not in (0, 1, 5):
+            cut = True
+        if entry["exit"] == "timeout":  # the one that was running is none that failed
+            failed -= sum(any(ENDED in text for text in counts.get("messages", [])) for counts in chosen)
+    return Outcome(path.name, passed, failed, cut) if passed or failed else None
 
 
 def went(passed: int, failed: int, cut: bool) -> str:
@@ -131,7 +163,7 @@ def went(passed: int, failed: int, cut: bool) -> str:
 def of_sanitizer(tool: str, result: Result) -> str | None:
     words = []
     for entry in entries(result, "sanitizer"):
-        if entry["tool"] == tool and entry["status"] in ("clean", "errors"):
+        if entry["tool"] == tool and (entry["status"] == "clean" or entry.get("errors", 0) > 0):
             what = f"clean, {entry['calls']} calls" if entry["status"] == "clean" else f"**{entry['errors']} reports**"
             words.append(f"{entry['backend']}: {what}")
     if not words:

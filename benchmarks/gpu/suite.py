@@ -25,6 +25,7 @@ FIRST = (
     "test_autograd.py",
     "test_demo.py",
 )  # the longest, so that nobody waits for them
+ENDED = "ended the process, or was ended"
 OUTCOME = re.compile(r"^(?:tests/gpu/)?(\w+\.py::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE)
 STARTED = re.compile(r"^(?:tests/gpu/)?(\w+\.py::test_\w+)(\[.*\])?")
 REASON = re.compile(r"^(?:FAILED|ERROR) (?:tests/gpu/)?(\S+\.py::.+?) - (.*)$", re.MULTILINE)
@@ -77,7 +78,7 @@ def outcomes(output: str, ended: bool = False) -> dict[str, Entry]:
     if last and (started := STARTED.match(last[0])) and not OUTCOME.match(last[0]):
         entry = found.setdefault(started[1], {})
         entry["failed"] = entry.get("failed", 0) + 1
-        entry["messages"] = [f"{started[0].removeprefix('tests/gpu/')}: ended the process, or was ended"]
+        entry["messages"] = [f"{started[0].removeprefix('tests/gpu/')}: {ENDED}"]
     for name, message in REASON.findall(output):
         entry = found.setdefault(name.partition("[")[0], {"failed": 1})
         if len(entry.setdefault("messages", [])) < 5:

@@ -128,9 +128,10 @@ def test_row_statistics(classes: int, dtype: torch.dtype, device: torch.device, 
     """Every field and its derivative: what policy and preference losses are made of."""
     z, y = rows_on(device, 7, classes, dtype)
     y[2] = -100
+    beside = (z.double() * 0.9 + 0.1).to(dtype)
 
     def run(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        s = torch.stack([field for field in objkern.row_statistics(x, y, **options)], -1)
+        s = torch.stack([*objkern.row_statistics(x, y, reference=beside.to(x.dtype), **options)], -1)
         return s * torch.linspace(-1, 1, s.shape[-1], dtype=s.dtype, device=s.device)
 
     assert_like_reference(run, z, y, backend=backend, logit_scale=0.8, softcap=20.0)
