@@ -84,6 +84,10 @@ REMARKS = {
     "Elementwise objectives": "Penalties: label smoothing, Bernoulli entropy and logit L2 beside binary "
     "cross-entropy; Huber and logit L2 beside the squared error. Eager torch: the formulas in "
     "`benchmarks/workloads.py`.",
+    "Divergence from a reference": "`KLDivergence(temperature=2)` against `F.kl_div` of log_softmax and softmax, "
+    "batchmean. The compiled one is fused by inductor.",
+    "Six terms": "Cross-entropy with label smoothing, z-loss, entropy, logit L2, focal and poly-1; price: over plain "
+    "cross-entropy, both with the gradient in the backward pass.",
     "Terms on parameters": "Value and gradients of all weight matrices of a sentence encoder; eager torch: the sum "
     "over the parameters as training scripts have it.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",

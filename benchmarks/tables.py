@@ -38,6 +38,10 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
         yield "Memory of the fused linear path over the number of rows", linear_law(chosen)
     if chosen := of_kind(entries, "elementwise"):
         yield "Elementwise objectives", elementwise(chosen)
+    if chosen := of_kind(entries, "divergence"):
+        yield "Divergence from a reference", elementwise(chosen)
+    if chosen := of_kind(entries, "six terms"):
+        yield "Six terms", six_terms(chosen)
     if chosen := of_kind(entries, "penalty"):
         yield "Terms on parameters", penalties(chosen)
     if steps:
@@ -195,6 +199,14 @@ def elementwise(entries: list[Entry]) -> str:
             logits(entry), entry["workload"], *(time(entry, name) for name in names),
             ratio(entry, "eager"), ratio(entry, "compiled"),
         ]
+        for entry in entries
+    ])  # fmt: skip
+
+
+def six_terms(entries: list[Entry]) -> str:
+    names = ["eager", "objkern, plain", "objkern", "objkern, plain, forward", "objkern, forward"]
+    return table(["logits", *names, "eager / objkern", "price"], [
+        [logits(entry), *(time(entry, name) for name in names), ratio(entry, "eager"), ratio(entry, "price")]
         for entry in entries
     ])  # fmt: skip
 

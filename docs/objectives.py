@@ -125,6 +125,27 @@ def logit_l2(row: Row, term: Term) -> tuple[Tensor, Tensor]:
     return everywhere(2 * row.z / row.classes, row)
 
 
+def reference(classes: int, target: int) -> Tensor:
+    """Logits of a reference with a margin of 2 for the target."""
+    r = torch.linspace(-1.0, 1.0, classes, dtype=torch.float64)
+    r[target] = r.max() + 2.0
+    return r
+
+
+def kl_divergence(row: Row, term: Term) -> tuple[Tensor, Tensor]:
+    t = term.parameter
+    log_p, log_q = (row.z / t).log_softmax(0), (reference(row.classes, row.y) / t).log_softmax(0)
+    if term.direction == "forward":
+        return everywhere(t * (log_p.exp() - log_q.exp()), row)
+    apart = log_p - log_q
+    return everywhere(t * log_p.exp() * (apart - (log_p.exp() * apart).sum()), row)
+
+
+def options(row: Row, term: Term) -> dict[str, Any]:
+    """What a call of the term takes beside logits and target."""
+    return {"reference": reference(row.classes, row.y)} if term.reads_reference else {}
+
+
 # ---- what the docstrings do not say ---------------------------------------------------------------------------------
 
 
@@ -235,6 +256,25 @@ ENTRIES = {
         others=r"\tfrac{2}{V}\, z_j",
         when="A plain brake on the size of every logit, and with it on confidence, where the z-loss holds only lse. "
         "The pull grows with the logit, so it acts on outliers first; a softcap is the hard version.",
+    ),
+    "KLDivergence": Entry(
+        examples=(
+            objkern.KLDivergence("forward"),
+            objkern.KLDivergence("reverse"),
+            objkern.KLDivergence("forward", 2.0),
+            objkern.KLDivergence("reverse", 0.5),
+        ),
+        gradient=kl_divergence,
+        target=r"T (p_y - q_y)",
+        others=r"T (p_j - q_j)",
+        where=(
+            r"\tfrac{\partial}{\partial z_j}\,\text{reverse}",
+            r"T\, p_j \left(\log p_j - \log q_j - \mathrm{KL}(p \,\|\, q)\right)",
+        ),
+        when="Forward against a teacher is distillation: a T of 2 to 4 shows what the teacher knows of the wrong "
+        "classes. Either direction against the model before training keeps it from forgetting; reverse is the usual "
+        "penalty of policy gradients, and what lets a small student leave out what it cannot cover. Both, between two "
+        "passes under dropout, are R-Drop.",
     ),
 }
 
@@ -448,7 +488,8 @@ def curves(term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     margins = torch.linspace(-8.0, 8.0, 161, dtype=torch.float64)
     others = torch.linspace(-1.0, 0.0, CLASSES - 1, dtype=torch.float64).expand(len(margins), -1)
     logits = torch.cat([margins[:, None], others], dim=1).requires_grad_()
-    value = term(logits, torch.zeros(len(margins), dtype=torch.int64), reduction="none")
+    beside = {"reference": reference(CLASSES, 0).expand_as(logits)} if term.reads_reference else {}
+    value = term(logits, torch.zeros(len(margins), dtype=torch.int64), reduction="none", **beside)
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     return margins, value.detach(), gradient[:, 0], gradient[:, -1]
 

@@ -12,7 +12,8 @@ class Statistics(NamedTuple):
     """One number per row of logits z with target y and p = softmax(z); natural logarithms. All differentiable.
 
     A class whose logit is −inf is excluded: n is the number of the others, and it adds to nothing. The fields that
-    read the target are None where there is no target. The order is that of csrc/objective.h.
+    read the target are None where there is no target, and the divergences where there is no reference. The order is
+    that of csrc/objective.h.
 
     Fields:
         logprob: log p_y
@@ -25,9 +26,8 @@ class Statistics(NamedTuple):
         logit_variance: Σ (z_j − mean_logit)² / n
         target_logit: z_y
         mean_logprob: Σ log p_j / n, negative cross-entropy against the uniform distribution
-        forward_kl: KL(q ‖ p) = Σ q_j (log q_j − log p_j), q = softmax(r/T) of a reference r and p = softmax(z/T), both
-            over the classes that z does not exclude; 1e-6 keeps its digits
-        reverse_kl: KL(p ‖ q); the two are None where there is no reference
+        forward_kl: KL(q ‖ p) = Σ q_j (log q_j − log p_j) at a temperature T, q = softmax(r/T) of a reference r
+        reverse_kl: KL(p ‖ q) = Σ p_j (log p_j − log q_j), p = softmax(z/T); over the classes that z does not exclude
     """
 
     logprob: Tensor

@@ -58,8 +58,9 @@ def test_stated_gradients(name: str, term: Term, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     z = (2 * torch.randn(10, generator=generator, dtype=torch.float64)).requires_grad_()
     y = int(torch.randint(10, (), generator=generator))
-    (expected,) = torch.autograd.grad(term(z, torch.tensor(y), reduction="none"), z)
-    target, others = gallery.ENTRIES[name].gradient(gallery.Row(z.detach(), y), term)
+    row = gallery.Row(z.detach(), y)
+    (expected,) = torch.autograd.grad(term(z, torch.tensor(y), reduction="none", **gallery.options(row, term)), z)
+    target, others = gallery.ENTRIES[name].gradient(row, term)
     stated = others.clone()
     stated[y] = target
     torch.testing.assert_close(stated, expected, rtol=1e-9, atol=1e-14)

@@ -1,9 +1,11 @@
 """The fine-tuning room: spans and scores by hand, an honest corpus, a loop that learns, the same run twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from objkern import CrossEntropy, ZLoss
 from objkern.finetune.baseline import most_frequent_tags
 from objkern.finetune.comparison import check_agreement
 from objkern.finetune.config import FinetuneConfig
@@ -21,6 +24,7 @@ from objkern.finetune.loop import EarlyStopping, parameter_groups, rate_at
 from objkern.finetune.metrics import Span, extract_spans, score_spans
 from objkern.finetune.native import fused_objective, native_objective
 from objkern.finetune.run import load_splits, model_folder, predict_with_saved, prepare, run
+from objkern.finetune.schedules import Schedule, cosine, linear
 from objkern.finetune.token_classification import IGNORED, collate, encode, load_tokenizer
 
 # ---- spans and scores, by hand --------------------------------------------------------------------------------------
@@ -137,6 +141,38 @@ def test_fused_and_native_learn_the_same(tiny: FinetuneConfig) -> None:
     assert (model_folder(tiny) / "model.safetensors").exists()
     sentences = load_splits(tiny)["test"][:3]
     assert [len(tags) for tags in predict_with_saved(tiny, sentences)] == [len(s.words) for s in sentences]
+
+
+def test_coefficients_follow_their_schedules(tiny: FinetuneConfig, tmp_path: Path) -> None:
+    """In place before every step; what the loop logs is what the loss was made of."""
+    config = replace(tiny, output=tmp_path, epochs=2, sentences=40)
+    prepare(config, load_splits(config))
+    strength, sharp = torch.tensor(5.0), torch.tensor(-1.0)
+    schedules = [Schedule(strength, linear(0.0, 0.01, until=0.5)), Schedule(sharp, cosine(0.5, 1.0))]
+    result = run(config, sharp * CrossEntropy() + strength * ZLoss(), "scheduled", save=False, schedules=schedules)
+    steps = result.training.steps
+    last = len(steps) - 1
+    assert last >= 3
+    for number, step in enumerate(steps):
+        assert step["coefficient_0"] == pytest.approx(min(0.01, 0.01 * number / last / 0.5), abs=1e-7)
+        parts = step["coefficient_1"] * step["cross_entropy"] + step["coefficient_0"] * step["z_loss"]
+        assert step["total"] == pytest.approx(parts, rel=1e-5)
+    assert (steps[0]["coefficient_1"], steps[-1]["coefficient_1"]) == (pytest.approx(0.5), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear(0.0, 1.0, until=0.0), "until"),
+        (lambda: cosine(0.0, math.inf), "end"),
+        (lambda: Schedule(torch.ones(2), linear(0, 1)), "0-dim"),
+        (lambda: Schedule(torch.tensor(1), linear(0, 1)), "floating-point"),
+        (lambda: Schedule(torch.tensor(1.0, requires_grad=True), linear(0, 1)), "learned"),
+    ],
+)
+def test_bad_schedules_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_early_stopping_keeps_the_best_weights() -> None:

@@ -3,7 +3,7 @@
     config.py                what a run needs to know, its command-line options and their checks
     corpus.py                labelled sentences from the manual that every Python carries
     token_classification.py  tokenizer, batches, model, predictions
-    loop.py                  the training loop, early stopping
+    loop.py                  the training loop, early stopping;  schedules.py: coefficients that change
     metrics.py               span precision, recall, F1;  baseline.py: the most frequent tag of a word
     run.py                   one run from start to end, with its files
     comparison.py            what must hold between the two runs;  summary.py: everything as JSON

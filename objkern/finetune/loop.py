@@ -12,6 +12,7 @@ import torch
 
 from .config import FinetuneConfig
 from .metrics import Score
+from .schedules import Schedule
 from .token_classification import Example, batches, collate
 
 if TYPE_CHECKING:
@@ -80,8 +81,12 @@ def finetune(
     config: FinetuneConfig,
     log: Callable[[dict[str, Any]], None],
     name: str = "training",
+    schedules: Sequence[Schedule] = (),
 ) -> Training:
     """Trains `model` in place, restores the weights of the best dev F1 and returns the history.
+
+    `schedules` set coefficients of the objective before every step; what they are is logged as
+    `coefficient_0`, `coefficient_1`, ...
 
     Everything random comes from `config.seed`, so two runs that differ in the objective's implementation only see the
     same batches and the same dropout masks.
@@ -113,6 +118,8 @@ def finetune(
         ):
             step_began = time.perf_counter()
             inputs, target = collate([examples[number] for number in numbers], pad_token_id, model.device)
+            for scheduled in schedules:
+                scheduled.set(len(training.steps), config.epochs * steps_per_epoch)
             loss, parts = objective(model(**inputs).logits, target, return_parts=True)
             loss.backward()
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -123,6 +130,8 @@ def finetune(
             values = torch.stack([value.float() for value in (*parts.values(), gradient_norm)]).tolist()
             record = dict(zip((*parts, "gradient_norm"), values, strict=True))
             record["learning_rate"] = schedule.get_last_lr()[0]
+            for number, scheduled in enumerate(schedules):
+                record[f"coefficient_{number}"] = float(scheduled.coefficient)
             record["seconds"] = time.perf_counter() - step_began
             schedule.step()
             training.steps.append(record)

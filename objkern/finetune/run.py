@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from .corpus import Sentence, load_corpus
 from .loop import ObjectiveLike, Training, finetune
 from .memory import peak_resident_bytes
 from .metrics import Score, score_spans
+from .schedules import Schedule
 from .token_classification import build_model, encode, load_tokenizer, predict, train_tokenizer
 
 if TYPE_CHECKING:
@@ -74,8 +76,10 @@ def prepare(config: FinetuneConfig, splits: dict[str, list[Sentence]]) -> None:
     tokenizer.save_pretrained(model_folder(config))
 
 
-def run(config: FinetuneConfig, objective: ObjectiveLike, name: str, save: bool = True) -> RunResult:
-    """Trains and tests after `prepare`; writes `NAME.jsonl`, and the model if `save`."""
+def run(
+    config: FinetuneConfig, objective: ObjectiveLike, name: str, save: bool = True, schedules: Sequence[Schedule] = ()
+) -> RunResult:
+    """Trains and tests after `prepare`; writes `NAME.jsonl`, and the model if `save`. `schedules`: see `finetune`."""
     _hide_loading_bars()
     splits = load_splits(config)
     tokenizer = load_tokenizer(str(model_folder(config)))
@@ -109,6 +113,7 @@ def run(config: FinetuneConfig, objective: ObjectiveLike, name: str, save: bool 
             config,
             log,
             name,
+            schedules,
         )
         seconds = time.perf_counter() - began
     if save:
