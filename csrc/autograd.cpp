@@ -68,14 +68,14 @@ struct Kind {
   bool has_kernel(size_t place) const { return place == kToLogits || place == kToScale || place == coefficients; }
 };
 
-const Kind objective_kind{"gradient",
-                          "rescale",
-                          "reference_gradient",
-                          "reference_second_order",
-                          2,
-                          {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kRows + kReference,
-                           kCoefficientTensor},
-                          4};
+const Kind objective_kind{
+    "gradient",
+    "rescale",
+    "reference_gradient",
+    "reference_second_order",
+    2,
+    {kRows + kLogits, kRows + kTarget, kRows + kLogitScale, kRows + kReference, kCoefficientTensor},
+    4};
 const Kind elementwise_kind{"elementwise_gradient",
                             "elementwise_rescale",
                             "reference_elementwise_gradient",

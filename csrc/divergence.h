@@ -1,4 +1,5 @@
-// How far the distribution of a row of logits z is from that of a reference r, at a temperature T. Host and device code.
+// How far the distribution of a row of logits z is from that of a reference r, at a temperature T. Host and device
+// code.
 //
 //   p = softmax(z/T), q = softmax(r/T) over the classes that z does not exclude
 //   d_j = ((r_j − max r) − (z_j − max z)) / T       e_j = exp((r_j − max r) / T)       f_j = exp((z_j − max z) / T)

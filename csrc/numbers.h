@@ -1,5 +1,5 @@
-// Numbers, and vectors of them: what the formulas of objective.h, divergence.h and elementwise.h are written in. Host and
-// device code.
+// Numbers, and vectors of them: what the formulas of objective.h, divergence.h and elementwise.h are written in. Host
+// and device code.
 #pragma once
 
 #include <cmath>

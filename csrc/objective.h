@@ -296,8 +296,8 @@ OBJKERN_INLINE R term_value(TermKind kind, double parameter, R row_weight, doubl
 // because p_y − 1 has no digits left where the model is sure. The order is that of Depth: a shallow objective has no
 // more than the first fields.
 //
-// A divergence adds f_j (of_p + of_pd d_j) + of_q e_j for every j, the target too; e, f and d are those of divergence.h,
-// relative to max_z and max_r.
+// A divergence adds f_j (of_p + of_pd d_j) + of_q e_j for every j, the target too; e, f and d are those of
+// divergence.h, relative to max_z and max_r.
 template <class R>
 struct RowGradient {
   R max = R(0), target_grad = R(0), exp_1 = R(0);

@@ -25,8 +25,8 @@ struct Rows {
   const void* dense_target = nullptr;   // (rows, classes) of dense_dtype, class stride 1, or none
   DType dense_dtype = DType::kFloat32;  // the logits' type, or float32 (float64 beside float64 logits)
   int64_t dense_stride = 0;
-  const void* class_weight = nullptr;  // (classes) of the accumulation type, or none
-  const void* reference = nullptr;     // (rows, classes) logits of reference_dtype, class stride 1, or none
+  const void* class_weight = nullptr;       // (classes) of the accumulation type, or none
+  const void* reference = nullptr;          // (rows, classes) logits of reference_dtype, class stride 1, or none
   DType reference_dtype = DType::kFloat32;  // the logits' type, or the accumulation type
   int64_t reference_stride = 0;
   double temperature = 1.0;  // of the divergence from the reference

@@ -18,12 +18,15 @@ POINTERS = {
     "centred": "*fp64", "partials": "*fp64",
 }  # fmt: skip
 INTEGERS = {
-    "rows": "i64", "row_stride": "i64", "dense_stride": "i64", "class_stride": "i64", "upstream_stride": "i64", "ignore_index": "i64",
+    "rows": "i64", "row_stride": "i64", "dense_stride": "i64", "class_stride": "i64", "upstream_stride": "i64",
+    "reference_stride": "i64", "ignore_index": "i64",
     "V": "i32", "count": "i32", "programs": "i64", "elements": "i64", "weight_period": "i64", "pos_weight_period": "i64",
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
+WITHOUT_REFERENCE = {"reference": None, "divergence": None, "BESIDE": False}  # unless a test says otherwise
+GIVEN = object()  # in `present`: a tensor after all
 UNALIGNED = ("x", "target", "dense", "class_weight", "logit_scale", "upstream", "gradient", "coefficient_tensor",
-             "weight", "pos_weight")  # fmt: skip
+             "weight", "pos_weight", "reference")  # fmt: skip
 
 
 @dataclass
@@ -53,19 +56,20 @@ def compile_kernel(
     gradient: the type of what it writes, that of the logits if it is not given.
     """
     names = kernel.arg_names
+    present = {name: value for name, value in WITHOUT_REFERENCE.items() if name in names} | present
     total = "fp64" if element == "fp64" else "fp32"
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(names):
-        if name in present:
+        if name in present and present[name] is not GIVEN:
             signature[name] = "constexpr"
             constants[(place,)] = present[name]
-        elif name == "transform":
-            signature[name] = ("i32",) * 6
+        elif name in ("transform", "temperature"):
+            signature[name] = ("i32",) * (6 if name == "transform" else 3)
         elif name == "numbers":
             signature[name] = ("i32",) * (6 * terms)
         elif name in INTEGERS:
             signature[name] = INTEGERS[name]
-        elif name in ("x", "dense", "gradient") or (name == "target" and "elements" in names):
+        elif name in ("x", "dense", "gradient", "reference") or (name == "target" and "elements" in names):
             signature[name] = "*" + (gradient if gradient and name == "gradient" else element)
         elif name == "values":
             signature[name] = "*fp64"

@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from objkern.triton import elementwise, epilogue, launch, narrow, ops, reduce, wide  # noqa: E402
+from objkern.triton import compare, elementwise, epilogue, launch, narrow, ops, reduce, wide  # noqa: E402
 from objkern.triton.launch import Terms  # noqa: E402
 
-from .compiled import Compiled, compile_kernel  # noqa: E402
+from .compiled import GIVEN, Compiled, compile_kernel  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CASES = "tests/interpreted/cases.py"
@@ -104,6 +104,7 @@ OBJECTIVES = {
     "plain": [0, 0.0, 1.0],
     "regularized": [0, 0.1, 1.0, 1, 0.0, 1e-4, 3, 0.0, -0.01],
     "full": [0, 0.1, 1.0, 2, 0.0, 1.0],
+    "beside": [0, 0.1, 1.0, 10, 2.0, 0.5, 11, 2.0, 0.5],  # a reference
 }
 VECTOR = {"bf16": 8, "fp16": 8, "fp32": 4, "fp64": 2}
 
@@ -123,8 +124,15 @@ def compiled(name: str, objective: str, element: str, arch: int, classes: int = 
         "logit_scale": None, "loss": None, "dense": None, "class_weight": None, "coefficient_tensor": None,
         "normalizer": None, "parts": None,
     }  # fmt: skip
+    if objective == "beside":
+        everything |= {
+            "reference": GIVEN,
+            "divergence": GIVEN,
+            "BESIDE": True,
+            "BLOCK": launch.COMPARE_CLASSES // (1 + (element == "fp64")),
+        }
     kernel = next(
-        getattr(room, name) for room in (wide, narrow, reduce, epilogue) if hasattr(room, name)
+        getattr(room, name) for room in (compare, wide, narrow, reduce, epilogue) if hasattr(room, name)
     )  # fmt: skip
     present = {key: value for key, value in everything.items() if key in kernel.arg_names}
     if name == "reduce_kernel":
@@ -177,6 +185,13 @@ def test_half_precision_gradients_of_float32_logits(name: str, arch: int, gradie
     assert found.widths("LDG").count(128) >= 2
     assert found.widths("STG").count(64) >= 4
     assert found.widths("STG").count(16) <= 4
+
+
+@pytest.mark.parametrize(("element", "arch"), [("bf16", 90), ("fp32", 80), ("fp16", 100), ("fp64", 90)])
+@pytest.mark.parametrize("name", ["compare_kernel", "epilogue_kernel", "gradient_kernel", "chain_kernel"])
+def test_nothing_spills_beside_a_reference(name: str, element: str, arch: int) -> None:
+    found = compiled(name, "beside", element, arch)
+    assert (found.spills, found.stack) == (0, 0)
 
 
 @pytest.mark.parametrize(("element", "arch"), [("bf16", 90), ("fp32", 90), ("fp16", 80), ("bf16", 100), ("fp64", 90)])

@@ -248,9 +248,9 @@ void chain_door(const Rows& in, const double* centred, const double* partials, v
         for (int k = 0; k < kStatistics; ++k) (&f.logprob)[k] = V::loadu(partials + k * in.rows + row, n);
         const Odds<V> odds(c);
         const bool dense = in.dense_target != nullptr;
-        store_row_gradient(in,
-                           chain(c, odds, derive(c, odds, dense, in.reads), f, in.reads, dense, in.class_weight != nullptr),
-                           row, n, any_ignored(in, row, n), static_cast<A*>(row_gradient));
+        store_row_gradient(
+            in, chain(c, odds, derive(c, odds, dense, in.reads), f, in.reads, dense, in.class_weight != nullptr), row,
+            n, any_ignored(in, row, n), static_cast<A*>(row_gradient));
       }
     });
   });

@@ -45,8 +45,8 @@ struct Wide {
   const int64_t n;
   const A* const weight;
   const Depth depth, of_sums;  // which are none of a divergence
-  const bool past_caches;  // how the gradient is stored
-  std::vector<A> scratch;  // z of a segment, where it is not the logit itself
+  const bool past_caches;      // how the gradient is stored
+  std::vector<A> scratch;      // z of a segment, where it is not the logit itself
   Reference<T> reference;
 
   // e of the rows in hand, for a gradient that is written while they are in the cache: exp is the dearest step of both.
@@ -59,7 +59,8 @@ struct Wide {
         n(rows.classes),
         weight(static_cast<const A*>(rows.class_weight)),
         depth(depth_of(rows)),
-        of_sums(objkern::depth_of(rows.reads & ~int64_t{kDivergences}, weight != nullptr, rows.dense_target != nullptr)),
+        of_sums(
+            objkern::depth_of(rows.reads & ~int64_t{kDivergences}, weight != nullptr, rows.dense_target != nullptr)),
         past_caches(gradient_passes_caches(rows, sizeof(T))),
         reference(rows, transform) {}
 
@@ -553,7 +554,7 @@ struct Wide {
       store_first(out + j, count, W::packed(z));
     };
     const int64_t head = std::min(W::to_boundary(out + begin), end - begin);
-    if (head > 0) some(begin, head);
+    if (head != 0) some(begin, head);
     const T* const beside = reference.of_row(row);
     int64_t j = begin + head;
     for (; j + W::kPack <= end; j += W::kPack) {

@@ -39,8 +39,7 @@ OBJKERN_DEVICE void each_pair(const T* x, const Beside<T>& beside, const Transfo
     for (int i = 0; i < kVector; ++i) f(transform(z[i]), r[i]);
   }
   for (int j = w.begin + thread; j < w.body; j += threads) f(transform(widen(x[j])), beside.at(j));
-  for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads)
-    f(transform(widen(x[j])), beside.at(j));
+  for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) f(transform(widen(x[j])), beside.at(j));
 }
 
 struct CompareShared {

@@ -221,8 +221,8 @@ Status objective(const Rows& rows, const Scalar& logit_scale, const Program& pro
              grid_of(rows, plan, call.teams, quantities(program)), stream, call);
 }
 
-Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence, double* centred,
-                  double* statistics, Stream stream) {
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence,
+                  double* centred, double* statistics, Stream stream) {
   if (rows.rows == 0) return kOk;
   RowCall call = call_of(rows, logit_scale, plan);
   call.divergence = divergence;

@@ -252,8 +252,8 @@ ElementCall call_of(const Elements& in, const Scalar& logit_scale, const Program
   call.upstream = upstream;
   call.upstream_stride = upstream_stride;
   call.results = results;
-  call.vectors = at_vector(in.input) && at_vector(in.target) && at_vector(results.gradient) && at_vector(results.loss) &&
-                 (upstream_stride == 0 || at_vector(upstream));
+  call.vectors = at_vector(in.input) && at_vector(in.target) && at_vector(results.gradient) &&
+                 at_vector(results.loss) && (upstream_stride == 0 || at_vector(upstream));
   call.blocks = element_blocks(in);
   return call;
 }

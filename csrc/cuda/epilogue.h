@@ -118,8 +118,7 @@ OBJKERN_DEVICE void load_divergence(const RowCall& call, int64_t row, Centred<A>
   if (kDepth != Depth::kFull || call.divergence == nullptr) return;
   A* const numbers = &c.reference.max_z;
 #pragma unroll
-  for (int k = 0; k < kDivergence; ++k)
-    numbers[k] = static_cast<const A*>(call.divergence)[k * call.rows.rows + row];
+  for (int k = 0; k < kDivergence; ++k) numbers[k] = static_cast<const A*>(call.divergence)[k * call.rows.rows + row];
 }
 
 template <class A>

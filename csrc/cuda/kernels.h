@@ -70,15 +70,15 @@ const char* why_not(int device);
 
 // For the current device. `numbers`: how many a block sums.
 Plan plan(const Rows& rows, const Scalar& logit_scale, bool with_gradient, int numbers);
-void force_plan(const Plan* plan);                // from now on, for measurements and tests; null: no longer
+void force_plan(const Plan* plan);  // from now on, for measurements and tests; null: no longer
 int64_t workspace_bytes(const Rows& rows, const Program& program, const Plan& plan);
 
 struct Results {
-  void* loss = nullptr;          // () or (rows) of A
-  void* parts = nullptr;         // (size + kFreeStatistics + 1) or (size + kFreeStatistics, rows) of A, or none
-  void* row_gradient = nullptr;  // (fields of the depth, rows) of A
-  void* gradient = nullptr;      // (rows, classes) of gradient_dtype, contiguous; null: not asked for
-  void* workspace = nullptr;     // workspace_bytes, aligned to 16
+  void* loss = nullptr;              // () or (rows) of A
+  void* parts = nullptr;             // (size + kFreeStatistics + 1) or (size + kFreeStatistics, rows) of A, or none
+  void* row_gradient = nullptr;      // (fields of the depth, rows) of A
+  void* gradient = nullptr;          // (rows, classes) of gradient_dtype, contiguous; null: not asked for
+  void* workspace = nullptr;         // workspace_bytes, aligned to 16
   const void* divergence = nullptr;  // what `compare` found, if there is a reference
 };
 
@@ -87,8 +87,8 @@ Status compare(const Rows& rows, const Scalar& logit_scale, void* found, Stream 
 Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,
                  const Results& results, Stream stream);
 // centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
-Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence, double* centred,
-                  double* statistics, Stream stream);
+Status statistics(const Rows& rows, const Scalar& logit_scale, const Plan& plan, const void* divergence,
+                  double* centred, double* statistics, Stream stream);
 // partials: (kStatistics, rows) float64, ∂L/∂statistics; row_gradient: (kRowGradient, rows) of A
 Status chain(const Rows& rows, const double* centred, const double* partials, void* row_gradient, Stream stream);
 // upstream: of A, stride 0 for one number for all rows. `unless_one`: leave the gradient as it is if that number is 1.

@@ -138,7 +138,7 @@ def _compare(rows: Rows) -> Tensor | None:
     sizes = {name: value for name, value in rows.sizes().items() if name not in ("class_weight", "MASKED")}
     compare_kernel[(rows.rows,)](
         **sizes, reference=rows.reference, reference_stride=rows.reference_stride, temperature=rows.temperature,
-        found=found, BLOCK=launch.COMPARE_CLASSES, num_warps=8,
+        found=found, BLOCK=launch.COMPARE_CLASSES // (rows.dtype.itemsize // 4), num_warps=8,
     )  # fmt: skip
     return found
 
