@@ -108,7 +108,7 @@ struct ObjectiveArguments : RowArguments, ProgramArguments {  // in the order of
     TORCH_CHECK_VALUE(target.has_value() || (reads() & (kLogprob | kOtherLogprob)) == 0,
                       "objkern: target: a term needs one but got None");
     TORCH_CHECK_VALUE(reference.has_value() || (reads() & kDivergences) == 0,
-                      "objkern: reference: a term needs one but got None");
+                      "reference: KLDivergence needs one but got None");
   }
 
   int64_t reads() const {

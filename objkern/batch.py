@@ -214,8 +214,10 @@ def _check_target(target: Tensor, logits: Tensor, shape: torch.Size, class_dim: 
 
 
 def _check_reference(reference: Tensor, logits: Tensor, class_dim: int) -> Tensor:
-    if not isinstance(reference, Tensor) or not reference.is_floating_point():
-        raise TypeError(f"reference: expected floating-point logits but got {describe(reference)}")
+    if not isinstance(reference, Tensor) or reference.dtype not in DTYPES:
+        raise TypeError(
+            f"reference: expected float32, float64, bfloat16 or float16 logits but got {describe(reference)}"
+        )
     check_dense("reference", reference)
     if reference.dim() == logits.dim() and class_dim not in (-1, logits.dim() - 1):
         reference = reference.movedim(class_dim, -1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .batch import REDUCTIONS, Batch, check_dense, check_same_device, describe, is_autocast
+from .batch import DTYPES, REDUCTIONS, Batch, check_dense, check_same_device, describe, is_autocast
 from .statistics import Statistics
 
 MODES = ("auto", "forward", "recompute")
@@ -277,11 +277,13 @@ class _Rows(NamedTuple):
         return kept if len(kept) < count else None
 
 
-def _transformed(z: Tensor, scale: Tensor | None, cap: float) -> Tensor:
-    """cap · tanh(scale · z / cap)"""
-    if scale is not None:
-        z = z * scale.to(z)
-    return torch.tanh(z / cap) * cap if cap else z
+def _transformed(x: Tensor, scale: Tensor | None, cap: float) -> Tensor:
+    """cap · tanh(scale · x / cap); −inf stays −inf, whatever scale and cap."""
+    if scale is None and not cap:
+        return x
+    z = x if scale is None else x * scale.to(x)
+    z = torch.tanh(z / cap) * cap if cap else z
+    return torch.where(x == -torch.inf, x, z)
 
 
 def _take(x: Tensor, dim: int, chunk: Tensor | slice) -> Tensor:
@@ -830,6 +832,13 @@ def eager_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
+def _of_counted(x: Tensor | None, target: Tensor | None, ignore_index: int) -> Tensor | None:
+    """With zeros for ignored rows: whatever they hold, nothing comes of it, and 0·NaN would."""
+    if x is None or target is None or target.is_floating_point():
+        return x
+    return x.masked_fill((target == ignore_index)[:, None], 0.0)
+
+
 def eager_reference(
     given: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, cap: float
 ) -> Tensor | None:
@@ -846,18 +855,18 @@ def _eager_objective(
     terms: list[float], reduction: int, coefficient_tensor: Tensor | None, normalizer: Tensor | None, empty_zero: bool,
     *_: Any,
 ) -> Tensor:  # fmt: skip
+    hidden, reference_input = (_of_counted(x, target, ignore_index) for x in (hidden, reference_input))
     r = eager_reference(reference_input, reference_weight, reference_bias, logit_scale, softcap)
     return ops.objective_forward(
-        terms, reduction, eager_logits(hidden, weight, bias), target, logit_scale, class_weight, ignore_index, softcap,
-        masked, r, temperature, coefficient_tensor, normalizer, empty_zero,
+        terms, reduction, eager_logits(cast(Tensor, hidden), weight, bias), target, logit_scale, class_weight,
+        ignore_index, softcap, masked, r, temperature, coefficient_tensor, normalizer, empty_zero,
     )  # fmt: skip
 
 
 def _eager_statistics(family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rows: Any) -> Tensor:
     known = _Rows(*rows[:_OF_HEAD_AND_ROWS])
-    r = eager_reference(
-        known.reference_input, known.reference_weight, known.reference_bias, known.logit_scale, known.softcap
-    )
+    hidden, given = (_of_counted(x, known.target, known.ignore_index) for x in (hidden, known.reference_input))
+    r = eager_reference(given, known.reference_weight, known.reference_bias, known.logit_scale, known.softcap)
     return ops.statistics_forward(eager_logits(hidden, weight, bias), *known[:6], r, known.temperature)
 
 
@@ -1039,8 +1048,10 @@ def with_reference(layer: Layer, batch: Batch, reference: Sequence[Tensor]) -> t
     for name, x in zip(parts, (hidden, weight, bias), strict=True):
         if x is None and name == "bias":
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"reference: {name}: expected a floating-point tensor but got {describe(x)}")
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+            raise TypeError(
+                f"reference: {name}: expected a float32, float64, bfloat16 or float16 tensor but got {describe(x)}"
+            )
         check_dense(f"reference: {name}", x)
         check_same_device(f"reference: {name}", x, layer.hidden)
     if is_autocast(hidden.device):
@@ -1050,7 +1061,9 @@ def with_reference(layer: Layer, batch: Batch, reference: Sequence[Tensor]) -> t
         )
     classes = layer.weight.shape[0]
     if hidden.shape[:-1] != batch.shape or hidden.dim() == 0:
-        raise ValueError(f"reference: hidden: expected shape {(*batch.shape, 'D')} but got {tuple(hidden.shape)}")
+        raise ValueError(
+            f"reference: hidden: expected shape ({', '.join(map(str, batch.shape))}, D) but got {tuple(hidden.shape)}"
+        )
     if weight.shape != (classes, hidden.shape[-1]):
         raise ValueError(
             f"reference: weight: expected shape ({classes}, {hidden.shape[-1]}) but got {tuple(weight.shape)}"
@@ -1059,7 +1072,7 @@ def with_reference(layer: Layer, batch: Batch, reference: Sequence[Tensor]) -> t
         raise ValueError(f"reference: bias: expected shape ({classes},) but got {tuple(bias.shape)}")
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         raise TypeError(f"reference: expected weight and bias of {hidden.dtype}, as its hidden states")
-    batch = batch._replace(reference=hidden.reshape(-1, hidden.shape[-1]))
+    batch = batch._replace(reference=hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2))
     return layer._replace(reference_weight=weight, reference_bias=bias), batch
 
 

@@ -147,21 +147,24 @@ def divergences(batch: Batch, z: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
     p = log_p.exp().masked_fill(excluded, 0.0)
     absent = excluded | (log_q == -torch.inf)  # of q
     q = log_q.exp().masked_fill(absent, 0.0)
-    # Σ q (log q − log p) as Σ q g(log p − log q), g(t) = exp(t) − 1 − t, which is never negative.
+    # Σ q (log q − log p) as Σ q g(log p − log q), g(t) = exp(t) − 1 − t, which is never negative; q g is
+    # p − q + q (log q − log p), and for small differences a series.
     more = (log_q.masked_fill(absent, 0.0) - log_p).masked_fill(absent, 0.0)
-    forward = torch.where(absent, p, q * _g(-more)).sum(-1)
-    reverse = (p * _g(more)).masked_fill(absent, 0.0).sum(-1)
+    small = more.abs() < 0.5
+    little, much = more.masked_fill(~small, 0.0), more.masked_fill(small, 0.0)
+    forward = torch.where(small, q * _g(-little), p - q + q * much)
+    reverse = torch.where(small, p * _g(little), q - p - p * much)
+    forward = torch.where(absent, p, forward).sum(-1)
+    reverse = reverse.masked_fill(absent, 0.0).sum(-1)
     return forward, reverse.masked_fill(((p > 0) & absent).any(-1), torch.inf)
 
 
 def _g(t: Tensor) -> Tensor:
-    """exp(t) − 1 − t; by its series for small t, where the formula would be all cancellation."""
-    small = t.abs() < 0.5
-    x, series = t.masked_fill(~small, 0.0), torch.ones_like(t)
+    """exp(t) − 1 − t for |t| < 1/2, by its series, where the formula would be all cancellation."""
+    series = torch.ones_like(t)
     for k in range(15, 2, -1):
-        series = 1.0 + series * x / k
-    large = t.masked_fill(small, 0.0)
-    return torch.where(small, 0.5 * x * x * series, large.expm1() - large)
+        series = 1.0 + series * t / k
+    return 0.5 * t * t * series
 
 
 def _labels(batch: Batch) -> tuple[Tensor | None, Tensor | None]:

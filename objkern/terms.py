@@ -242,7 +242,7 @@ class KLDivergence(Term):
 
     Args:
         direction: "forward" (the reference teaches; p covers all that q does) or "reverse" (p stays where q is).
-        temperature: T > 0, the same for all such terms of an objective.
+        temperature: T in [1e-6, 1e6], the same for all such terms of an objective.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Gu et al. 2023, "MiniLLM", for reverse.
     """
@@ -281,10 +281,7 @@ class _ReverseKL(KLDivergence):
 
 
 def checked_temperature(value: float) -> float:
-    temperature = checked_number("temperature", value, 0.0)
-    if temperature == 0.0:
-        raise ValueError("temperature: expected a number > 0 but got 0")
-    return temperature
+    return checked_number("temperature", value, 1e-6, 1e6)
 
 
 class Custom(Term):
@@ -329,6 +326,7 @@ class Custom(Term):
             raise ValueError(
                 f"{self._formula_name()}: expected one value per row, a tensor of shape {tuple(s.lse.shape)}, "
                 f"but got {describe(value)}"
+                + ("; statistics of a target or a reference are None without" if value is None else "")
             )
         return value
 

@@ -133,6 +133,43 @@ def test_a_reference_of_another_dtype_or_layout(other: torch.dtype) -> None:
     torch.testing.assert_close(KLDivergence()(z.view(2, 2, 33), reference=r.view(2, 2, 33)), exact)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("low", [-80.0, -95.0, -200.0, -1e4, -1e9])
+def test_classes_that_one_side_all_but_excludes(low: float, direction: str, backend: str) -> None:
+    """As by a mask of −1e4 or −1e9; on either side, and the derivative of the derivative."""
+    z, r = pair(5, 40, torch.float32, 1.0)
+    masked = r.masked_fill(torch.arange(40) % 2 == 0, low)
+    for a, b in ((z, masked), (masked, z)):
+        found = value_and_gradient(lambda x, b=b: KLDivergence(direction)(x, reference=b, backend=backend), a)
+        exact = value_and_gradient(lambda x, b=b: eager(x, b.double(), direction).mean(), a.double())
+        for ours, truth in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
+        x, other = a.clone().requires_grad_(), b.clone().requires_grad_()
+        first = torch.autograd.grad(
+            KLDivergence(direction)(x, reference=other, backend=backend), (x, other), create_graph=True
+        )
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, other))
+        assert all(torch.isfinite(g).all() for g in (*first, *second))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("offset", [-40.0, 1e3, 1e6, 1e8])
+def test_an_offset_between_the_two(offset: float, direction: str) -> None:
+    """Another offset than the other side's, or one logit of that size."""
+    z, r = pair(4, 1000, torch.float32, 1.0)
+    alone = r.clone()
+    alone[:, 3] = abs(offset)
+    for beside in (r + offset, alone, torch.full_like(r, offset)):
+        found = value_and_gradient(lambda x, b=beside: KLDivergence(direction)(x, reference=b, reduction="none"), z)
+        exact = value_and_gradient(lambda x, b=beside: eager(x, b.double(), direction), z.double())
+        # One logit that towers over the others is so far from all of p that log p − log q − KL has few digits left.
+        of_logit = 1e-6 * abs(offset) if beside is alone and direction == "reverse" else 0.0
+        for ours, truth in zip(found, exact, strict=True):
+            atol = 2e-6 * truth.abs().max().item() + of_logit
+            torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=atol)
+
+
 # ---- the linear path --------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +231,25 @@ def test_the_linear_path_in_bfloat16(heads: dict[str, Tensor]) -> None:
         reference=F.linear(half["h2"].double(), half["w2"].double()),
     )  # fmt: skip
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
+
+
+def test_a_head_excludes_classes_by_its_bias(heads: dict[str, Tensor]) -> None:
+    h, w, y = heads["h"], heads["w"], heads["y"]
+    bias = heads["b2"].masked_fill(torch.arange(57) == 5, -torch.inf)
+    r = 5.0 * torch.tanh(F.linear(heads["h2"], heads["w2"], bias) / 5.0)
+    r[..., 5] = -torch.inf
+    expected = KLDivergence()(F.linear(h, w), y, reference=r, softcap=5.0)
+    for backend in ("auto", "reference"):
+        found = KLDivergence().linear(h, w, y, reference=(heads["h2"], heads["w2"], bias), softcap=5.0, backend=backend)
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_ignored_rows_hold_reaches_no_gradient(heads: dict[str, Tensor]) -> None:
+    h, h2 = heads["h"].clone(), heads["h2"].clone()
+    h[1, 2] = h2[1, 2] = torch.nan  # an ignored row
+    leaves = [x.requires_grad_() for x in (h, heads["w"], h2, heads["w2"])]
+    loss = KLDivergence().linear(leaves[0], leaves[1], heads["y"], reference=(leaves[2], leaves[3]))
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, leaves))
 
 
 def test_statistics(heads: dict[str, Tensor]) -> None:
@@ -287,14 +343,15 @@ def test_refusals(heads: dict[str, Tensor]) -> None:
     y = torch.arange(5)
     for wrong, error, message in (
         (lambda: KLDivergence()(z), ValueError, r"reference: KLDivergence\('forward'\) needs one but got None"),
-        (lambda: KLDivergence()(z, y), ValueError, "reference: .*needs one"),
         (lambda: CrossEntropy()(z, y, reference=r), ValueError, "reference: no term reads it"),
         (lambda: KLDivergence()(z, reference=r[:, :5]), ValueError, r"reference: expected logits of shape \(5, 12\)"),
-        (lambda: KLDivergence()(z, reference=r.long()), TypeError, "reference: expected floating-point logits"),
-        (lambda: KLDivergence()(z, reference=(r, r)), TypeError, "reference: expected floating-point logits"),
+        (lambda: KLDivergence()(z, reference=r.long()), TypeError, "reference: expected float32, .* logits"),
+        (lambda: KLDivergence()(z, reference=(r, r)), TypeError, "reference: expected float32, .* logits"),
+        (lambda: KLDivergence()(z, y), ValueError, "^reference: KLDivergence needs one"),
+        (lambda: custom(lambda s: s.forward_kl)(z), ValueError, "statistics of a target or a reference are None"),
         (lambda: KLDivergence()(z, reference=r.to("meta")), ValueError, "reference: expected a tensor on cpu"),
         (lambda: KLDivergence("sideways"), ValueError, 'direction: expected "forward" or "reverse"'),
-        (lambda: KLDivergence(temperature=0), ValueError, "temperature: expected a number > 0"),
+        (lambda: KLDivergence(temperature=0), ValueError, "temperature: expected a number in"),
         (lambda: KLDivergence(temperature=-1.0), ValueError, "temperature: expected a number"),
         (lambda: (KLDivergence() + KLDivergence("reverse", 2.0))(z, reference=r), ValueError, "share one"),
         (lambda: custom(lambda s: s.forward_kl, needs=("forward_kl",))(z), ValueError, "reference: .*needs one"),

@@ -165,6 +165,8 @@ def test_coefficients_follow_their_schedules(tiny: FinetuneConfig, tmp_path: Pat
     [
         (lambda: linear(0.0, 1.0, until=0.0), "until"),
         (lambda: cosine(0.0, math.inf), "end"),
+        (lambda: Schedule(torch.tensor(1.0), linear(0, 1)).set(3, 3), "step"),
+        (lambda: Schedule(torch.tensor(1.0), lambda share: math.nan).set(0, 3), "shape"),
         (lambda: Schedule(torch.ones(2), linear(0, 1)), "0-dim"),
         (lambda: Schedule(torch.tensor(1), linear(0, 1)), "floating-point"),
         (lambda: Schedule(torch.tensor(1.0, requires_grad=True), linear(0, 1)), "learned"),

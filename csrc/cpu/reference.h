@@ -89,10 +89,11 @@ struct Reference {
       top_z = max_z;
       top_r = max_r;
       const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
+      const bool far = far_apart(finite(top_z), finite(top_r));
       const bool careful = any_above(V(std::numeric_limits<A>::lowest()), least);  // there is −∞
       const auto add = [&] {
         for (int k = 0; k < W::kVectors; ++k) {
-          V d = ((r[k] - z[k]) - apart) * by;
+          V d = (far ? (r[k] - m_r) - (z[k] - m_z) : (r[k] - z[k]) - apart) * by;
           if (careful) [[unlikely]] {
             const V out = is_minus_inf(z[k]);
             r[k] = V::blendv(r[k], low, out);
@@ -131,7 +132,9 @@ struct Reference {
   V share(const RowGradient<A>& g, const V& z_, const V& r_) const {
     const V by(inverse_temperature);
     const V e = exp_nonpositive((r_ - V(g.max_r)) * by), f = exp_nonpositive((z_ - V(g.max_z)) * by);
-    const V d = clamp_exponent(((r_ - z_) - V(g.max_r - g.max_z)) * by);
+    const bool far = far_apart(g.max_z, g.max_r);
+    const V apart = far ? (r_ - V(g.max_r)) - (z_ - V(g.max_z)) : (r_ - z_) - V(g.max_r - g.max_z);
+    const V d = at::vec::clamp_min(apart * by, V(A(-1e30)));
     return at::vec::fmadd(f, at::vec::fmadd(V(g.of_pd), d, V(g.of_p)), V(g.of_q) * e);
   }
   A share_at(const RowGradient<A>& g, A z_, int64_t row, int64_t j) const {

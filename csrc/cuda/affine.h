@@ -47,7 +47,8 @@ struct Affine {
   OBJKERN_DEVICE A share(A z, A r) const {
     const A by = static_cast<A>(1.0 / rows.temperature);
     const A e = exp_nonpositive<A>((r - g.max_r) * by), f = exp_nonpositive<A>((z - g.max_z) * by);
-    const A d = larger(((r - z) - (g.max_r - g.max_z)) * by, A(kLeastExponent));
+    const A apart = far_apart(g.max_z, g.max_r) ? (r - g.max_r) - (z - g.max_z) : (r - z) - (g.max_r - g.max_z);
+    const A d = larger(apart * by, A(kLeastExponent));
     return f * (g.of_p + g.of_pd * d) + g.of_q * e;
   }
   OBJKERN_DEVICE A beside(int column) const {

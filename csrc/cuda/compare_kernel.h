@@ -97,10 +97,11 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
       top_z = max_z;
       top_r = max_r;
       const A base_z = finite(top_z), base_r = finite(top_r), apart = base_r - base_z;
+      const bool far = far_apart(base_z, base_r);
       each_pair<T>(x, beside, transform, begin, end, [&](A z, A r) {
         if (z == low) return;
         const A e = exp_nonpositive<A>((r - base_r) * by), f = exp_nonpositive<A>((z - base_z) * by);
-        add_class<sizeof(A) == 8>(sums, e, f, ((r - z) - apart) * by);
+        add_class<sizeof(A) == 8>(sums, e, f, (far ? (r - base_r) - (z - base_z) : (r - z) - apart) * by);
       });
     }
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..terms import checked_number
+
 Shape = Callable[[float], float]  # of the share of the steps that are done, in [0, 1], to the value
 
 
@@ -29,10 +31,9 @@ def cosine(begin: float, end: float, until: float = 1.0) -> Shape:
 
 def _check(begin: float, end: float, until: float) -> None:
     for name, value in (("begin", begin), ("end", end)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number but got {value}")
-    if not 0.0 < until <= 1.0:
-        raise ValueError(f"until: expected a share in (0, 1] but got {until}")
+        checked_number(name, value, -1e300, 1e300)
+    if checked_number("until", until, 0.0, 1.0) == 0.0:
+        raise ValueError("until: expected a share in (0, 1] but got 0")
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,6 @@ class Schedule:
             raise TypeError(f"shape: expected a function of the share of the steps but got {self.shape!r}")
 
     def set(self, step: int, total: int) -> None:
-        self.coefficient.fill_(self.shape(step / max(1, total - 1)))
+        if type(step) is not int or type(total) is not int or not 0 <= step < total:
+            raise ValueError(f"step: expected one of 0 to total − 1 but got {step!r} of {total!r}")
+        self.coefficient.fill_(checked_number("shape", self.shape(step / max(1, total - 1))))

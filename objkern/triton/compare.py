@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .elementary import ANYWHERE, RUN_TIME, least_exponent, lowest, number
+from .elementary import ANYWHERE, RUN_TIME, least_exponent, number
 from .elements import slope, transformed
 from .epilogue import put, read_row
 from .narrow import read_scale
@@ -21,10 +21,19 @@ def g_of_minus(d):
 
 
 @triton.jit
-def log1p_less(x):
-    """log(1 + x) − x"""
+def log1p(x):
+    """For |x| < 1/2, in float64."""
     u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0))) - x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+@triton.jit
+def divergence_of(first, second, ratio):
+    """Σ w d / W + log(ratio): by the second-order sum where that is small."""
+    x = second - first
+    near = (second < 0.5) & (tl.abs(ratio - 1.0) < 0.5)
+    x = tl.where(near, x, 0.0)
+    return tl.where(near, second + (log1p(x) - x), first + tl.log(ratio))
 
 
 @triton.jit
@@ -33,14 +42,17 @@ def apart(z, r, max_z, max_r, by, A: tl.constexpr):
     e = tl.exp(tl.maximum((r - max_r) * by, least_exponent(A)))
     f = tl.exp(tl.maximum((z - max_z) * by, least_exponent(A)))
     e = tl.where(r == r, e, r)  # a NaN, which a maximum may lose
-    return tl.where(r == float("-inf"), 0.0, e), tl.where(z == z, f, z), ((r - z) - (max_r - max_z)) * by
+    # Beside each other where the maxima are near, else each beside its own: csrc/divergence.h.
+    far = tl.abs(max_r - max_z) > 16.0
+    d = tl.where(far, (r - max_r) - (z - max_z), (r - z) - (max_r - max_z))
+    return tl.where(r == float("-inf"), 0.0, e), tl.where(z == z, f, z), d * by
 
 
 @triton.jit
 def share_at(share, z, r, by, gain, cap, A: tl.constexpr, TRANSFORM: tl.constexpr):
     """What a reference adds to the gradient of classes; finite where r is −∞."""
     e, f, d = apart(z, r, share.max_z, share.max_r, by, A)
-    d = tl.where(d < lowest(A) * 1e-8, lowest(A) * 1e-8, d)
+    d = tl.where(d < -1e30, -1e30, d)
     return (f * (share.of_p + share.of_pd * d) + share.of_q * e) * slope(z, gain, cap, TRANSFORM)
 
 
@@ -91,15 +103,14 @@ def compare_kernel(
             sum_fg += tl.where(small, (ed - series) * d - series, e - f - fd)
         e, f = tl.sum(sum_e.to(tl.float64), 0), tl.sum(sum_f.to(tl.float64), 0)
         by_d = number(temperature, 0)
-        forward = tl.sum(sum_eg.to(tl.float64), 0) / e
-        reverse = tl.sum(sum_fg.to(tl.float64), 0) / f
-        fd = tl.sum(sum_fd.to(tl.float64), 0)
-        x_ = forward - tl.sum(sum_ed.to(tl.float64), 0) / e
-        y_ = reverse + fd / f
+        ed, fd = tl.sum(sum_ed.to(tl.float64), 0) / e, tl.sum(sum_fd.to(tl.float64), 0) / f
+        eg, fg = tl.sum(sum_eg.to(tl.float64), 0) / e, tl.sum(sum_fg.to(tl.float64), 0) / f
+        y_ = fg + fd
+        near = (fg < 0.5) & (tl.abs(y_) < 0.5)
         put(found, 0, row, rows, max_z)
         put(found, 1, row, rows, max_r)
         put(found, 2, row, rows, by_d / f)
         put(found, 3, row, rows, by_d / e)
-        put(found, 4, row, rows, log1p_less(y_) + y_)
-        put(found, 5, row, rows, forward + log1p_less(x_))
-        put(found, 6, row, rows, tl.where(fd == LOW, float("inf"), reverse + log1p_less(y_)))
+        put(found, 4, row, rows, tl.where(near, log1p(tl.where(near, y_, 0.0)), tl.log(e / f)))
+        put(found, 5, row, rows, divergence_of(ed, eg, f / e))
+        put(found, 6, row, rows, divergence_of(-fd, fg, e / f))

@@ -38,7 +38,7 @@ class Call:
         if not self.terms.reads & launch.DIVERGENCES:
             reference = None
         elif reference is None:
-            raise ValueError("objkern: reference: a term needs one but got None")
+            raise ValueError("reference: KLDivergence needs one but got None")
         self.rows = Rows(
             logits, target, logit_scale, class_weight, ignore_index, softcap, masked, reference, temperature
         )
