@@ -50,7 +50,9 @@ OBJKERN_DEVICE RowGradient<A> load_row_gradient(const GradientCall& call, int64_
 }
 
 template <class T, class G, Depth kDepth, bool kTransform>
-OBJKERN_KERNEL(kGradientThreads, (sizeof(T) == 8 ? 1 : kDepth == Depth::kFull || kTransform ? 2 : kGradientBlocks))
+OBJKERN_KERNEL(kGradientThreads, (sizeof(T) == 8                         ? 1
+                                  : kDepth == Depth::kFull || kTransform ? 2
+                                                                         : kGradientBlocks))
 gradient_kernel(OBJKERN_ARGUMENT GradientCall call) {
   using A = Accumulation<T>;
   const Rows& rows = call.rows;

@@ -22,8 +22,8 @@ namespace objkern::cuda {
 enum class Pass { kObjective, kReread, kResident, kStatistics };
 
 // Blocks of 256 threads that a multiprocessor must hold at once, and so the registers of a thread: four leave 64, three
-// 80, two 128, one 255. A resident row takes a third of the shared memory at most, and is on its way all at once; a row that
-// streams through registers needs more threads to keep as many bytes in flight.
+// 80, two 128, one 255. A resident row takes a third of the shared memory at most, and is on its way all at once; a row
+// that streams through registers needs more threads to keep as many bytes in flight.
 constexpr int blocks_at_once(Depth depth, bool transform, bool doubles, Pass pass) {
   if (doubles) return 1;
   if (transform || depth == Depth::kFull) return 2;
