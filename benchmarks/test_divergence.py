@@ -9,11 +9,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import machine
 from .contestants import FORWARD, OURS, PLAIN_OURS
-from .pairing import race
-from .test_elementwise import assert_as_accurate, step
-from .test_objective import Record, compare
+from .test_elementwise import assert_as_accurate, contest, step
+from .test_objective import Record
 from .workloads import DIVERGENCE, PLAIN, SIX
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
@@ -37,16 +35,12 @@ def test_divergence(
         losses["compiled"](z, r).backward()
     losses |= {FORWARD: lambda z, r: DIVERGENCE.objective(z, r, gradient="forward"), OURS: DIVERGENCE.objective}
     benchmark.group = f"divergence, {rows} x {classes}, {dtype}"
-    others = machine.Others()
     timed = {name: step(lambda loss=loss: loss(z, r), z) for name, loss in losses.items()}
-    seconds = race(benchmark, timed, OURS, pytestconfig.getoption("--rounds") or 15)
-    if benchmark.disabled:
-        return
-    record(
-        {"kind": "divergence", "rows": rows, "classes": classes, "dtype": str(dtype)[6:], "workload": "KL, T = 2"}
-        | compare(seconds, OURS)
-        | {"others": others.cores(), "targets": {"eager": 5.0}}
-    )
+    entry = {
+        "kind": "divergence", "rows": rows, "classes": classes, "dtype": str(dtype)[6:], "workload": "KL, T = 2",
+        "targets": {"eager": 5.0},
+    }  # fmt: skip
+    contest(benchmark, record, pytestconfig.getoption("--rounds") or 15, timed, entry)
 
 
 @DTYPES
@@ -64,13 +58,9 @@ def test_six_terms(
         PLAIN_FORWARD: lambda z, y: PLAIN.objective(z, y, gradient="forward"),
     }  # fmt: skip
     benchmark.group = f"six terms, {rows} x {classes}, {dtype}"
-    others = machine.Others()
     timed = {name: step(lambda loss=loss: loss(z, y), z) for name, loss in losses.items()}
-    seconds = race(benchmark, timed, OURS, pytestconfig.getoption("--rounds") or 15)
-    if benchmark.disabled:
-        return
-    record(
-        {"kind": "six terms", "rows": rows, "classes": classes, "dtype": str(dtype)[6:], "workload": str(SIX)}
-        | compare(seconds, OURS)
-        | {"others": others.cores(), "targets": {"price": 1.15}}
-    )
+    entry = {
+        "kind": "six terms", "rows": rows, "classes": classes, "dtype": str(dtype)[6:], "workload": str(SIX),
+        "targets": {"price": 1.15},
+    }  # fmt: skip
+    contest(benchmark, record, pytestconfig.getoption("--rounds") or 15, timed, entry)

@@ -17,6 +17,7 @@ from objkern import L2, L2SP
 
 from . import machine
 from .contestants import FORWARD, OURS
+from .figures import Entry
 from .pairing import Step, race
 from .test_objective import Record, compare
 from .workloads import ELEMENTWISE, Workload
@@ -37,6 +38,14 @@ def step(loss: Callable[[], Tensor], *leaves: Tensor) -> Step:
     return run
 
 
+def contest(benchmark: BenchmarkFixture, record: Record, rounds: int, timed: dict[str, Step], entry: Entry) -> None:
+    """Paired rounds, recorded as `entry` with the times and their ratios to objkern's."""
+    others = machine.Others()
+    seconds = race(benchmark, timed, OURS, rounds)
+    if not benchmark.disabled:
+        record(entry | compare(seconds, OURS) | {"others": others.cores()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("workload", ELEMENTWISE, ids=str)
 def test_elementwise(
@@ -53,17 +62,13 @@ def test_elementwise(
     losses |= {FORWARD: lambda z, y: workload.objective(z, y, gradient="forward"), OURS: workload.objective}
     assert_as_accurate(workload, z, y)
     benchmark.group = f"{workload}, {dtype}"
-    others = machine.Others()
     timed = {name: step(lambda loss=loss: loss(z, y), z) for name, loss in losses.items()}
-    seconds = race(benchmark, timed, OURS, pytestconfig.getoption("--rounds") or 31)
-    if benchmark.disabled:
-        return
-    record(
-        {"kind": "elementwise", "rows": SHAPE[0], "classes": SHAPE[1], "dtype": str(dtype)[6:],
-         "workload": workload.name}
-        | compare(seconds, OURS)
-        | {"others": others.cores(), "targets": {"eager": 3.0} if "penalties" in workload.name else {"eager": 1.0}}
-    )  # fmt: skip
+    entry = {
+        "kind": "elementwise", "rows": SHAPE[0], "classes": SHAPE[1], "dtype": str(dtype)[6:],
+        "workload": workload.name,
+        "targets": {"eager": 3.0} if "penalties" in workload.name else {"eager": 1.0},
+    }  # fmt: skip
+    contest(benchmark, record, pytestconfig.getoption("--rounds") or 31, timed, entry)
 
 
 def assert_as_accurate(workload: Workload, z: Tensor, y: Tensor) -> None:
@@ -107,12 +112,8 @@ def test_penalties(name: str, benchmark: BenchmarkFixture, record: Record, pytes
     torch.testing.assert_close(term(), naive(), rtol=1e-5, atol=0.0)
     timed = {"eager": step(naive, *theta), OURS: step(term, *theta)}
     benchmark.group = name
-    others = machine.Others()
-    seconds = race(benchmark, timed, OURS, pytestconfig.getoption("--rounds") or 31)
-    if benchmark.disabled:
-        return
-    record(
-        {"kind": "penalty", "rows": 1, "classes": sum(p.numel() for p in theta), "dtype": "float32", "workload": name}
-        | compare(seconds, OURS)
-        | {"others": others.cores(), "targets": {"eager": 2.0}}
-    )
+    entry = {
+        "kind": "penalty", "rows": 1, "classes": sum(p.numel() for p in theta), "dtype": "float32", "workload": name,
+        "targets": {"eager": 2.0},
+    }  # fmt: skip
+    contest(benchmark, record, pytestconfig.getoption("--rounds") or 31, timed, entry)

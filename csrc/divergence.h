@@ -58,20 +58,22 @@ OBJKERN_INLINE bool far_apart(R max_z, R max_r) {
   return Lane<R>::less(R(16), Lane<R>::abs(max_r - max_z));
 }
 
-// One class more.
-template <bool kDouble, class R>
+// One class more; the sums of KL(p ‖ q) alone only if kReverse.
+template <bool kDouble, bool kReverse, class R>
 OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d) {
   using L = Lane<R>;
-  const R ed = weighted(e, d), fd = weighted(f, d);
+  const R ed = weighted(e, d);
   const auto small = L::less(L::abs(d), R(0.5));
   const R series = e * g_of_minus<kDouble>(L::select(small, d, R(0)));
-  const R eg = L::select(small, series, f - e + ed);
   s.e = s.e + e;
   s.f = s.f + f;
   s.ed = s.ed + ed;
-  s.fd = s.fd + fd;
-  s.eg = s.eg + eg;
-  s.fg = s.fg + L::select(small, (ed - series) * d - series, e - f - fd);  // e − f = e d − e g(−d)
+  s.eg = s.eg + L::select(small, series, f - e + ed);
+  if constexpr (kReverse) {
+    const R fd = weighted(f, d);
+    s.fd = s.fd + fd;
+    s.fg = s.fg + L::select(small, (ed - series) * d - series, e - f - fd);  // e − f = e d − e g(−d)
+  }
 }
 
 // To maxima that are larger by `up_z` and `up_r`, both over T: with s = up_z − up_r, d becomes d + s and

@@ -61,20 +61,16 @@ def test_values_and_gradients(
             assert_within_budget(a, b, c, dtype, what)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(("backend", "tolerance"), [("auto", 1e-6), ("reference", 1e-4)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_small_divergence_keeps_its_digits(backend: str, direction: str, offset: float) -> None:
-    """Where the difference of two sums in float32 has none: eager torch is off by 10 % and more here."""
+def test_a_small_divergence_keeps_its_digits(direction: str, backend: str, tolerance: float) -> None:
+    """Where the difference of two sums in float32 has none: eager torch is off by more than half in some row."""
     z, r = pair(16, 5000, torch.float32, 1e-3)
-    z, r = z + offset, r + offset
     exact = eager(z.double(), r.double(), direction)
     assert (exact < 2e-6).all()
     found = KLDivergence(direction)(z, reference=r, reduction="none", backend=backend)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-3 if offset == 0 else 0.2, atol=0.0)
-    if offset == 0 and backend == "auto":
-        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0.0)
-        assert ((eager(z, r, direction).double() / exact - 1).abs() > 0.01).any()
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=0.0)
+    assert ((eager(z, r, direction).double() / exact - 1).abs() > 0.5).any()
 
 
 def test_the_same_logits_diverge_by_nothing_at_all() -> None:
@@ -176,7 +172,10 @@ def test_an_offset_between_the_two(offset: float, direction: str) -> None:
 @pytest.fixture
 def heads() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
     y = torch.randint(57, (3, 5), generator=generator)
     y[1, 2] = -100
     return {
@@ -281,8 +280,8 @@ def test_the_gradient_to_the_reference(direction: str, heads: dict[str, Tensor])
     leaves = [heads[k].double().requires_grad_() for k in ("h", "w", "h2", "w2")]
     h, w, h2, w2 = leaves
     ours = torch.autograd.grad(KLDivergence(direction).linear(h, w, reference=(h2, w2), softcap=9.0), leaves)
-    cap = lambda x: 9.0 * torch.tanh(x / 9.0)  # noqa: E731
-    exact = torch.autograd.grad(eager(cap(F.linear(h, w)), cap(F.linear(h2, w2)), direction).mean(), leaves)
+    capped, beside = (9.0 * torch.tanh(F.linear(x, head) / 9.0) for x, head in ((h, w), (h2, w2)))
+    exact = torch.autograd.grad(eager(capped, beside, direction).mean(), leaves)
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -291,7 +290,10 @@ def test_the_gradient_to_the_reference(direction: str, heads: dict[str, Tensor])
 def test_derivatives_of_any_order(direction: str) -> None:
     z, r = pair(3, 6, torch.float64, 0.7)
     term = KLDivergence(direction, 1.5)
-    run = lambda x, b: term(x, reference=b, reduction="none")  # noqa: E731
+
+    def run(x: Tensor, beside: Tensor) -> Tensor:
+        return term(x, reference=beside, reduction="none")
+
     assert torch.autograd.gradcheck(run, (z.requires_grad_(), r.requires_grad_()))
     assert torch.autograd.gradgradcheck(run, (z, r))
 
@@ -304,7 +306,10 @@ def test_opcheck_and_compile() -> None:
     torch.library.opcheck(torch.ops.objkern.objective, (terms, 1, z.requires_grad_(), y), options)
     torch.library.opcheck(torch.ops.objkern.statistics, (z, y), options)
     objective = CrossEntropy() + 0.5 * KLDivergence("forward", 1.5)
-    run = lambda x, b: objective(x, y, reference=b)  # noqa: E731
+
+    def run(x: Tensor, beside: Tensor) -> Tensor:
+        return objective(x, y, reference=beside)
+
     compiled = torch.compile(run, fullgraph=True)
     for a, b in (
         (run(z, r), compiled(z, r)),

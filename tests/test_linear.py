@@ -243,7 +243,10 @@ def test_row_statistics(dtype: torch.dtype) -> None:
     ours = results(loss(lambda h, w, b: objkern.linear_row_statistics(h, w, labels, bias=b, chunk_rows=80,
                                                                       reference=beside)),
                    hidden, weight, bias)  # fmt: skip
-    direct = lambda h, w, b, **more: objkern.row_statistics(F.linear(h, w, b), labels, reference=beside, **more)  # noqa: E731
+
+    def direct(h: Tensor, w: Tensor, b: Tensor, **more: Any) -> objkern.Statistics:
+        return objkern.row_statistics(F.linear(h, w, b), labels, reference=beside, **more)
+
     eager = results(loss(direct), hidden, weight, bias)
     exact = results(loss(functools.partial(direct, backend="reference")),
                     hidden.double(), weight.double(), bias.double())  # fmt: skip

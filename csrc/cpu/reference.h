@@ -62,6 +62,11 @@ struct Reference {
 
   // Over classes [begin, end) of the row of logits x.
   DivergenceSums<double> collect(const T* x, int64_t row, int64_t begin, int64_t end) const {
+    return (in.reads & kReverseKl) != 0 ? sums_of<true>(x, row, begin, end) : sums_of<false>(x, row, begin, end);
+  }
+
+  template <bool kReverse>
+  DivergenceSums<double> sums_of(const T* x, int64_t row, int64_t begin, int64_t end) const {
     const V low = minus_inf<A>(), zero(A(0)), by(inverse_temperature);
     const auto finite = [](A max) { return max == -std::numeric_limits<A>::infinity() ? A(0) : max; };
     const T* const beside = of_row(row);
@@ -100,7 +105,7 @@ struct Reference {
             d = V::blendv(d, zero, out);
           }
           const V e = exp_nonpositive((r[k] - m_r) * by), f = exp_nonpositive((z[k] - m_z) * by);
-          add_class<sizeof(A) == 8>(sums, e, f, d);
+          add_class<sizeof(A) == 8, kReverse>(sums, e, f, d);
         }
       };
       int64_t j = first;
@@ -132,6 +137,7 @@ struct Reference {
   V share(const RowGradient<A>& g, const V& z_, const V& r_) const {
     const V by(inverse_temperature);
     const V e = exp_nonpositive((r_ - V(g.max_r)) * by), f = exp_nonpositive((z_ - V(g.max_z)) * by);
+    if (g.of_pd == A(0)) return at::vec::fmadd(f, V(g.of_p), V(g.of_q) * e);
     const bool far = far_apart(g.max_z, g.max_r);
     const V apart = far ? (r_ - V(g.max_r)) - (z_ - V(g.max_z)) : (r_ - z_) - V(g.max_r - g.max_z);
     const V d = at::vec::clamp_min(apart * by, V(A(-1e30)));

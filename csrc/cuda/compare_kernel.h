@@ -101,7 +101,7 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
       each_pair<T>(x, beside, transform, begin, end, [&](A z, A r) {
         if (z == low) return;
         const A e = exp_nonpositive<A>((r - base_r) * by), f = exp_nonpositive<A>((z - base_z) * by);
-        add_class<sizeof(A) == 8>(sums, e, f, (far ? (r - base_r) - (z - base_z) : (r - z) - apart) * by);
+        add_class<sizeof(A) == 8, true>(sums, e, f, (far ? (r - base_r) - (z - base_z) : (r - z) - apart) * by);
       });
     }
 

@@ -69,8 +69,9 @@ def test_beside_other_terms(
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_the_linear_path(mode: str, device: torch.device, backend: str) -> None:
-    make = lambda *shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)  # noqa: E731
-    h, w, h2, w2 = make(70, 32, seed=0), make(1003, 32, seed=1), make(70, 16, seed=2), make(1003, 16, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (70, 32), (1003, 32), (70, 16), (1003, 16)
+    h, w, h2, w2 = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     y = torch.arange(70, device=device)
     found = []
     for run in (
@@ -97,7 +98,10 @@ def test_statistics(device: torch.device, backend: str) -> None:
 def test_graphs_and_waiting(gradient: str, device: torch.device, backend: str) -> None:
     z, y = rows_on(device, 64, 1003, torch.bfloat16)
     r = beside(z)
-    run = lambda: list(value_and_gradient(BOTH, z, y, reference=r, gradient=gradient, backend=backend))  # noqa: E731
+
+    def run() -> list[Tensor]:
+        return list(value_and_gradient(BOTH, z, y, reference=r, gradient=gradient, backend=backend))
+
     expected = run()
     with no_waiting():
         run()

@@ -18,7 +18,10 @@ TERMS = {
 def test_values_and_gradients(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """As eager torch in float64, but for rounding; of a scalar, of a transposed one, of one of several blocks."""
     generator = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
     theta = [x.requires_grad_() for x in (make(7, 30), make(), make(300, 100), make(9, 20).t())]
     fisher = {str(k): torch.rand(p.shape, generator=generator).to(device) for k, p in enumerate(theta)}
     term = TERMS[name](theta, fisher)
