@@ -38,17 +38,22 @@ struct DivergenceSums {
   R fd = R(0), fg = R(0);  // Σ f d, Σ f g(d)
 };
 
-// 1 − d/k (1 − d/(k+1) (...)), as far as 1/kLast.
+// 1/k! − d/(k+1)! + d²/(k+2)! ..., as far as 1/kLast!.
+constexpr double over_factorial(int k) {
+  return k < 2 ? 1.0 : over_factorial(k - 1) / k;
+}
+
 template <int k, int kLast, class R>
-OBJKERN_INLINE R nested(R d) {
-  if constexpr (k == kLast) return R(1) - d * R(1.0 / k);
-  return R(1) - d * R(1.0 / k) * nested<k + (k < kLast), kLast>(d);
+OBJKERN_INLINE R alternating(R d) {
+  constexpr double kOver = over_factorial(k);
+  if constexpr (k == kLast) return R(kOver);
+  return R(kOver) - d * alternating<k + (k < kLast), kLast>(d);
 }
 
 // g(−d) for |d| < 1/2 by its series, as long as terms matter; as a plain formula it would be all cancellation.
 template <bool kDouble, class R>
 OBJKERN_INLINE R g_of_minus(R d) {
-  return d * d * R(0.5) * nested<3, kDouble ? 14 : 8>(d);
+  return d * d * alternating<2, kDouble ? 14 : 8>(d);
 }
 
 // Of the two ways to take the difference of two differences the one that rounds less: z_j and r_j beside each other

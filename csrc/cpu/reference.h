@@ -44,7 +44,7 @@ struct Reference {
   }
 
   // Logits and those of the reference, in the same order; −∞ past `count`.
-  void load_both(const T* x, int64_t row, int64_t j, int64_t count, Pack& z, Pack& r) const {
+  [[gnu::always_inline]] void load_both(const T* x, int64_t row, int64_t j, int64_t count, Pack& z, Pack& r) const {
     const float low = -std::numeric_limits<float>::infinity();
     if (in.reference_dtype != in.dtype) {
       W::load(x + j, count, low, z);
@@ -60,6 +60,26 @@ struct Reference {
       for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
   }
 
+  // f(z, r, whether the pack is whole) for every pack of classes [first, last), in order.
+  template <class F>
+  [[gnu::always_inline]] void packs(const T* x, int64_t row, int64_t first, int64_t last, const F& f) const {
+    Pack z, r;
+    int64_t j = first;
+    if (transform.identity && in.reference_dtype == in.dtype) {
+      const T* const beside = of_row(row);
+      for (; j + W::kPack <= last; j += W::kPack) {
+        W::take(x + j, z);
+        W::take(beside + j, r);
+        f(z, r, true);
+      }
+    }
+    for (; j < last; j += W::kPack) {
+      const int64_t count = std::min(W::kPack, last - j);
+      load_both(x, row, j, count, z, r);
+      f(z, r, count == W::kPack);
+    }
+  }
+
   // Over classes [begin, end) of the row of logits x.
   DivergenceSums<double> collect(const T* x, int64_t row, int64_t begin, int64_t end) const {
     return (in.reads & kReverseKl) != 0 ? sums_of<true>(x, row, begin, end) : sums_of<false>(x, row, begin, end);
@@ -69,20 +89,25 @@ struct Reference {
   DivergenceSums<double> sums_of(const T* x, int64_t row, int64_t begin, int64_t end) const {
     const V low = minus_inf<A>(), zero(A(0)), by(inverse_temperature);
     const auto finite = [](A max) { return max == -std::numeric_limits<A>::infinity() ? A(0) : max; };
-    const T* const beside = of_row(row);
     A top_z = -std::numeric_limits<A>::infinity(), top_r = top_z;
     DivergenceSums<V> sums;
     for (int64_t first = begin; first < end; first += kAtOnce) {
       const int64_t last = std::min(first + kAtOnce, end);
-      V high_z = low, high_r = low, least = zero;
-      Pack z, r;
-      for (int64_t j = first; j < last; j += W::kPack) {
-        load_both(x, row, j, std::min(W::kPack, last - j), z, r);
+      V high_z = low, high_r = low, low_z = zero;
+      packs(x, row, first, last, [&](const Pack& z, const Pack& r, bool whole) __attribute__((always_inline)) {
         for (int k = 0; k < W::kVectors; ++k) {
           high_z = at::vec::clamp_min(z[k], high_z);
-          least = at::vec::clamp_max(z[k], least);
-          high_r = at::vec::clamp_min(V::blendv(r[k], low, is_minus_inf(z[k])), high_r);
+          high_r = at::vec::clamp_min(r[k], high_r);
+          if (whole) low_z = at::vec::clamp_max(z[k], low_z);
         }
+      });
+      const bool excluded = any_above(V(std::numeric_limits<A>::lowest()), low_z);  // some whole pack has −∞
+      if (excluded) [[unlikely]] {                                                  // what r has there does not count
+        high_r = low;
+        packs(x, row, first, last, [&](const Pack& z, const Pack& r, bool) {
+          for (int k = 0; k < W::kVectors; ++k)
+            high_r = at::vec::clamp_min(V::blendv(r[k], low, is_minus_inf(z[k])), high_r);
+        });
       }
       const A max_z = std::max(top_z, horizontal_max(high_z)), max_r = std::max(top_r, horizontal_max(high_r));
       if (top_z != -std::numeric_limits<A>::infinity() && (max_z != top_z || max_r != top_r)) {
@@ -95,31 +120,18 @@ struct Reference {
       top_r = max_r;
       const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
       const bool far = far_apart(finite(top_z), finite(top_r));
-      const bool careful = any_above(V(std::numeric_limits<A>::lowest()), least);  // there is −∞
-      const auto add = [&] {
+      packs(x, row, first, last, [&](const Pack& z, const Pack& r_, bool whole) __attribute__((always_inline)) {
         for (int k = 0; k < W::kVectors; ++k) {
-          V d = (far ? (r[k] - m_r) - (z[k] - m_z) : (r[k] - z[k]) - apart) * by;
-          if (careful) [[unlikely]] {
+          V r = r_[k], d = (far ? (r - m_r) - (z[k] - m_z) : (r - z[k]) - apart) * by;
+          if (excluded || !whole) [[unlikely]] {
             const V out = is_minus_inf(z[k]);
-            r[k] = V::blendv(r[k], low, out);
+            r = V::blendv(r, low, out);
             d = V::blendv(d, zero, out);
           }
-          const V e = exp_nonpositive((r[k] - m_r) * by), f = exp_nonpositive((z[k] - m_z) * by);
+          const V e = exp_nonpositive((r - m_r) * by), f = exp_nonpositive((z[k] - m_z) * by);
           add_class<sizeof(A) == 8, kReverse>(sums, e, f, d);
         }
-      };
-      int64_t j = first;
-      if (transform.identity && in.reference_dtype == in.dtype) {
-        for (; j + W::kPack <= last; j += W::kPack) {
-          W::take(x + j, z);
-          W::take(beside + j, r);
-          add();
-        }
-      }
-      for (; j < last; j += W::kPack) {
-        load_both(x, row, j, std::min(W::kPack, last - j), z, r);
-        add();
-      }
+      });
     }
     DivergenceSums<double> found;
     found.max_z = finite(top_z);
@@ -134,7 +146,7 @@ struct Reference {
   }
 
   // What the divergence adds to the gradient of classes whose logits are z and r; finite where r is −∞.
-  V share(const RowGradient<A>& g, const V& z_, const V& r_) const {
+  [[gnu::always_inline]] V share(const RowGradient<A>& g, const V& z_, const V& r_) const {
     const V by(inverse_temperature);
     const V e = exp_nonpositive((r_ - V(g.max_r)) * by), f = exp_nonpositive((z_ - V(g.max_z)) * by);
     if (g.of_pd == A(0)) return at::vec::fmadd(f, V(g.of_p), V(g.of_q) * e);

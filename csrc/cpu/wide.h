@@ -530,7 +530,7 @@ struct Wide {
   void write_share(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
     const T* x = logits(row);
     const V u(upstream), zero(A(0));
-    const auto gradients = [&](typename W::Pack& z, const typename W::Pack& r) {
+    const auto gradients = [&](typename W::Pack& z, const typename W::Pack& r) __attribute__((always_inline)) {
       for (int k = 0; k < W::kVectors; ++k) {
         const V out_of = is_minus_inf(z[k]);
         V d = reference.share(g, z[k], r[k]) * u;
