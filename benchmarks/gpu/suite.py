@@ -1,4 +1,8 @@
-"""tests/gpu, every file and backend in a process of its own: what a kernel breaks on the device breaks no other's."""
+"""tests/gpu, every file and backend in a process of its own: what a kernel breaks on the device breaks no other's.
+
+OBJKERN_GPU_FILES=labels,large    these files only (names without test_ and .py)
+OBJKERN_GPU_TESTS=cuda:triton     these backends only
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,9 @@ from .sanitizer import ends
 from .step import Entry, Step, main
 
 BACKENDS = ("cuda", "triton", "reference")
-FILES = "OBJKERN_GPU_FILES"  # names without test_ and .py, with commas between; default: all
+FILES = "OBJKERN_GPU_FILES"
+TESTS = "OBJKERN_GPU_TESTS"
+COMPILES = ("triton",)  # for most of the time, on one core: each test function has a process of its own
 ALONE = ("test_large.py",)  # want the device's memory to themselves
 FIRST = (
     "test_compile.py",
@@ -38,15 +44,23 @@ def files() -> list[str]:
     return sorted(found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
-def test(file: str, device: str, backend: str, quick: bool, limit: float) -> Entry:
-    command = [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "-vv", "--tb=short", "-p", "no:cacheprovider"]
+def functions(file: str) -> list[str]:
+    return re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test(file: str, function: str | None, device: str, backend: str, quick: bool, limit: float) -> Entry:
+    """One file's tests, or one function's of it."""
+    name = f"{file}::{function}" if function else file
+    command = [sys.executable, "-m", "pytest", f"tests/gpu/{name}", "-vv", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-k", "plain_cross_entropy and (9 or 33) or labels or (any_strides and 9)"] if quick else []
-    environment = os.environ | {"OBJKERN_GPU_TESTS": f"{device}:{backend}", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {TESTS: f"{device}:{backend}", "PYTHONUNBUFFERED": "1"}
     begin = monotonic()
     LOGS.mkdir(parents=True, exist_ok=True)
     # What was printed stays, whatever ends the process. A cache of its own: others may clear the shared one.
     with (
-        (LOGS / f"{Path(file).stem}-{backend}.log").open("w+", encoding="utf-8") as log,
+        (LOGS / f"{'-'.join(filter(None, [Path(file).stem, function, backend]))}.log").open(
+            "w+", encoding="utf-8"
+        ) as log,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
     ):
         environment["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -87,17 +101,25 @@ def outcomes(output: str, ended: bool = False) -> dict[str, Entry]:
 
 
 def run(step: Step) -> int:
-    device, backends = ("cpu", ("cpu",)) if step.stand_in else ("cuda", BACKENDS)
+    device, _, names = os.environ.get(TESTS, "cpu:cpu" if step.stand_in else f"cuda:{','.join(BACKENDS)}").partition(
+        ":"
+    )
     # By backend: Triton compiles for long, and what a time limit cuts off is at the end.
-    jobs = [(file, backend) for backend in backends for file in files()]
+    jobs = [
+        (file, function, backend)
+        for backend in names.split(",")
+        for file in files()
+        for function in (functions(file) if backend in COMPILES and file not in ALONE else [None])
+    ]
     failed = 0
 
-    def go(job: tuple[str, str]) -> int:
-        entry = test(*job[:1], device, job[1], step.quick, max(5.0, step.left))
+    def go(job: tuple[str, str | None, str]) -> int:
+        file, function, backend = job
+        entry = test(file, function, device, backend, step.quick, max(5.0, step.left))
         step.record(entry)
         return entry["exit"] not in (0, 5)
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as executor:
+    with ThreadPoolExecutor(max(1, min(12, 3 * (os.cpu_count() or 2) // 4))) as executor:
         failed += sum(executor.map(go, [job for job in jobs if job[0] not in ALONE]))
     failed += sum(go(job) for job in jobs if job[0] in ALONE)
     return min(failed, 100)
