@@ -59,6 +59,11 @@ TORCH_LIBRARY(objkern_triton, m) {
 
 TORCH_LIBRARY(objkern, m) {
   define_kernels(m);
+  // A penalty on many parameters of one device, as objkern/penalties.py has it, where there are kernels for that.
+#define OBJKERN_PENALTY "Tensor[] parameters, Tensor[] origins, Tensor[] weights, float l1, float l2"
+  m.def("multi_penalty(" OBJKERN_PENALTY ") -> Tensor");
+  m.def("multi_penalty_gradient(Tensor upstream, " OBJKERN_PENALTY ") -> Tensor[]");
+  m.def("multi_penalty_accumulate_(Tensor(a!)[] gradients, Tensor upstream, " OBJKERN_PENALTY ") -> ()");
   // Derivatives through the reference, implemented in objkern/ops.py, for the differentiable arguments that `needed`
   // marks: logits, target, logit scale, reference and coefficients; in the second order the upstream gradient before
   // them.

@@ -329,10 +329,95 @@ void elementwise_rescale(const c10::OperatorHandle&, Stack* stack) {
   call.write_gradient(upstream, true, gradient);
 }
 
+// ---- penalties on parameters --------------------------------------------------------------------------------------
+
+// Parameters with what stands beside them, in launches of a dtype each.
+struct MultiPenalty : OnDevice {
+  std::vector<cuda::Parameters> launches;
+
+  MultiPenalty(at::TensorList parameters, at::TensorList origins, at::TensorList weights, at::TensorList gradients,
+               double l1, double l2)
+      : OnDevice(parameters.front()) {
+    for (size_t k = 0; k < parameters.size(); ++k) {
+      const Tensor& theta = parameters[k];
+      const auto accumulation = accumulation_type(theta);
+      cuda::Parameters own;
+      own.dtype = own.origin_dtype = dtype_of(theta);
+      own.l1 = l1, own.l2 = l2;
+      cuda::Parameter one;
+      one.count = theta.numel();
+      one.theta = kept("parameters", theta, theta.scalar_type());
+      if (!origins.empty()) {
+        const auto type = origins[k].scalar_type() == theta.scalar_type() ? theta.scalar_type() : accumulation;
+        one.origin = kept("origins", origins[k], type);
+        own.origin_dtype = dtype_of(alive.back());
+      }
+      if (!weights.empty()) one.weight = kept("weights", weights[k], accumulation);
+      if (!gradients.empty()) one.gradient = gradients[k].mutable_data_ptr();
+      const bool fits = !launches.empty() && launches.back().dtype == own.dtype &&
+                        launches.back().origin_dtype == own.origin_dtype &&
+                        launches.back().size < cuda::kMostParameters;
+      if (!fits) launches.push_back(own);
+      launches.back().of[launches.back().size++] = one;
+    }
+  }
+
+  const void* kept(const char* name, const Tensor& t, at::ScalarType type) {
+    check_device(name, t);
+    alive.push_back(t.to(type).contiguous());
+    return alive.back().const_data_ptr();
+  }
+
+  void write_gradients(const Tensor& upstream, bool adds) {
+    for (const cuda::Parameters& launch : launches) {
+      alive.push_back(upstream.to(launch.dtype == DType::kFloat64 ? at::kDouble : at::kFloat));
+      check(cuda::parameters_gradient(launch, alive.back().const_data_ptr(), adds, stream));
+    }
+  }
+};
+
+Tensor multi_penalty(at::TensorList parameters, at::TensorList origins, at::TensorList weights, double l1, double l2) {
+  const MultiPenalty call(parameters, origins, weights, {}, l1, l2);
+  int64_t blocks = 0;
+  for (const cuda::Parameters& launch : call.launches) blocks += cuda::parameter_blocks(launch);
+  const auto options = call.input.options().dtype(at::kDouble);
+  const Tensor sums = at::empty({blocks}, options), value = at::empty({}, options);
+  double* next = sums.mutable_data_ptr<double>();
+  for (const cuda::Parameters& launch : call.launches) {
+    check(cuda::parameters_sums(launch, next, call.stream));
+    next += cuda::parameter_blocks(launch);
+  }
+  check(cuda::parameters_total(sums.const_data_ptr<double>(), blocks, value.mutable_data_ptr<double>(), call.stream));
+  return value;
+}
+
+std::vector<Tensor> multi_penalty_gradient(const Tensor& upstream, at::TensorList parameters, at::TensorList origins,
+                                           at::TensorList weights, double l1, double l2) {
+  std::vector<Tensor> gradients;
+  for (const Tensor& theta : parameters) gradients.push_back(at::empty(theta.sizes(), theta.options()));
+  MultiPenalty(parameters, origins, weights, gradients, l1, l2).write_gradients(upstream, false);
+  return gradients;
+}
+
+// To gradients that are contiguous, of the parameters' dtypes and sizes.
+void multi_penalty_accumulate_(at::TensorList gradients, const Tensor& upstream, at::TensorList parameters,
+                               at::TensorList origins, at::TensorList weights, double l1, double l2) {
+  for (size_t k = 0; k < parameters.size(); ++k) {
+    TORCH_CHECK(gradients[k].is_contiguous() && gradients[k].sizes() == parameters[k].sizes() &&
+                    gradients[k].scalar_type() == parameters[k].scalar_type() &&
+                    gradients[k].device() == parameters[k].device(),
+                "objkern: gradients: expected contiguous ones, as the parameters are");
+  }
+  MultiPenalty(parameters, origins, weights, gradients, l1, l2).write_gradients(upstream, true);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(objkern, OBJKERN_CUDA_KEY, m) {
   OBJKERN_IMPLEMENT(m);
+  m.impl("multi_penalty", multi_penalty);
+  m.impl("multi_penalty_gradient", multi_penalty_gradient);
+  m.impl("multi_penalty_accumulate_", multi_penalty_accumulate_);
 }
 
 }  // namespace objkern

@@ -69,20 +69,30 @@ struct LogOdds {
   R softplus_plus_low = R(0);  // what softplus_plus was rounded by
 
   LogOdds() = default;
-  OBJKERN_INLINE explicit LogOdds(R d, R low = R(0)) {
+  OBJKERN_INLINE explicit LogOdds(R d) {
+    const R e = Lane<R>::exp_nonpositive(R(0) - Lane<R>::abs(d));
+    set(d, R(0), Lane<R>::log1p(e), e, R(1) / (R(1) + e));
+  }
+  OBJKERN_INLINE LogOdds(R d, R low) {
     using L = Lane<R>;
     const auto negative = L::less(d, R(0));
     R e = L::exp_nonpositive(R(0) - L::abs(d));
     if constexpr (L::kCompensated) e = e - e * L::select(negative, R(0) - low, low);
-    const R tail = L::log1p(e), near = R(1) / (R(1) + e), far = e * near;
+    set(d, low, L::log1p(e), e, R(1) / (R(1) + e));
+    if constexpr (L::kCompensated) {
+      const R lost = rounded_off(d, low + softplus_minus, softplus_plus);
+      softplus_plus_low = L::select(negative, R(0), L::select(L::equal(lost, lost), lost, R(0)));  // d may be infinite
+    }
+  }
+  // From e = exp(−|d|), tail = log(1 + e) and near = 1 / (1 + e).
+  OBJKERN_INLINE void set(R d, R low, R tail, R e, R near) {
+    using L = Lane<R>;
+    const auto negative = L::less(d, R(0));
+    const R far = e * near;
     softplus_plus = L::select(negative, tail, d + (low + tail));
     softplus_minus = L::select(negative, (tail - low) - d, tail);
     sigmoid_plus = L::select(negative, far, near);
     sigmoid_minus = L::select(negative, near, far);
-    if constexpr (L::kCompensated) {
-      const R lost = rounded_off(d, low + tail, softplus_plus);
-      softplus_plus_low = L::select(negative, R(0), L::select(L::equal(lost, lost), lost, R(0)));  // d may be infinite
-    }
   }
 };
 

@@ -11,6 +11,7 @@ not added to `.grad` behind its back.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,6 +59,30 @@ def _kernels(x: Tensor) -> Any | None:
         return None
 
 
+@functools.cache
+def _together(device: torch.device) -> bool:
+    """Whether the device has kernels for many parameters at once, which is asked by trying."""
+    theta = torch.zeros(1, device=device)
+    try:
+        ops.backend_for("auto", theta)
+        torch.ops.objkern.multi_penalty([theta], [], [], 1.0, 1.0)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _by_device(parameters: list[Tensor]) -> list[tuple[torch.device, list[int]]]:
+    """Devices in the order in which they come, with the places of their parameters."""
+    found: dict[torch.device, list[int]] = {}
+    for k, theta in enumerate(parameters):
+        found.setdefault(theta.device, []).append(k)
+    return list(found.items())
+
+
+def _at(places: list[int], *lists: list[Tensor]) -> list[list[Tensor]]:
+    return [[of[k] for k in places] if of else [] for of in lists]
+
+
 def _terms(weighted: bool, l1: float, l2: float) -> list[float]:
     """The penalty as an elementwise objective, with the origin as target; none is 0."""
     found = [MeanSquaredError.element_kind, float(weighted), 0.5 * l2] if l2 else []
@@ -73,22 +98,46 @@ def _of_one(origins: list[Tensor], weights: list[Tensor], k: int) -> tuple[Tenso
 
 def _value(parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float) -> Tensor:
     values, device = [], parameters[0].device
+    for place, places in _by_device(parameters):
+        own = _at(places, parameters, origins, weights)
+        if _together(place) and (l1 or l2):
+            values.append(torch.ops.objkern.multi_penalty(*own, l1, l2).to(device))
+        else:
+            values += [value.to(device) for value in _values_one_by_one(*own, l1, l2)]
+    total = torch.stack(values).sum() if values else torch.zeros((), device=device)
+    return total.to(torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32)
+
+
+def _values_one_by_one(
+    parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float
+) -> Iterator[Tensor]:
     for k, theta in enumerate(parameters):
         kernels, (origin, weight) = _kernels(theta), _of_one(origins, weights, k)
         if kernels is None:
-            values.append(_eager_value(theta, origins, weights, k, l1, l2).to(device))
+            yield _eager_value(theta, origins, weights, k, l1, l2)
         elif l1 or l2:
-            terms = _terms(weight is not None, l1, l2)
-            loss, _ = kernels.elementwise(terms, _SUM, theta, origin, weight=weight)
-            values.append(loss.to(device, torch.float64))
-    total = torch.stack(values).sum() if values else torch.zeros((), device=device)
-    return total.to(torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32)
+            loss, _ = kernels.elementwise(_terms(weight is not None, l1, l2), _SUM, theta, origin, weight=weight)
+            yield loss.double()
 
 
 def _gradient(
     upstream: Tensor, parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float
 ) -> list[Tensor]:
     """Rounded once to the parameter's dtype, after the upstream gradient."""
+    found: dict[int, Tensor] = {}
+    for place, places in _by_device(parameters):
+        own = _at(places, parameters, origins, weights)
+        if _together(place):
+            gradients = torch.ops.objkern.multi_penalty_gradient(upstream.to(place), *own, l1, l2)
+        else:
+            gradients = _gradients_one_by_one(upstream, *own, l1, l2)
+        found |= dict(zip(places, gradients, strict=True))
+    return [found[k] for k in range(len(parameters))]
+
+
+def _gradients_one_by_one(
+    upstream: Tensor, parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float
+) -> list[Tensor]:
     found = []
     for k, theta in enumerate(parameters):
         kernels, (origin, weight) = _kernels(theta), _of_one(origins, weights, k)
@@ -249,6 +298,12 @@ class _Held:
 # ---- the terms ------------------------------------------------------------------------------------------------------
 
 
+def _takes_sums(theta: Tensor) -> bool:
+    """Whether there is a gradient that a kernel can add to."""
+    g = theta.grad
+    return g is not None and g.layout == torch.strided and g.is_contiguous() and g.dtype == theta.dtype
+
+
 class ParameterTerm(Term):
     """A term on parameters: added once per call, whatever the reduction and the normalizer.
 
@@ -279,16 +334,24 @@ class ParameterTerm(Term):
         parameters, origins, weights = self._tensors()
         like = parameters[0]
         upstream = torch.as_tensor(weight, dtype=_wide(like), device=like.device)
-        # A parameter at a time, so that no more than one gradient exists beside those that are kept.
+        at_once: dict[torch.device, list[int]] = {}
         for k, theta in enumerate(parameters):
             if not theta.requires_grad:
                 continue
+            if _takes_sums(theta) and _together(theta.device):
+                at_once.setdefault(theta.device, []).append(k)
+                continue
+            # A parameter at a time, so that no more than one gradient exists beside those that are kept.
             own = [theta], origins[k : k + 1], weights[k : k + 1]
             (g,) = torch.ops.objkern.parameter_penalty_gradient(upstream, *own, self.l1, self.l2)
             if theta.grad is None:
                 theta.grad = g
             else:
                 theta.grad.add_(g)
+        for place, places in at_once.items():
+            own = _at(places, parameters, origins, weights)
+            gradients = [theta.grad for theta in own[0]]
+            torch.ops.objkern.multi_penalty_accumulate_(gradients, upstream.to(place), *own, self.l1, self.l2)
 
     def _arguments(self) -> str:
         return f"<{self._held.what}>" + (", include_all=True" if self.include_all else "")

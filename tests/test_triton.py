@@ -129,6 +129,7 @@ def compiled(name: str, objective: str, element: str, arch: int, classes: int = 
             "reference": GIVEN,
             "divergence": GIVEN,
             "BESIDE": True,
+            "REVERSE": True,
             "BLOCK": launch.COMPARE_CLASSES // (1 + (element == "fp64")),
         }
     kernel = next(

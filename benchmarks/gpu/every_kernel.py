@@ -49,7 +49,9 @@ def sizes(device: str, backend: str, quick: bool) -> int:
                 for mode in ("backward", "forward"):
                     both(BESIDE(x, y, reference=beside, gradient=mode, backend=backend), x)
                 both(objkern.row_statistics(x, y, reference=beside, backend=backend).forward_kl, x)
-                calls += 3
+                both(KLDivergence("forward", 2.0)(x, reference=beside, backend=backend), x)
+                both(KLDivergence("reverse", 2.0)(x, reference=beside, gradient="forward", backend=backend), x)
+                calls += 5
     return calls
 
 
@@ -97,6 +99,20 @@ def elementwise(device: str, backend: str) -> int:
     return calls + 2
 
 
+def penalties(device: str) -> int:
+    calls = 0
+    for dtype in DTYPES:
+        theta = [torch.randn(count, dtype=dtype, device=device).requires_grad_() for count in (0, 1, 7, 33000)]
+        theta += [torch.randn(1001, dtype=dtype, device=device)[1:].requires_grad_()]
+        fisher = {str(k): torch.rand_like(p, dtype=torch.float32) for k, p in enumerate(theta)}
+        for term in (objkern.ElasticNet(theta, 0.3, 0.7), objkern.L2SP(theta), objkern.EWC(theta, fisher)):
+            both(term(), *theta)
+            term.accumulate_()
+            term.accumulate_(0.5)
+            calls += 3
+    return calls
+
+
 def forced_plans(device: str, backend: str) -> int:
     """Each cluster and number of lanes, whatever the table would choose."""
     from .plans import plans
@@ -119,8 +135,8 @@ def forced_plans(device: str, backend: str) -> int:
 
 def main(device: str, backend: str, quick: str = "") -> None:
     calls = sizes(device, backend, bool(quick)) + options(device, backend) + elementwise(device, backend)
-    if backend == "cuda" and not quick:
-        calls += forced_plans(device, backend)
+    if backend == "cuda":
+        calls += penalties(device) + (0 if quick else forced_plans(device, backend))
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls of {backend} on {device}", flush=True)

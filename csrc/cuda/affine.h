@@ -24,6 +24,7 @@ struct Affine {
   const int place;   // of the maximum of the others, where its share of the gradient goes; −1: nowhere
   const A upstream;
   RowGradient<A> g;
+  const ExpOver<T> exp_over;  // the temperature, beside a reference
 
   // The upstream gradient is folded into the coefficients, but for the full depth, which has too many.
   OBJKERN_DEVICE Affine(const Rows& rows_, const Transform<A, kTransform>& transform_, int64_t row_, int target_,
@@ -34,7 +35,8 @@ struct Affine {
         target(target_),
         place(place_),
         upstream(upstream_),
-        g(gradient) {
+        g(gradient),
+        exp_over(kFull && rows_.reference != nullptr ? rows_.temperature : 1.0) {
     if constexpr (!kFull) {
       g.exp_1 *= upstream;
       g.exp_t *= upstream;
@@ -45,11 +47,10 @@ struct Affine {
 
   // What a reference adds to the gradient of a class whose logits are z and r; finite where r is −∞.
   OBJKERN_DEVICE A share(A z, A r) const {
-    const A by = static_cast<A>(1.0 / rows.temperature);
-    const A e = exp_nonpositive<A>((r - g.max_r) * by), f = exp_nonpositive<A>((z - g.max_z) * by);
-    const A apart = far_apart(g.max_z, g.max_r) ? (r - g.max_r) - (z - g.max_z) : (r - z) - (g.max_r - g.max_z);
-    const A d = larger(apart * by, A(kLeastExponent));
-    return f * (g.of_p + g.of_pd * d) + g.of_q * e;
+    const A t_r = r - g.max_r, t_z = z - g.max_z, e = exp_over(t_r), f = exp_over(t_z);
+    if (g.of_pd == A(0)) return f * g.of_p + e * g.of_q;
+    const A apart = far_apart(g.max_z, g.max_r) ? t_r - t_z : (r - z) - (g.max_r - g.max_z);
+    return f * (g.of_p + g.of_pd * larger(apart * exp_over.by, A(kLeastExponent))) + e * g.of_q;
   }
   OBJKERN_DEVICE A beside(int column) const {
     return kFull && rows.reference != nullptr ? Beside<T>{rows, row}.at(column) : A(0);
@@ -95,6 +96,9 @@ struct Affine {
   // Columns [begin, end) of the row at x, which may lie in shared memory, to those at `out`; the share of thread
   // `thread` of `threads`. Stores are aligned to `out`, whatever x is aligned to.
   OBJKERN_DEVICE void write(const T* x, G* out, int begin, int end, int thread, int threads) const {
+    if constexpr (kFull) {
+      if (is_share_alone()) return write_share(x, out, begin, end, thread, threads);
+    }
     const int past = misalignment(x + begin + (16 - misalignment(out + begin)) % 16 / static_cast<int>(sizeof(G)));
     const Walk w = walk(out, begin, end, past != 0);
     for (int j = w.begin + thread; j < w.body; j += threads) write_one(x, out, j);
@@ -107,6 +111,44 @@ struct Affine {
       if (both) write_vector(later, out, second);
     }
     for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) write_one(x, out, j);
+  }
+
+  // Whether the divergence from a reference is all that there is.
+  OBJKERN_DEVICE bool is_share_alone() const {
+    if (!kFull || rows.reference == nullptr || !transform.is_identity()) return false;
+    const A others[] = {g.target_grad, g.exp_1,   g.exp_t,   g.const_1, g.const_z,
+                        g.const_t,     g.const_w, g.const_q, g.max_grad};
+    bool zero = true;  // of a NaN it is not
+#pragma unroll
+    for (const A other : others) zero = zero && other == A(0);
+    return zero && Beside<T>{rows, row}.same() != nullptr;
+  }
+
+  // As `write`, of the share alone: nothing in the loop but what it needs.
+  OBJKERN_DEVICE void write_share(const T* x, G* out, int begin, int end, int thread, int threads) const {
+    const T* const reference = Beside<T>{rows, row}.same();
+    const int body = begin + (16 - misalignment(out + begin)) % 16 / static_cast<int>(sizeof(G));
+    const int past = misalignment(x + body), past_r = misalignment(reference + body);
+    const Walk w = walk(out, begin, end, (past | past_r) != 0);
+    const auto one = [&](int j) {
+      const A z = widen(x[j]);
+      out[j] = narrowed<G>(z == A(-kInfinity) ? A(0) : share(z, widen(reference[j])) * upstream);
+    };
+    for (int j = w.begin + thread; j < w.body; j += threads) one(j);
+    for (int v = thread; v < w.vectors; v += threads) {
+      const int start = w.body + v * kVector;
+      const Loaded of_z = load(x + start, past), of_r = load(reference + start, past_r);
+      A z[kVector], r[kVector], d[kVector];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        unpack<T>(of_z.words[i], z + i * Element<T>::kVector);
+        unpack<T>(of_r.words[i], r + i * Element<T>::kVector);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) d[i] = z[i] == A(-kInfinity) ? A(0) : share(z[i], r[i]) * upstream;
+      store128_once(out + start, packed<G>(d));
+    }
+    for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) one(j);
   }
 
   struct Loaded {

@@ -16,6 +16,12 @@ struct Beside {
     return element<A>(rows.reference, rows.reference_dtype, row * rows.reference_stride + column);
   }
 
+  // The row itself, if it is of the logits' type.
+  OBJKERN_DEVICE const T* same() const {
+    const bool same = rows.reference_dtype == rows.dtype;
+    return same ? static_cast<const T*>(rows.reference) + row * rows.reference_stride : nullptr;
+  }
+
   // Of `kCount` columns, whole vectors of T.
   template <int kCount>
   OBJKERN_DEVICE void load(int start, A (&r)[kCount]) const {

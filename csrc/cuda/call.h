@@ -51,6 +51,11 @@ OBJKERN_HOST_DEVICE int quantities(const Program& program) {
   return program.with_parts ? 1 + program.size + kFreeStatistics : 1;
 }
 
+// Whether an objective reads anything of a row of logits but what a reference tells of it.
+OBJKERN_HOST_DEVICE bool reads_logits(int64_t reads) {
+  return (reads & ~int64_t{kDivergences}) != 0;
+}
+
 // What the threads of a block share. `values` has quantities × slots numbers, and the tile comes last.
 template <class A, Depth kDepth>
 struct alignas(128) Shared {

@@ -23,10 +23,10 @@ struct CompareCall {
   void* found = nullptr;  // (kDivergence, rows) of A; of ignored rows nothing
 };
 
-// f(z, r) for this thread's share of columns [begin, end).
-template <class T, class F>
-OBJKERN_DEVICE void each_pair(const T* x, const Beside<T>& beside, const Transform<Accumulation<T>, true>& transform,
-                              int begin, int end, const F& f) {
+// f(z, r) for this thread's share of columns [begin, end), a vector or a single one at a time.
+template <class T, bool kTransform, class F>
+OBJKERN_DEVICE void each_pair(const T* x, const Beside<T>& beside,
+                              const Transform<Accumulation<T>, kTransform>& transform, int begin, int end, const F& f) {
   using A = Accumulation<T>;
   constexpr int kVector = Element<T>::kVector;
   const int thread = thread_index(), threads = block_threads();
@@ -36,10 +36,15 @@ OBJKERN_DEVICE void each_pair(const T* x, const Beside<T>& beside, const Transfo
     unpack<T>(load128(x + w.body + v * kVector), z);
     beside.load(w.body + v * kVector, r);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) f(transform(z[i]), r[i]);
+    for (int i = 0; i < kVector; ++i) z[i] = transform(z[i]);
+    f(z, r);
   }
-  for (int j = w.begin + thread; j < w.body; j += threads) f(transform(widen(x[j])), beside.at(j));
-  for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) f(transform(widen(x[j])), beside.at(j));
+  const auto one = [&](int j) {
+    const A z[1] = {transform(widen(x[j]))}, r[1] = {beside.at(j)};
+    f(z, r);
+  };
+  for (int j = w.begin + thread; j < w.body; j += threads) one(j);
+  for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) one(j);
 }
 
 struct CompareShared {
@@ -47,14 +52,18 @@ struct CompareShared {
   double max_z[kCompareThreads / kWarp], max_r[kCompareThreads / kWarp];
 };
 
-template <class T>
-OBJKERN_KERNEL(kCompareThreads, 2)
+// kReverse: whether KL(p ‖ q) is read. No branch depends on a class, so that the classes of a vector overlap.
+template <class T, bool kTransform, bool kReverse>
+OBJKERN_KERNEL(kCompareThreads, (sizeof(T) == 8 ? 1
+                                 : kTransform   ? 2
+                                                : 4))
 compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
   using A = Accumulation<T>;
   CompareShared& shared = *reinterpret_cast<CompareShared*>(shared_memory());
   const Rows& rows = call.rows;
-  const Transform<A, true> transform(rows, call.logit_scale);
-  const A by = static_cast<A>(1.0 / rows.temperature), low = A(-kInfinity);
+  const Transform<A, kTransform> transform(rows, call.logit_scale);
+  const ExpOver<T> exp_over(rows.temperature);
+  const A low = A(-kInfinity);
   const int warp = thread_index() / kWarp, warps = (block_threads() + kWarp - 1) / kWarp;
   const auto finite = [low](A max) { return max == low ? A(0) : max; };
 
@@ -68,9 +77,12 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
     for (int begin = 0; begin < rows.classes; begin += kCompareSegment) {
       const int end = min(begin + kCompareSegment, static_cast<int>(rows.classes));
       A max_z = low, max_r = low;
-      each_pair<T>(x, beside, transform, begin, end, [&](A z, A r) {
-        max_z = larger(max_z, z);
-        if (z != low) max_r = larger(max_r, r);
+      each_pair(x, beside, transform, begin, end, [&]<int kCount>(const A(&z)[kCount], const A(&r)[kCount]) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          max_z = larger(max_z, z[i]);
+          max_r = larger(max_r, z[i] == low ? low : r[i]);
+        }
       });
       for (int step = kWarp / 2; step > 0; step /= 2) {
         max_z = larger(max_z, shuffle_xor(max_z, step));
@@ -97,11 +109,16 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
       top_z = max_z;
       top_r = max_r;
       const A base_z = finite(top_z), base_r = finite(top_r), apart = base_r - base_z;
-      const bool far = far_apart(base_z, base_r);
-      each_pair<T>(x, beside, transform, begin, end, [&](A z, A r) {
-        if (z == low) return;
-        const A e = exp_nonpositive<A>((r - base_r) * by), f = exp_nonpositive<A>((z - base_z) * by);
-        add_class<sizeof(A) == 8, true>(sums, e, f, (far ? (r - base_r) - (z - base_z) : (r - z) - apart) * by);
+      // Differences of half-precision logits from their maximum are exact, or as good as that.
+      const bool far = (sizeof(T) == 2 && !kTransform) || far_apart(base_z, base_r);
+      each_pair(x, beside, transform, begin, end, [&]<int kCount>(const A(&z)[kCount], const A(&r)[kCount]) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const bool out = z[i] == low;
+          const A t_r = (out ? low : r[i]) - base_r, t_z = z[i] - base_z;
+          const A d = (far ? t_r - t_z : (r[i] - z[i]) - apart) * exp_over.by;
+          add_class<sizeof(A) == 8, kReverse>(sums, exp_over(t_r), exp_over(t_z), out ? A(0) : d);
+        }
       });
     }
 

@@ -180,6 +180,12 @@ OBJKERN_DEVICE float exp2_fast(float x) {  // 2 units in the last place; below 2
   return y;
 }
 
+OBJKERN_DEVICE float reciprocal_fast(float x) {  // a unit in the last place, of numbers between 2⁻¹²⁶ and 2¹²⁶
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 OBJKERN_DEVICE float widen(BFloat16 x) {
   return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
 }

@@ -3,8 +3,8 @@
 // The launch table, for rows of V classes:
 //
 //   V ≤ 1024      2^k lanes a row, about 4 classes each, and whole warps from 128 classes on
-//   more, fused   a cluster of 1, 2, 4 or 8 blocks a row: the smallest whose tiles fit three times into a
-//                 multiprocessor's shared memory; then 8 (1 before sm_90) if they fit twice; else the row is read twice
+//   more, fused   a cluster of 1, 2, 4 or 8 blocks a row (1 before sm_90): the smallest whose tiles fit twice into a
+//                 multiprocessor's shared memory; else the row is read twice
 //   more, other   a block a row
 //
 // with one exception: a gradient in another type than the logits' is written by clusters, whatever V.
@@ -49,11 +49,14 @@ int64_t element_size(DType dtype) {
 }
 
 // The transform is on unless the scale is known to be 1 and there is no cap.
+bool identity(const Rows& rows, const Scalar& logit_scale) {
+  return logit_scale.pointer == nullptr && logit_scale.value == 1.0 && rows.softcap == 0.0;
+}
+
 Variant variant(const Rows& rows, const Scalar& logit_scale) {
   const Depth depth = depth_of(rows.reads, rows.class_weight != nullptr, rows.dense_target != nullptr);
   if (depth == Depth::kFull) return Variant::kFull;
-  const bool identity = logit_scale.pointer == nullptr && logit_scale.value == 1.0 && rows.softcap == 0.0;
-  return identity ? static_cast<Variant>(depth) : Variant::kTransformed;
+  return identity(rows, logit_scale) ? static_cast<Variant>(depth) : Variant::kTransformed;
 }
 
 RowKernel row_kernel(const Rows& rows, const Scalar& logit_scale, const Plan& plan, bool writes) {
@@ -144,11 +147,17 @@ void force_plan(const Plan* plan) {
 
 namespace {
 
-Plan spread(const Rows& rows, bool with_gradient) {
+// numbers: how many a block sums.
+Plan spread(const Rows& rows, bool with_gradient, int numbers) {
   Plan found;
   if (forced().has_value()) {
     found = *forced();
     found.resident = found.resident && with_gradient && found.lanes == 0;
+    return found;
+  }
+  const bool reads = numbers != 1 || reads_logits(rows.reads);
+  if (!reads && !with_gradient) {
+    found.lanes = 1;
     return found;
   }
   if (rows.classes <= kMostLaneClasses && !(with_gradient && rows.gradient_dtype != rows.dtype)) {
@@ -163,16 +172,14 @@ Plan spread(const Rows& rows, bool with_gradient) {
       cluster *= 2;
     return cluster;
   };
-  if (with_gradient) {
+  if (with_gradient && reads) {
     const int64_t offset = table(rows).tile_offset(0) + kReservedShared;
-    for (const int times : {3, 2}) {
-      const int64_t room = std::min(limits.shared_of_multiprocessor / times, limits.shared_of_block + kReservedShared);
-      for (int cluster = times == 3 ? 1 : most; cluster <= most; cluster *= 2) {
-        if (offset + tile_bytes(rows, cluster) > room) continue;
-        found.cluster = grow(cluster);
-        found.resident = true;
-        return found;
-      }
+    const int64_t room = std::min(limits.shared_of_multiprocessor / 2, limits.shared_of_block + kReservedShared);
+    for (int cluster = 1; cluster <= most; cluster *= 2) {
+      if (offset + tile_bytes(rows, cluster) > room) continue;
+      found.cluster = grow(cluster);
+      found.resident = true;
+      return found;
     }
   }
   found.cluster = grow(1);
@@ -182,7 +189,7 @@ Plan spread(const Rows& rows, bool with_gradient) {
 }  // namespace
 
 Plan plan(const Rows& rows, const Scalar& logit_scale, bool with_gradient, int numbers) {
-  Plan found = spread(rows, with_gradient);
+  Plan found = spread(rows, with_gradient, numbers);
   Limits limits;
   if (read_limits(limits) != kOk || (found.cluster > 1 && !limits.clusters)) return found;  // the launch will say
   const RowKernel kernel = row_kernel(rows, logit_scale, found, with_gradient);
@@ -199,7 +206,8 @@ Status compare(const Rows& rows, const Scalar& logit_scale, void* found, Stream 
   if (rows.rows == 0) return kOk;
   const int threads = rows.classes <= kMostLaneClasses ? kWarp : kCompareThreads;
   const Grid grid{std::min<int64_t>(rows.rows, kMostRowTeams), threads, 1, static_cast<int64_t>(sizeof(CompareShared))};
-  return launch(table(rows).compare, grid, stream, CompareCall{rows, logit_scale, found});
+  const auto& kernels = table(rows).compare[identity(rows, logit_scale) ? 0 : 1];
+  return launch(kernels[(rows.reads & kReverseKl) != 0 ? 1 : 0], grid, stream, CompareCall{rows, logit_scale, found});
 }
 
 Status objective(const Rows& rows, const Scalar& logit_scale, const Program& program, const Plan& plan,

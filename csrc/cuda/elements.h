@@ -52,6 +52,19 @@ OBJKERN_DEVICE Words packed(const Accumulation<T> (&d)[Element<T>::kVector]) {
   return words;
 }
 
+// kVector elements at p as numbers of the accumulation type. E may be narrower than the accumulation type.
+template <class E, int kVector, class A>
+OBJKERN_DEVICE void read_vector(const E* p, A (&found)[kVector]) {
+  if constexpr (sizeof(E) * kVector == 16) {
+    unpack<E>(load128(p), found);
+  } else {  // of a wider type than the prediction's
+    static_assert(sizeof(E) * kVector == 32);
+    const Words low = load128(p), high = load128(p + kVector / 2);
+    __builtin_memcpy(found, &low, sizeof low);
+    __builtin_memcpy(found + kVector / 2, &high, sizeof high);
+  }
+}
+
 template <class T>
 OBJKERN_DEVICE T narrowed(Accumulation<T> d) {
   if constexpr (sizeof(T) == 2) {
@@ -124,6 +137,21 @@ OBJKERN_DEVICE double exp_nonpositive(double t) {
   return std::exp(t);
 }
 
+// exp(t / temperature) for t ≤ 0.
+template <class T>
+struct ExpOver {
+  using A = Accumulation<T>;
+  static constexpr float kLog2E = 1.44269504f;
+  A by, by_log2;
+
+  OBJKERN_DEVICE explicit ExpOver(double temperature)
+      : by(static_cast<A>(1.0 / temperature)), by_log2(by * static_cast<A>(kLog2E)) {}
+  OBJKERN_DEVICE A operator()(A t) const {
+    if constexpr (sizeof(T) == 2) return exp2_fast(t * by_log2);
+    return exp_nonpositive<A>(t * by);
+  }
+};
+
 OBJKERN_DEVICE double number(const Scalar& scalar) {
   if (scalar.pointer == nullptr) return scalar.value;
   return scalar.dtype == DType::kFloat32 ? static_cast<double>(*static_cast<const float*>(scalar.pointer))
@@ -144,6 +172,7 @@ struct Transform {
       gain = in.unscaled ? A(1) : scale;
     }
   }
+  OBJKERN_DEVICE bool is_identity() const { return scale == A(1) && gain == A(1) && cap == A(0); }
   OBJKERN_DEVICE A operator()(A x) const {
     if constexpr (kOn) {
       if (x == A(-kInfinity)) return x;

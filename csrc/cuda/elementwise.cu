@@ -18,7 +18,7 @@ constexpr int64_t kMostElementBlocks = 2048;
 constexpr int64_t kElementsOfBlock = 8192;  // that are worth a block of their own
 #endif
 
-enum class Asked { kSums, kValues, kGradient };  // the gradient alone
+enum class Asked { kSums, kSumsAndGradient, kValues, kGradient };
 
 struct ElementCall {
   Elements elements;
@@ -62,16 +62,24 @@ struct Periodic {
   }
 };
 
-// kVector elements at p as numbers of the accumulation type. E may be narrower than the accumulation type.
-template <class E, int kVector, class A>
-OBJKERN_DEVICE void read_vector(const E* p, A (&found)[kVector]) {
-  if constexpr (sizeof(E) * kVector == 16) {
-    unpack<E>(load128(p), found);
-  } else {  // of a wider type than the prediction's
-    static_assert(sizeof(E) * kVector == 32);
-    const Words low = load128(p), high = load128(p + kVector / 2);
-    __builtin_memcpy(found, &low, sizeof low);
-    __builtin_memcpy(found + kVector / 2, &high, sizeof high);
+// LogOdds of d, by the device's own approximations where they have float32's digits.
+template <class T, class A>
+OBJKERN_DEVICE LogOdds<A> log_odds_of(A d) {
+  if constexpr (sizeof(A) == 8) {
+    return LogOdds<A>(d);
+  } else {
+    const auto reciprocal = [](float x) {
+      const float y = reciprocal_fast(x);
+      return std::fma(y, std::fma(-x, y, 1.0f), y);
+    };
+    const float e = exp_nonpositive<T>(-std::fabs(d));
+    const float s = e * reciprocal(2.0f + e), square = s * s;  // log(1 + e) = 2 atanh(e / (2 + e))
+    float sum = 1.0f / 13;
+#pragma unroll
+    for (int k = 11; k >= 3; k -= 2) sum = std::fma(sum, square, 1.0f / static_cast<float>(k));
+    LogOdds<A> found;
+    found.set(d, 0.0f, std::fma(sum * square, s + s, s + s), e, reciprocal(1.0f + e));
+    return found;
   }
 }
 
@@ -86,9 +94,17 @@ OBJKERN_DEVICE void write_vector(A* p, const A (&numbers)[kVector]) {
   }
 }
 
-// T: the prediction; D: the target, T or the accumulation type.
-template <class T, class D, Asked kAsked>
-OBJKERN_KERNEL(kElementThreads, 2)
+// Of a multiprocessor, which leaves 80 registers or 128.
+template <class T>
+constexpr int blocks_at_once(Asked asked, bool plain) {
+  const bool little = asked == Asked::kSums || asked == Asked::kGradient || sizeof(T) == 4;
+  return plain && little && sizeof(T) < 8 ? 3 : 2;
+}
+
+// T: the prediction; D: the target, T or the accumulation type. kPlain: nothing transforms the prediction, and there
+// are no weights.
+template <class T, class D, Asked kAsked, bool kPlain>
+OBJKERN_KERNEL(kElementThreads, blocks_at_once<T>(kAsked, kPlain))
 element_kernel(OBJKERN_ARGUMENT ElementCall call) {
   using A = Accumulation<T>;
   constexpr int kVector = Element<T>::kVector;
@@ -97,16 +113,18 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
   const int thread = thread_index(), size = program.size;
   const A* const upstream = static_cast<const A*>(call.upstream);
   if (kAsked == Asked::kGradient && call.unless_one && upstream[0] == A(1)) return;
+  constexpr bool kSums = kAsked == Asked::kSums || kAsked == Asked::kSumsAndGradient;
+  constexpr bool kWrites = kAsked == Asked::kGradient || kAsked == Asked::kSumsAndGradient;
 
   // Of every thread and term the sum so far, and of every term the scale.
   double* const sums = reinterpret_cast<double*>(shared_memory());
-  double* const scales = sums + (kAsked == Asked::kSums ? size * kElementThreads : 0);
+  double* const scales = sums + (kSums ? size * kElementThreads : 0);
   const double denominator = denominator_of(call);
   for (int k = thread; k < size; k += kElementThreads) scales[k] = coefficient_of(call, k) / denominator;
-  for (int k = 0; kAsked == Asked::kSums && k < size; ++k) sums[k * kElementThreads + thread] = 0;
+  for (int k = 0; kSums && k < size; ++k) sums[k * kElementThreads + thread] = 0;
   block_sync();
 
-  const Transform<A, true> transform(in, call.logit_scale);
+  const Transform<A, !kPlain> transform(in, call.logit_scale);
   bool odds = false;
   for (int k = 0; k < size; ++k) odds |= reads_odds(static_cast<ElementKind>(program.terms[k].kind));
   const T* const x = static_cast<const T*>(in.input);
@@ -131,11 +149,23 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
     }
     ElementInputs<A> e[kVector];
     LogOdds<A> of_z[kVector];
-    Periodic<A> weight(in.weight, in.weight_period, first), pos_weight(in.pos_weight, in.pos_weight_period, first);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      e[i] = {transform(z[i]), target[i], weight.next(), pos_weight.next(), in.limits};
-      if (odds) of_z[i] = LogOdds<A>(e[i].z);
+      e[i].z = transform(z[i]);
+      e[i].y = target[i];
+      e[i].limits = in.limits;
+    }
+    if constexpr (!kPlain) {
+      Periodic<A> weight(in.weight, in.weight_period, first), pos_weight(in.pos_weight, in.pos_weight_period, first);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        e[i].weight = weight.next();
+        e[i].pos_weight = pos_weight.next();
+      }
+    }
+    if (odds) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) of_z[i] = log_odds_of<T>(e[i].z);
     }
 
     A found[kVector] = {}, total[kVector] = {};
@@ -155,7 +185,7 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
         if (kAsked == Asked::kValues && i < there && call.results.parts != nullptr)
           static_cast<A*>(call.results.parts)[k * in.count + first + i] = values[i];
       }
-      if constexpr (kAsked == Asked::kSums) sums[k * kElementThreads + thread] += static_cast<double>(sum);
+      if constexpr (kSums) sums[k * kElementThreads + thread] += static_cast<double>(sum);
     }
     if constexpr (kAsked == Asked::kValues) {
       A* const loss = static_cast<A*>(call.results.loss) + first;
@@ -165,14 +195,16 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
         if (!whole && i < there) loss[i] = total[i];
       continue;
     }
-    if (gradient == nullptr) continue;
+    if constexpr (!kWrites) continue;
     A up[kVector];
-    if (whole && call.upstream_stride == 1) {
+    if (kAsked == Asked::kSumsAndGradient || call.upstream_stride == 0) {  // one number for all
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) up[i] = kAsked == Asked::kSumsAndGradient ? A(1) : upstream[0];
+    } else if (whole) {
       read_vector<A, kVector>(upstream + first, up);
     } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        up[i] = upstream == nullptr || i >= there ? A(1) : upstream[(first + i) * call.upstream_stride];
+      for (int i = 0; i < kVector; ++i) up[i] = i < there ? upstream[first + i] : A(1);
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) found[i] *= transform.slope(e[i].z) * up[i];
@@ -184,7 +216,7 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
         if (i < there) gradient[first + i] = narrowed<T>(found[i]);
     }
   }
-  if constexpr (kAsked != Asked::kSums) return;
+  if constexpr (!kSums) return;
 
   // A warp adds up a term at a time.
   block_sync();
@@ -223,20 +255,29 @@ reduce_kernel(OBJKERN_ARGUMENT ElementCall call) {
 
 using ElementKernel = void (*)(ElementCall);
 
-template <Asked kAsked>
-ElementKernel kernel_for(const Elements& in) {
+template <Asked kAsked, bool kPlain>
+ElementKernel kernel_of_type(const Elements& in) {
   const bool same = in.target == nullptr || in.target_dtype == in.dtype;
   switch (in.dtype) {
     case DType::kFloat32:
-      return &element_kernel<float, float, kAsked>;
-    case DType::kFloat64:
-      return &element_kernel<double, double, kAsked>;
+      return &element_kernel<float, float, kAsked, kPlain>;
+    case DType::kFloat64:  // for checks, not for speed: one serves all
+      return &element_kernel<double, double, kAsked, false>;
     case DType::kBFloat16:
-      return same ? &element_kernel<BFloat16, BFloat16, kAsked> : &element_kernel<BFloat16, float, kAsked>;
+      return same ? &element_kernel<BFloat16, BFloat16, kAsked, kPlain>
+                  : &element_kernel<BFloat16, float, kAsked, kPlain>;
     case DType::kFloat16:
-      return same ? &element_kernel<Float16, Float16, kAsked> : &element_kernel<Float16, float, kAsked>;
+      return same ? &element_kernel<Float16, Float16, kAsked, kPlain> : &element_kernel<Float16, float, kAsked, kPlain>;
   }
   return nullptr;
+}
+
+template <Asked kAsked>
+ElementKernel kernel_for(const ElementCall& call) {
+  const Elements& in = call.elements;
+  const bool identity = call.logit_scale.pointer == nullptr && call.logit_scale.value == 1.0 && in.softcap == 0.0;
+  const bool plain = identity && in.weight == nullptr && in.pos_weight == nullptr;
+  return plain ? kernel_of_type<kAsked, true>(in) : kernel_of_type<kAsked, false>(in);
 }
 
 bool at_vector(const void* p) {
@@ -259,9 +300,10 @@ ElementCall call_of(const Elements& in, const Scalar& logit_scale, const Program
 }
 
 template <Asked kAsked>
-Status run(const Elements& in, const ElementCall& call, Stream stream) {
-  const int64_t numbers = call.program.size * (kAsked == Asked::kSums ? 1 + kElementThreads : 1);
-  return launch(kernel_for<kAsked>(in), Grid{call.blocks, kElementThreads, 1, 8 * std::max<int64_t>(numbers, 1)},
+Status run(const ElementCall& call, Stream stream) {
+  const bool sums = kAsked == Asked::kSums || kAsked == Asked::kSumsAndGradient;
+  const int64_t numbers = call.program.size * (sums ? 1 + kElementThreads : 1);
+  return launch(kernel_for<kAsked>(call), Grid{call.blocks, kElementThreads, 1, 8 * std::max<int64_t>(numbers, 1)},
                 stream, call);
 }
 
@@ -274,8 +316,10 @@ int64_t element_blocks(const Elements& in) {
 Status elementwise(const Elements& in, const Scalar& logit_scale, const Program& program, const ElementResults& results,
                    Stream stream) {
   const ElementCall call = call_of(in, logit_scale, program, nullptr, 0, results);
-  if (program.reduction == Reduction::kNone) return in.count == 0 ? kOk : run<Asked::kValues>(in, call, stream);
-  if (const Status status = run<Asked::kSums>(in, call, stream); status != kOk) return status;
+  if (program.reduction == Reduction::kNone) return in.count == 0 ? kOk : run<Asked::kValues>(call, stream);
+  const Status status =
+      results.gradient == nullptr ? run<Asked::kSums>(call, stream) : run<Asked::kSumsAndGradient>(call, stream);
+  if (status != kOk) return status;
   const ElementKernel reduce = in.dtype == DType::kFloat64 ? &reduce_kernel<double> : &reduce_kernel<float>;
   return launch(reduce, Grid{1, kElementThreads, 1, 8 * std::max<int64_t>(program.size, 1)}, stream, call);
 }
@@ -287,7 +331,7 @@ Status elementwise_gradient(const Elements& in, const Scalar& logit_scale, const
   results.gradient = gradient;
   ElementCall call = call_of(in, logit_scale, program, upstream, upstream_stride, results);
   call.unless_one = unless_one;
-  return run<Asked::kGradient>(in, call, stream);
+  return run<Asked::kGradient>(call, stream);
 }
 
 }  // namespace objkern::cuda

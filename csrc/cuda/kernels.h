@@ -7,6 +7,7 @@
 //   chain        centred sums + ∂L/∂statistics ─▶ the coefficients of the row's gradient
 //   gradient     logits + coefficients + upstream ─▶ the gradient; or nothing at all where upstream is 1 already
 //   elementwise, elementwise_gradient   the same for elements, which need no coefficients
+//   parameters_...                      a penalty on many parameters, some of them a launch
 //
 // Every pointer is to device memory. A door launches on the current device and the stream it is given, waits for
 // nothing, allocates nothing, and reads no number back, so that a CUDA graph can capture it. The accumulation type A is
@@ -110,5 +111,32 @@ Status elementwise(const Elements& in, const Scalar& logit_scale, const Program&
 // upstream: of A, stride 0 or 1; `unless_one` as in `gradient`
 Status elementwise_gradient(const Elements& in, const Scalar& logit_scale, const Program& program, const void* upstream,
                             int64_t upstream_stride, bool unless_one, void* gradient, Stream stream);
+
+// ---- penalties on parameters --------------------------------------------------------------------------------------
+
+struct Parameter {
+  const void* theta = nullptr;   // (count) of the parameters' dtype, contiguous
+  const void* origin = nullptr;  // (count) of origin_dtype, or none, which is 0
+  const void* weight = nullptr;  // (count) of the accumulation type, or none, which is 1
+  void* gradient = nullptr;      // (count) of the parameters' dtype
+  int64_t count = 0;
+  bool vectors = false;  // all of them begin at multiples of 16 bytes; found by the doors
+};
+
+constexpr int kMostParameters = 64;  // of a launch; a power of two
+
+struct Parameters {
+  Parameter of[kMostParameters];
+  int size = 0;
+  DType dtype = DType::kFloat32, origin_dtype = DType::kFloat32;
+  double l1 = 0.0, l2 = 0.0;
+};
+
+int64_t parameter_blocks(const Parameters& in);
+// sums: (parameter_blocks), of this launch; then the total of those of all launches
+Status parameters_sums(const Parameters& in, double* sums, Stream stream);
+Status parameters_total(const double* sums, int64_t count, double* value, Stream stream);
+// upstream: of the accumulation type. `adds`: to the gradient that is there, rounded once.
+Status parameters_gradient(const Parameters& in, const void* upstream, bool adds, Stream stream);
 
 }  // namespace objkern::cuda

@@ -22,7 +22,7 @@ namespace objkern::cuda {
 enum class Pass { kObjective, kReread, kResident, kStatistics };
 
 // Blocks of 256 threads that a multiprocessor must hold at once, and so the registers of a thread: four leave 64, three
-// 80, two 128, one 255. A resident row takes a third of the shared memory at most, and is on its way all at once; a row
+// 80, two 128, one 255. A resident row takes half of the shared memory at most, and is on its way all at once; a row
 // that streams through registers needs more threads to keep as many bytes in flight.
 constexpr int blocks_at_once(Depth depth, bool transform, bool doubles, Pass pass) {
   if (doubles) return 1;
@@ -42,6 +42,13 @@ OBJKERN_DEVICE void copy_tile(const T* x, T* tile, int begin, int end, int threa
   for (int j = w.begin + thread; j < w.body; j += threads) tile[j] = x[j];
   for (int j = w.body + w.vectors * kVector + thread; j < w.end; j += threads) tile[j] = x[j];
   copies_arrived<0>();
+}
+
+// Whether the classes of a row are summed up at all.
+template <Depth kDepth, Pass kPass>
+OBJKERN_DEVICE bool collects(const RowCall& call) {
+  if (kDepth != Depth::kFull || kPass == Pass::kStatistics) return true;
+  return call.program.with_parts || reads_logits(call.rows.reads);
 }
 
 template <class T, class G, Depth kDepth, bool kTransform, Pass kPass>
@@ -92,7 +99,7 @@ cluster_kernel(OBJKERN_ARGUMENT RowCall call) {
       source = tile;
     }
     Collector<T, kDepth, kTransform, kPass != Pass::kResident> collector{rows, transform, row, label.column, {}};
-    collector.collect(source, begin, end, thread, kBlockThreads);
+    if (collects<kDepth, kPass>(call)) collector.collect(source, begin, end, thread, kBlockThreads);
 
     const Sums<A, kDepth> of_warp = merged_in_warp(collector.sums, kWarp);
     if (thread % kWarp == 0) shared.of_warp[thread / kWarp] = of_warp;
@@ -172,7 +179,7 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
     const bool there = row < rows.rows;
     const Label label(rows, there ? row : 0);
     const bool counts = there && !label.ignored;
-    const int end = counts ? static_cast<int>(rows.classes) : 0;
+    const int end = counts && collects<kDepth, kPass>(call) ? static_cast<int>(rows.classes) : 0;
     const T* const x = static_cast<const T*>(rows.logits) + row * rows.row_stride;
     Collector<T, kDepth, kTransform, false> collector{rows, transform, row, label.column, {}};
     collector.collect(x, 0, end, lane, width);

@@ -23,7 +23,7 @@ struct Table {
   RowKernel cluster_statistics, lanes_statistics;
   GradientKernel gradient[kVariants];
   RowKernel count;
-  void (*compare)(CompareCall);
+  void (*compare[2][2])(CompareCall);  // by transform, and whether KL(p ‖ q) is read
   void (*chain)(ChainCall);
   int64_t (*tile_offset)(int64_t numbers);  // of the variant that shares most
 };
@@ -59,7 +59,10 @@ Table table_of() {
   table.cluster_statistics = &cluster_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
   table.lanes_statistics = &lanes_kernel<T, T, Depth::kFull, true, Pass::kStatistics>;
   table.count = &count_kernel<A>;
-  table.compare = &compare_kernel<T>;
+  constexpr bool kOne = sizeof(T) == 8;  // as above
+  table.compare[0][0] = &compare_kernel<T, kOne, kOne>;
+  table.compare[0][1] = &compare_kernel<T, kOne, true>;
+  table.compare[1][0] = table.compare[1][1] = &compare_kernel<T, true, true>;
   table.chain = &chain_kernel<A>;
   table.tile_offset = &tile_offset<A, Depth::kFull>;
   return table;

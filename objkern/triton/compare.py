@@ -16,7 +16,7 @@ def g_of_minus(d):
     LAST: tl.constexpr = 14 if d.dtype == tl.float64 else 8
     total = tl.zeros_like(d)
     for i in tl.static_range(LAST - 1):
-        total = 1.0 - total * d / (LAST + 1 - i)
+        total = 1.0 - total * d * (1.0 / (LAST + 1 - i))
     return d * d * 0.5 * total
 
 
@@ -60,7 +60,7 @@ def share_at(share, z, r, by, gain, cap, A: tl.constexpr, TRANSFORM: tl.constexp
 def compare_kernel(
     x, target, reference, logit_scale, transform, temperature, found, rows: tl.int64, row_stride: tl.int64,
     reference_stride: tl.int64, ignore_index: tl.int64, V: tl.int32, A: tl.constexpr, TRANSFORM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row a program: its maxima, then the sums relative to them, then `Divergence`, (7, rows) of A."""
     row = read_row(tl.program_id(0).to(tl.int64), rows, target, ignore_index, V)
@@ -92,15 +92,17 @@ def compare_kernel(
             e, f, d = apart(tl.where(out, max_z, z), tl.where(out, max_r, r), max_z, max_r, by, A)
             e, f = tl.where(out, 0.0, e), tl.where(out, 0.0, f)
             d = tl.where(out, 0.0, d)
-            ed, fd = weighted(e, d), weighted(f, d)
+            ed = weighted(e, d)
             small = tl.abs(d) < 0.5
             series = e * g_of_minus(tl.where(small, d, 0.0))
             sum_e += e
             sum_f += f
             sum_ed += ed
-            sum_fd += fd
             sum_eg += tl.where(small, series, f - e + ed)
-            sum_fg += tl.where(small, (ed - series) * d - series, e - f - fd)
+            if REVERSE:
+                fd = weighted(f, d)
+                sum_fd += fd
+                sum_fg += tl.where(small, (ed - series) * d - series, e - f - fd)
         e, f = tl.sum(sum_e.to(tl.float64), 0), tl.sum(sum_f.to(tl.float64), 0)
         by_d = number(temperature, 0)
         ed, fd = tl.sum(sum_ed.to(tl.float64), 0) / e, tl.sum(sum_fd.to(tl.float64), 0) / f

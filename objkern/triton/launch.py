@@ -150,10 +150,14 @@ class OnDevice:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def on_device(self, number: Tensor | None) -> Tensor | None:
-        """A number or a few of them, without waiting for the device."""
+        """A number or a few of them, without waiting for the device. Those of the CPU travel with launches, because a
+        CUDA graph captures no copy of memory that may be gone when it is replayed."""
         if number is None or number.device == self.device:
             return number
-        return number.to(self.device, non_blocking=True)
+        if not number.is_cpu:
+            return number.to(self.device, non_blocking=True)
+        values = [torch.full((), x, dtype=number.dtype, device=self.device) for x in number.reshape(-1).tolist()]
+        return torch.stack(values).view(number.shape)
 
     def on_its_device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import epilogue
-from .elementary import ANYWHERE, RUN_TIME, lowest, number, zero_of
+from .elementary import ANYWHERE, RUN_TIME, exp, lowest, number, zero_of
 from .elements import gradient_of, transformed
 from .epilogue import label_weight, read_row, read_row_gradient
 from .objective import Piece, RowGradient, centre
@@ -38,11 +38,13 @@ def along_classes(v, CLASSES: tl.constexpr):
 
 @triton.jit
 def row_sums(
-    z, column, row, w, q, V, A: tl.constexpr, MASKED: tl.constexpr, SMOOTHED: tl.constexpr, CLASSES: tl.constexpr
-):
+    z, column, row, w, q, V, A: tl.constexpr, MASKED: tl.constexpr, SMOOTHED: tl.constexpr, EXACT: tl.constexpr,
+    CLASSES: tl.constexpr,
+):  # fmt: skip
     """A tile of z, −inf past the last class, to the sums over the others, and z_y. What nobody reads is not computed.
 
-    column: the classes, along their axis. w, q: class weights and dense target, or None.
+    column: the classes, along their axis. w, q: class weights and dense target, or None. EXACT: exp to its last digit,
+    because what `tl.exp` drops has little to average out over in a few classes of float32.
     """
     y = along_rows(row.y, CLASSES)
     own = column == y
@@ -53,7 +55,7 @@ def row_sums(
     out = others == float("-inf")
     top = tl.maximum(tl.max(others, CLASSES), lowest(A))
     apart = others - along_rows(top, CLASSES)
-    e = tl.where(out, 0.0, tl.exp(apart))
+    e = tl.where(out, 0.0, exp(apart) if EXACT else tl.exp(apart))
     t = tl.where(out, 0.0, tl.where(apart < lowest(A), lowest(A), apart))
     n = tl.sum(tl.where(out, 0.0, 1.0).to(A), CLASSES)
     sum_t = tl.sum(t, CLASSES)
@@ -200,7 +202,8 @@ def few_kernel(
     z = transformed(x_, scale, cap, TRANSFORM)
     w = read_weights(class_weight, column, V, A) if class_weight is not None else None
     q = read_rows(dense, row, dense_stride, class_stride, column, V, A, 0.0, 0) if dense is not None else None
-    piece, z_y = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, 0)
+    EXACT: tl.constexpr = x.dtype.element_ty == tl.float32
+    piece, z_y = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, EXACT, 0)
     row_weight = label_weight(row, class_weight, A)
     c = centre(piece, z_y, row.y >= 0, row_weight, V, MASKED, (WEIGHTED or DENSE) and DEPTH == 3)
     if TASK == 2:
@@ -228,7 +231,7 @@ def narrow_collect_kernel(
     z = transformed(read_rows(x, row, row_stride, 1, column, V, A, float("-inf"), 1), scale, cap, TRANSFORM)
     w = read_weights(class_weight, column, V, A) if class_weight is not None else None
     q = read_rows(dense, row, dense_stride, 1, column, V, A, 0.0, 1) if dense is not None else None
-    piece, _ = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, 1)
+    piece, _ = row_sums(z, column, row, w, q, V, A, MASKED, SMOOTHED, False, 1)
     epilogue.put_piece(pieces + row.index, rows, row.there, piece, DEPTH)
 
 

@@ -20,6 +20,7 @@ _FREE = 3  # lse, accuracy, target probability
 _NONE, _MEAN = 0, 1  # reductions, in the order of objkern.batch.REDUCTIONS
 _OBJECTIVE, _FUSED, _STATISTICS = 0, 1, 2  # tasks
 _LOGPROBS = 3  # reads of a target
+_REVERSE_KL = 2048
 _STATISTIC_FIELDS, _CENTRED, _DIVERGENCE, _ROW_GRADIENT = 12, 21, 7, 15  # fields, as in csrc
 
 
@@ -110,7 +111,7 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         else:
             found = _collect(rows, pieces, terms.depth, terms.smoothed, call.with_parts or bool(terms.reads & 16))
             epilogue_kernel[(programs,)](
-                **rows.sizes(), pieces=found, divergence=_compare(rows), scales=scales, values=values, loss=loss,
+                **rows.sizes(), pieces=found, divergence=_compare(rows, terms.reads), scales=scales, values=values, loss=loss,
                 row_gradient=row_gradient, count=pieces, TASK=_OBJECTIVE, **call.constants(),
                 DENSE=rows.dense is not None, PER_ROW=call.per_row, ROWS=block, num_warps=4,
             )  # fmt: skip
@@ -130,15 +131,15 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         return (*found, gradient) if with_gradient and given is None else found
 
 
-def _compare(rows: Rows) -> Tensor | None:
-    """(7, rows) what a comparison with the reference finds; see `Divergence` in objective.py."""
+def _compare(rows: Rows, reads: int) -> Tensor | None:
+    """(7, rows) what a comparison with the reference finds, as far as it is read; see `Divergence` in objective.py."""
     if rows.reference is None:
         return None
     found = rows.empty(_DIVERGENCE, rows.rows)
     sizes = {name: value for name, value in rows.sizes().items() if name not in ("class_weight", "MASKED")}
     compare_kernel[(rows.rows,)](
         **sizes, reference=rows.reference, reference_stride=rows.reference_stride, temperature=rows.temperature,
-        found=found, BLOCK=launch.COMPARE_CLASSES // (rows.dtype.itemsize // 4), num_warps=8,
+        found=found, REVERSE=bool(reads & _REVERSE_KL), BLOCK=launch.COMPARE_CLASSES // (rows.dtype.itemsize // 4), num_warps=8,
     )  # fmt: skip
     return found
 
@@ -264,7 +265,7 @@ def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
             pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
             found = _collect(rows, pieces, 3, False, True)
             epilogue_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
-                **shared, pieces=found, divergence=_compare(rows), count=pieces, DENSE=rows.dense is not None,
+                **shared, pieces=found, divergence=_compare(rows, launch.DIVERGENCES), count=pieces, DENSE=rows.dense is not None,
                 ROWS=launch.EPILOGUE_ROWS, num_warps=4,
             )  # fmt: skip
     return out, centred

@@ -33,7 +33,7 @@ def kernel_sources(csrc: Path) -> list[Path]:
 
 def ordinary_objects() -> list[Path]:
     """Of the newest ordinary build, with or without CUDA, but for what registers kernels at the CPU and CUDA keys."""
-    newest = max(ROOT.glob("build/temp*/**/csrc/autograd.o"), key=lambda path: path.stat().st_mtime).parent
+    newest = max(ROOT.glob("build/temp*/**/csrc/*.o"), key=lambda path: path.stat().st_mtime).parent
     bindings = [path for path in newest.glob("*.o") if path.name not in ("bindings_cpu.o", "bindings_cuda.o")]
     kernels = [path for path in ROOT.glob("build/temp*/kernels/*.o") if not path.name.startswith("cuda_")]
     return sorted([*bindings, *kernels])

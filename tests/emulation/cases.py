@@ -734,6 +734,62 @@ def test_elementwise_from_anywhere() -> None:
         torch.testing.assert_close([x.double() for x in found], list(exact), rtol=4e-6, atol=1e-8)
 
 
+# ---- penalties on parameters ----------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize(("l1", "l2"), [(0.3, 0.0), (0.0, 0.7), (0.3, 0.7)])
+@pytest.mark.parametrize(("with_origin", "with_weight"), [(False, False), (True, False), (True, True)])
+def test_many_parameters(with_origin: bool, with_weight: bool, l1: float, l2: float, dtype: torch.dtype) -> None:
+    """More of them than a launch takes, of one block, of several and of none; not all begin at a vector's boundary; one
+    is of another dtype. Gradients are written, and added to what is there, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    theta = [make(k % 7 * 40 + k % 3).to(dtype) for k in range(70)]
+    theta += [make(1001).to(dtype)[1:], make(20, 30).t().to(dtype), make(1).to(dtype)[0], torch.zeros(3, dtype=dtype)]
+    origins = [p + make(*p.shape).to(p.dtype) for p in theta] if with_origin else []
+    if with_origin:
+        origins[0] = origins[0].double() if dtype == torch.float64 else origins[0].float()
+    weights = [make(*p.shape).abs() for p in theta] if with_weight else []
+    numbers = theta, origins, weights, l1, l2
+    exact = torch.zeros((), dtype=torch.float64)
+    upstream = torch.tensor(1.7, dtype=torch.float64)
+    found = torch.ops.objkern.multi_penalty_gradient(upstream, *numbers)
+    added = [torch.full_like(p, 0.5, memory_format=torch.contiguous_format) for p in theta]
+    torch.ops.objkern.multi_penalty_accumulate_(added, upstream, *numbers)
+    for k, p in enumerate(theta):
+        d = p.double() - (origins[k].double() if origins else 0.0)
+        f = weights[k].double() if weights else torch.ones_like(d)
+        exact += l1 * d.abs().sum() + 0.5 * l2 * (f * d * d).sum()
+        gradient = 1.7 * (l1 * d.sign() + l2 * f * d)
+        eps = torch.finfo(p.dtype).eps
+        bound = 2 * max(eps, torch.finfo(torch.float32).eps if p.dtype != torch.float64 else 0.0)
+        for ours, truth in ((found[k], gradient), (added[k], gradient + 0.5)):
+            assert ours.dtype == p.dtype
+            assert ours.shape == p.shape
+            torch.testing.assert_close(ours.double(), truth, rtol=eps / 2 + bound / 4, atol=bound)
+    value = torch.ops.objkern.multi_penalty(*numbers)
+    torch.testing.assert_close(value, exact, rtol=1e-12 if dtype == torch.float64 else 4e-7, atol=1e-300)
+    for seed in range(3):
+        control.seed(seed)
+        assert torch.equal(torch.ops.objkern.multi_penalty(*numbers), value)
+        again = torch.ops.objkern.multi_penalty_gradient(upstream, *numbers)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_penalty_takes_all_parameters_at_once() -> None:
+    theta = [torch.randn(50, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
+    term = objkern.ElasticNet(theta, 0.3, 0.7)
+    term()  # which finds out that it can
+    before = control.launches()
+    term().backward()
+    assert control.launches() == before + 3  # sums, total, gradient
+    expected = [p.grad.clone() for p in theta]
+    term.accumulate_()
+    assert control.launches() == before + 4
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(theta, expected, strict=True))
+
+
 def test_no_elements() -> None:
     nothing = torch.empty(0, 3)
     assert objkern.MeanSquaredError()(nothing, nothing).isnan()

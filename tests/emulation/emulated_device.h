@@ -163,6 +163,10 @@ inline float exp2_fast(float x) {
   return y < std::numeric_limits<float>::min() ? 0.0f : y;  // NaN stays
 }
 
+inline float reciprocal_fast(float x) {
+  return 1.0f / x;
+}
+
 inline float widen(BFloat16 x) {
   return float_from_bits(static_cast<uint32_t>(x.bits) << 16);
 }

@@ -128,6 +128,9 @@ def test_memory_is_a_chunk_and_the_gradients(mode: str, device: torch.device, ba
     classes, chunk = 50257, 256
     weight = torch.randn(classes, FEATURES, device=device, dtype=torch.bfloat16)
     found = {}
+    once = torch.randn(64, FEATURES, device=device, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(64, dtype=torch.long, device=device)
+    REGULARIZED.linear(once, weight, labels, mode=mode, backend=backend).backward()  # the GEMMs take their workspace
     for rows in (1024, 8192):
         for trains in (False, True):
             h = torch.randn(rows, FEATURES, device=device, dtype=torch.bfloat16, requires_grad=True)
