@@ -23,6 +23,8 @@ class Claim(NamedTuple):
 REMARKS = {
     "gpu-nvidia-h200-2026-11-26-4.json": "; `test_row_statistics` fails there by its own fault: it stacked fields that "
     "are None without a reference",
+    "gpu-nvidia-h200-2026-11-26-8.json": "; three classes of float32 miss their bound there by 0.2 %, and a CUDA graph "
+    "cannot capture numbers of the host: since repaired; the memory test took the GEMMs' workspace for the loss's",
 }
 
 # By topic. The numbers in parentheses are those that the tests' docstrings give to failures of other fused losses.

@@ -44,8 +44,8 @@ STEPS = [
     Step("objectives", "large logits against eager, compiled, Liger-Kernel", 170, 85, "objectives"),
     Step("linear", "the fused linear path against everyone and the bare GEMMs", 80, 45, "linear"),
     Step("small", "small logits", 60, 30, "small"),
-    Step("elementwise", "elementwise objectives, divergence, terms on parameters", 50, 20, "elementwise"),
-    Step("host", "what a call costs the host", 50, 20, "host"),
+    Step("elementwise", "elementwise objectives, divergence, terms on parameters", 80, 45, "elementwise"),
+    Step("host", "what a call costs the host", 60, 45, "host"),
     Step("variants", "forward, gradient and fused apart", 45, 20, "variants"),
     Step("plans", "every way to launch, for the tables", 65, 40, "plans"),
 ]

@@ -111,8 +111,8 @@ def _run_objective(call: Call, with_gradient: bool, given: Tensor | None = None)
         else:
             found = _collect(rows, pieces, terms.depth, terms.smoothed, call.with_parts or bool(terms.reads & 16))
             epilogue_kernel[(programs,)](
-                **rows.sizes(), pieces=found, divergence=_compare(rows, terms.reads), scales=scales, values=values, loss=loss,
-                row_gradient=row_gradient, count=pieces, TASK=_OBJECTIVE, **call.constants(),
+                **rows.sizes(), pieces=found, divergence=_compare(rows, terms.reads), scales=scales, values=values,
+                loss=loss, row_gradient=row_gradient, count=pieces, TASK=_OBJECTIVE, **call.constants(),
                 DENSE=rows.dense is not None, PER_ROW=call.per_row, ROWS=block, num_warps=4,
             )  # fmt: skip
             if gradient is not None:
@@ -139,7 +139,8 @@ def _compare(rows: Rows, reads: int) -> Tensor | None:
     sizes = {name: value for name, value in rows.sizes().items() if name not in ("class_weight", "MASKED")}
     compare_kernel[(rows.rows,)](
         **sizes, reference=rows.reference, reference_stride=rows.reference_stride, temperature=rows.temperature,
-        found=found, REVERSE=bool(reads & _REVERSE_KL), BLOCK=launch.COMPARE_CLASSES // (rows.dtype.itemsize // 4), num_warps=8,
+        found=found, REVERSE=bool(reads & _REVERSE_KL), BLOCK=launch.COMPARE_CLASSES // (rows.dtype.itemsize // 4),
+        num_warps=8,
     )  # fmt: skip
     return found
 
@@ -265,8 +266,8 @@ def statistics(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
             pieces = 1 if rows.narrow else launch.pieces_of(rows.rows, rows.classes, rows.vector)
             found = _collect(rows, pieces, 3, False, True)
             epilogue_kernel[(_programs(rows.rows, launch.EPILOGUE_ROWS),)](
-                **shared, pieces=found, divergence=_compare(rows, launch.DIVERGENCES), count=pieces, DENSE=rows.dense is not None,
-                ROWS=launch.EPILOGUE_ROWS, num_warps=4,
+                **shared, pieces=found, divergence=_compare(rows, launch.DIVERGENCES), count=pieces,
+                DENSE=rows.dense is not None, ROWS=launch.EPILOGUE_ROWS, num_warps=4,
             )  # fmt: skip
     return out, centred
 
