@@ -1,0 +1,489 @@
+"""An objective in the place of the loss of Hugging Face models and of their Trainer.
+
+    attach(model, objective)          the model's own loss, by the fused linear path: no logits while it trains
+    compute_loss_func(objective)      for Trainer(compute_loss_func=...), any head, exact under accumulation
+
+`attach` changes three things of one instance: `forward` of its head, which gives a stand-in for the logits while the
+model trains on labels; `loss_function`, which takes that stand-in; and `forward` of the model, which says when. What a
+model does between its head and its loss (scale, cap, bias, cast, shift) happens to the stand-in and is recorded there.
+Whatever nobody foresaw makes a tensor of it, as large as the logits are without objkern.
+
+Nothing here imports transformers; models of 4.57 and later have what is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .objective import Objective
+
+# ---- the stand-in for logits ----------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A linear layer as the loss reads it: (V, D) and (V) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class DeferredLogits:
+    """``cap * torch.tanh(scale * F.linear(hidden, weight, bias) / cap)`` that nobody has computed (no cap: no tanh)
+
+    What models do with logits on their way to the loss is recorded: multiplication and division by a number, tanh, the
+    addition of a bias, casts, views that keep the classes, and indices of the other dimensions. `cross_entropy` of it
+    is the objective. Anything else computes it, with its graph, and goes on with the tensor.
+
+    Args:
+        attached: whose objective `cross_entropy` is.
+        hidden: (..., D).
+        layer: weight (V, D) and bias (V) or None.
+    """
+
+    def __init__(
+        self, attached: Attached, hidden: Tensor, layer: Layer, scale: float | Tensor = 1.0,
+        cap: float | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self._attached, self._hidden, self._layer = attached, hidden, layer
+        self._scale, self._cap = scale, cap  # before a cap is known, tanh(scale·logits) has the cap 1
+        self.dtype = dtype or hidden.dtype
+        self.shape = torch.Size((*hidden.shape[:-1], layer.weight.shape[0]))
+        self.device, self.ndim, self.requires_grad = hidden.device, hidden.ndim, True
+        self.is_cuda = hidden.is_cuda
+        self._tensor: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def _with(self, **changes: Any) -> DeferredLogits:
+        now = {"hidden": self._hidden, "layer": self._layer, "scale": self._scale, "cap": self._cap,
+               "dtype": self.dtype}  # fmt: skip
+        return DeferredLogits(self._attached, **(now | changes))
+
+    def materialize(self) -> Tensor:
+        """The tensor, (..., V), with its graph; the same one at every call."""
+        if self._tensor is None:
+            z = F.linear(self._hidden, *self._layer) * self._scale
+            z = z if self._cap is None else self._cap * torch.tanh(z / self._cap)
+            self._tensor = z.to(self.dtype)
+        return self._tensor
+
+    # -- what models do with logits
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def to(self, *arguments: Any, **options: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
+        if device is not None and device != self.device:
+            return self.materialize().to(*arguments, **options)
+        return self if dtype is None else self._with(dtype=dtype)
+
+    def float(self) -> DeferredLogits:
+        return self._with(dtype=torch.float32)
+
+    def contiguous(self) -> DeferredLogits:
+        return self
+
+    def view(self, *shape: Any) -> Any:
+        wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if not all(isinstance(size, int) for size in wanted) or wanted[-1] not in (self.shape[-1], -1):
+            return self.materialize().view(*shape)
+        if wanted[-1] == -1 and (-1 in wanted[:-1] or math.prod(wanted[:-1]) != math.prod(self.shape[:-1])):
+            return self.materialize().view(*shape)
+        return self._with(hidden=self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1]))
+
+    reshape = view
+
+    def __getitem__(self, index: Any) -> Any:
+        indices = index if isinstance(index, tuple) else (index,)
+        plain = all(isinstance(part, int | slice) or part is Ellipsis for part in indices)
+        given = sum(part is not Ellipsis for part in indices)
+        if plain and (given < self.ndim and Ellipsis not in indices):
+            return self._with(hidden=self._hidden[index])  # of the first dimensions
+        if plain and given <= self.ndim and indices[-1] == slice(None):
+            return self._with(hidden=self._hidden[index])
+        if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim < self.ndim:
+            return self._with(hidden=self._hidden[index])
+        return self.materialize()[index]
+
+    def __mul__(self, factor: Any) -> Any:
+        if not _is_number(factor):
+            return self.materialize() * factor
+        if self._cap is None:
+            return self._with(scale=self._scale * factor)
+        if isinstance(factor, Tensor):
+            return self.materialize() * factor
+        # factor·cap·tanh(scale·z / cap) is the same with another cap and as many times the scale; and even in the cap.
+        return self._with(scale=self._scale * factor, cap=self._cap * abs(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        return self * (1.0 / divisor) if _is_number(divisor) else self.materialize() / divisor
+
+    def __add__(self, bias: Any) -> Any:
+        fits = isinstance(bias, Tensor) and bias.numel() == self.shape[-1] == bias.shape[-1] and not bias.requires_grad
+        if not fits or self._cap is not None or isinstance(self._scale, Tensor) or self._scale != 1.0:
+            return self.materialize() + bias
+        own = bias.reshape(-1).to(self._layer.weight.dtype)
+        return self._with(layer=Layer(self._layer.weight, own if self._layer.bias is None else self._layer.bias + own))
+
+    __radd__ = __add__
+
+    def tanh(self) -> Any:
+        return self._with(cap=1.0) if self._cap is None else self.materialize().tanh()
+
+    # -- what they do with it in functions of torch, and everything else
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy and isinstance(args[0] if args else kwargs.get("input"), DeferredLogits):
+            return _cross_entropy(*args, **kwargs)
+        if func in (torch.tanh, torch.Tensor.tanh) and len(args) == 1 and not kwargs:
+            return args[0].tanh()
+        return func(*_tensors(args), **_tensors(kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_tensor", "_hidden"):  # of no instance yet, as copy and pickle make one
+            raise AttributeError(name)
+        return getattr(self.materialize(), name)
+
+    def loss(self, target: Tensor, **options: Any) -> Tensor:
+        """The objective of the rows, by the fused linear path."""
+        return self._attached.loss(self._hidden, self._layer, target, self._scale, self._cap, **options)
+
+
+for _name in ("sub", "rsub", "rtruediv", "neg", "pow", "matmul", "lt", "le", "gt", "ge", "eq", "ne", "len", "iter",
+              "float", "array"):  # fmt: skip
+
+    def _of_tensor(self: DeferredLogits, *arguments: Any, _name: str = f"__{_name}__") -> Any:
+        return getattr(self.materialize(), _name)(*_tensors(arguments))
+
+    setattr(DeferredLogits, f"__{_name}__", _of_tensor)
+DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.numel() == 1 and x.dim() == 0)
+
+
+def _tensors(values: Any) -> Any:
+    if isinstance(values, DeferredLogits):
+        return values.materialize()
+    if isinstance(values, dict):
+        return {key: _tensors(value) for key, value in values.items()}
+    if isinstance(values, tuple | list):
+        return type(values)(_tensors(value) for value in values)
+    return values
+
+
+def _cross_entropy(
+    input: DeferredLogits, target: Tensor, weight: Tensor | None = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The loss of a model that calls cross-entropy itself, and not its `loss_function`."""
+    if weight is not None or label_smoothing or size_average is not None or reduce is not None:
+        raise NotImplementedError(
+            "attach: this model weighs or smooths the cross-entropy of its logits by itself, which the objective would "
+            "replace; leave it unattached and use compute_loss_func"
+        )
+    return input.loss(target, ignore_index=ignore_index, reduction=reduction)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+class Attached:
+    """What `attach` keeps on a model: the objective, how to call it, and the parts of its last call."""
+
+    def __init__(self, owner: nn.Module, head: nn.Module, objective: Objective, options: dict[str, Any]) -> None:
+        self.objective, self.options = objective, options
+        self.forward, self.forward_of_head = owner.forward, head.forward
+        names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        self.place_of_labels = names.index("labels") if "labels" in names else len(names)
+        self.replaced = [(module, name, module.__dict__.get(name)) for module, name in (
+            (owner, "forward"), (head, "forward"), (owner, "_loss_function"), (owner, _KEY), (head, _KEY))]  # fmt: skip
+        self.defers = False  # whether the head is called by a forward pass that ends in a loss
+        self.parts: dict[str, Tensor] = {}
+
+    def loss(
+        self, hidden: Tensor, layer: Layer, target: Tensor, scale: float | Tensor, cap: float | None, **options: Any
+    ) -> Tensor:
+        if target.shape != hidden.shape[:-1] and target.numel() == hidden.shape[:-1].numel():
+            target = target.reshape(hidden.shape[:-1])
+        loss, parts = self.objective.linear(
+            hidden, layer.weight, target.to(hidden.device), layer.bias, logit_scale=scale, softcap=cap,
+            return_parts=True, **(self.options | options),
+        )  # fmt: skip
+        self.parts = parts
+        return loss
+
+
+_KEY = "_objkern_attached"
+
+
+def attach(
+    model: nn.Module, objective: Objective, *, mode: str = "auto", chunk_rows: int | None = None,
+    memory_budget: int | None = None, backend: str = "auto",
+) -> nn.Module:  # fmt: skip
+    """``model(**inputs, labels=labels).loss`` becomes ``objective(model(**inputs).logits, labels)``, shifted as the
+    model shifts, and by the fused linear path: while the model trains, its logits are never materialised
+
+    For models with a language-model head, causal ones and sequence-to-sequence ones. A scale of the logits, a softcap,
+    `final_logits_bias`, `logits_to_keep`, tied embeddings, `num_items_in_batch` and auxiliary losses are as the model
+    has them. In training with labels `outputs.logits` is a `DeferredLogits`, which becomes a tensor, with all the
+    memory that takes, when it is used. In evaluation mode it is a tensor, and the loss is the objective's too; without
+    labels nothing differs.
+
+    Under `num_items_in_batch`, which Trainer passes where gradients accumulate, the sum of the rows is divided by it,
+    and terms on parameters count by this batch's share of it, so that a whole window of batches is one big batch.
+
+    Args:
+        model: a transformers model or one that peft made of it, or whatever has `get_output_embeddings`. LoRA on the
+            head trains (its product becomes a weight once a call); dropout of its own must be 0.
+        objective: any sum of terms on logits and on parameters.
+        mode, chunk_rows, memory_budget, backend: as in `Objective.linear`.
+
+    Returns:
+        The model. `detach` takes the objective away; attaching anew replaces it. `parts(model)` has the parts.
+
+    Raises:
+        TypeError: no objective; a model without a head of its own, or one that is no linear layer.
+        ValueError, NotImplementedError: an objective that the fused linear path cannot have with labels alone, as a
+            KL divergence, which needs a reference.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: expected an objkern.Objective but got {type(objective).__name__}")
+    owner = _owner(model)
+    head = owner.get_output_embeddings()
+    layer = _layer_of(head)
+    options = {"mode": mode, "chunk_rows": chunk_rows, "memory_budget": memory_budget, "backend": backend}
+    # Now, and not after the first forward pass: one row of one feature.
+    weight = layer.weight.detach()
+    narrow = weight.new_zeros(1, 1)
+    with torch.no_grad():
+        objective.linear(narrow, narrow.expand(weight.shape[0], 1), torch.zeros(1, dtype=torch.long).to(weight.device),
+                         **options)  # fmt: skip
+    detach(model)
+    attached = Attached(owner, head, objective, options)
+    for module in (owner, head):
+        object.__setattr__(module, _KEY, attached)
+    # Under the signature of the model's own, which Trainer asks for what to pass.
+    forward = functools.wraps(type(owner).forward)(lambda self, *args, **kwargs: _forward(self, *args, **kwargs))
+    owner.forward = MethodType(forward, owner)  # type: ignore[method-assign]
+    head.forward = MethodType(_forward_of_head, head)  # type: ignore[method-assign]
+    owner._loss_function = MethodType(_loss_function, owner)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undoes `attach`: the model is as it was. Returns it."""
+    owner = _owner(model)
+    if _KEY in owner.__dict__:
+        for module, name, before in owner.__dict__[_KEY].replaced:
+            if before is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+    return model
+
+
+def parts(model: nn.Module) -> dict[str, Tensor]:
+    """The parts of the last loss of an attached model: every term, the total, the accuracy; detached."""
+    attached = _owner(model).__dict__.get(_KEY)
+    if attached is None:
+        raise ValueError("model: no objective is attached")
+    return dict(attached.parts)
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """The model that has the head, out of what wraps it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module but got {type(model).__name__}")
+    found = model
+    for name in ("module", "_orig_mod"):  # DistributedDataParallel, torch.compile
+        found = getattr(found, name, found)
+    if hasattr(found, "get_base_model"):  # peft
+        found = found.get_base_model()
+    if getattr(found, "get_output_embeddings", None) is None or found.get_output_embeddings() is None:
+        raise TypeError(
+            f"model: {type(found).__name__} has no language-model head (no output embeddings); for other heads there "
+            "is objkern.transformers.compute_loss_func"
+        )
+    return found
+
+
+def _layer_of(head: nn.Module) -> Layer:
+    """The weight and bias that a head applies, with what peft adds to it."""
+    base = getattr(head, "base_layer", None)
+    if base is None:
+        if type(head).forward is not nn.Linear.forward:
+            raise TypeError(f"model: its head is a {type(head).__name__}, and attach needs a linear layer")
+        return Layer(head.weight, head.bias)
+    if type(base).forward is not nn.Linear.forward or not hasattr(head, "get_delta_weight"):
+        raise TypeError(f"model: its head is a {type(head).__name__} on {type(base).__name__}, and no LoRA on a linear")
+    weight = base.weight
+    if head.disable_adapters or head.merged:
+        return Layer(weight, base.bias)
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        if getattr(head, "use_dora", {}).get(name, False) or getattr(head, "lora_bias", {}).get(name, False):
+            raise NotImplementedError(f"attach: the adapter {name!r} of the head is DoRA or has a bias, not plain LoRA")
+        if getattr(head.lora_dropout[name], "p", 0.0) > 0.0:
+            raise NotImplementedError(
+                f"attach: the adapter {name!r} of the head has a dropout of its own; set lora_dropout=0.0, or leave "
+                "the head out of target_modules"
+            )
+        delta = head.lora_B[name].weight @ head.lora_A[name].weight  # (V, D)
+        weight = weight + (delta * head.scaling[name]).to(weight.dtype)
+    return Layer(weight, base.bias)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    attached = self.__dict__[_KEY]
+    place = attached.place_of_labels
+    if kwargs.get("labels") is None and (place >= len(args) or args[place] is None):
+        return attached.forward(*args, **kwargs)
+    attached.defers = True
+    try:
+        outputs = attached.forward(*args, **kwargs)
+    finally:
+        attached.defers = False
+    return outputs if self.training else _materialized(outputs)
+
+
+def _materialized(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(_tensors(value) for value in outputs)
+    for name, value in list(outputs.items()):
+        if isinstance(value, DeferredLogits):
+            outputs[name] = value.materialize()
+    return outputs
+
+
+def _forward_of_head(self: nn.Module, hidden: Tensor) -> Any:
+    attached = self.__dict__[_KEY]
+    if not attached.defers:
+        return attached.forward_of_head(hidden)
+    return DeferredLogits(attached, hidden, _layer_of(self))
+
+
+def _loss_function(
+    self: nn.Module, logits: Any, labels: Tensor, vocab_size: int | None = None,
+    num_items_in_batch: Tensor | float | None = None, ignore_index: int = -100, shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:  # fmt: skip
+    """As transformers' ForCausalLMLoss and ForMaskedLMLoss, whose arguments these are."""
+    attached = self.__dict__[_KEY]
+    if shift_labels is None:
+        shifts = getattr(self, "loss_type", None) != "ForMaskedLM"
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifts else labels
+    options = {"ignore_index": ignore_index, **_denominators(shift_labels, num_items_in_batch, ignore_index)}
+    if isinstance(logits, DeferredLogits):
+        return logits.loss(shift_labels, **options)
+    return attached.objective(logits, shift_labels, backend=attached.options["backend"], **options)
+
+
+def _denominators(labels: Tensor, count: Tensor | float | None, ignore_index: int = -100) -> dict[str, Any]:
+    """The number of rows of all batches that make a step, and this batch's share of it for what is not of rows."""
+    if count is None:
+        return {}
+    rows = (labels != ignore_index).sum()
+    count = count.to(rows.device) if isinstance(count, Tensor) else count
+    return {"normalizer": count, "parameter_weight": rows / count}
+
+
+# ---- Trainer --------------------------------------------------------------------------------------------------------
+
+
+def compute_loss_func(objective: Objective, *, shift: bool | None = None, backend: str = "auto") -> Callable[..., Any]:
+    """``transformers.Trainer(..., compute_loss_func=compute_loss_func(objective))``: the objective of a model's logits
+
+    For every head: causal and sequence-to-sequence language models, token classification, sequence classification by
+    class (labels (B)), by several labels at once (float labels (B, L)) or by numbers (float labels of the logits'
+    shape, or (B) beside (B, 1)), and question answering. Sums are divided by `num_items_in_batch` where Trainer gives
+    it, whatever the head: transformers' own losses of classification heads take a mean of each batch, which Trainer
+    then adds up as if they were sums (huggingface/transformers#47688). The logits are materialised; for language models
+    `attach` is the way without them.
+
+    Args:
+        objective: of rows for class labels, of elements for float labels.
+        shift: whether position t is to predict label t + 1; by default for outputs of causal language models.
+        backend: as in `Objective`.
+
+    Returns:
+        ``(outputs, labels, num_items_in_batch=None) -> loss``. Question answering has two labels a row, its start and
+        its end: (B, 2), which Trainer can count (as a column `labels`, with remove_unused_columns=False), a pair of
+        tensors, or a dict with start_positions and end_positions; the loss is the mean of the two.
+
+    Raises (when called):
+        TypeError, ValueError: labels that do not fit the outputs.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: expected an objkern.Objective but got {type(objective).__name__}")
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+        if _field(outputs, "start_logits") is not None:
+            return _of_span(objective, outputs, labels, num_items_in_batch, backend)
+        logits = _field(outputs, "logits")
+        if logits is None:
+            raise TypeError(f"outputs: expected logits among them but got {type(outputs).__name__}")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a tensor but got {type(labels).__name__}")
+        causal = "CausalLM" in type(outputs).__name__ if shift is None else shift
+        if labels.is_floating_point():
+            if labels.numel() != logits.numel():
+                raise ValueError(
+                    f"labels: expected one for each of {tuple(logits.shape)} logits but got {tuple(labels.shape)}"
+                )
+            labels = labels.view(logits.shape)
+        elif causal:
+            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        options = {} if labels.is_floating_point() else {"ignore_index": -100}
+        return objective(
+            logits, labels, backend=backend, **options, **_denominators(labels, num_items_in_batch)
+        )  # fmt: skip
+
+    return loss
+
+
+def _of_span(objective: Objective, outputs: Any, labels: Any, count: Tensor | float | None, backend: str) -> Tensor:
+    if isinstance(labels, dict):
+        labels = labels.get("start_positions"), labels.get("end_positions")
+    elif isinstance(labels, Tensor) and labels.shape[1:] == (2,):
+        labels = labels.unbind(1)
+        count = None if count is None else count / 2  # which counted both
+    if not (isinstance(labels, tuple | list) and len(labels) == 2 and all(isinstance(y, Tensor) for y in labels)):
+        raise TypeError("labels: expected start and end positions: (B, 2), a pair of tensors or a dict of them")
+    losses = []
+    for logits, y in zip((_field(outputs, "start_logits"), _field(outputs, "end_logits")), labels, strict=True):
+        beyond = logits.shape[-1]  # as in transformers: a place that truncation cut off counts for nothing
+        y = y.reshape(-1)
+        y = y.where((y >= 0) & (y < beyond), beyond)
+        options = _denominators(y, count, beyond)
+        losses.append(objective(logits, y, ignore_index=beyond, backend=backend, **options))
+    return (losses[0] + losses[1]) / 2
+
+
+def _field(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)

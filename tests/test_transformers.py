@@ -1,0 +1,526 @@
+"""objkern.transformers: a model's loss by the fused linear path, and Trainer's, against the same formula on logits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+transformers = pytest.importorskip("transformers")
+
+import objkern  # noqa: E402
+from objkern import L2SP, CrossEntropy, Entropy, KLDivergence, ZLoss  # noqa: E402
+from objkern.transformers import DeferredLogits, attach, compute_loss_func, detach, parts  # noqa: E402
+
+V, D, B, T = 211, 32, 3, 17
+SMALL = {"vocab_size": V, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+SEQ2SEQ = {"vocab_size": V, "d_model": D, "pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2,
+           "bos_token_id": 1, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+           "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+           "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}  # fmt: skip
+OBJECTIVE = CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss() - 0.05 * Entropy()
+
+
+def llama(**options: Any) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **options))
+
+
+def bart() -> nn.Module:
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ))
+    model.final_logits_bias.normal_()
+    return model
+
+
+def t5(tied: bool) -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=V, d_model=D, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=1, num_heads=4, dropout_rate=0.0,
+        pad_token_id=0, decoder_start_token_id=0, eos_token_id=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "llama, tied": lambda: llama(tie_word_embeddings=True),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=V, n_embd=D, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "gemma2, capped": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        **SMALL, head_dim=8, final_logit_softcapping=1.5, query_pre_attn_scalar=8)),
+    "cohere, scaled": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SMALL, logit_scale=0.25)),
+    "granite, divided": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(
+        **SMALL, logits_scaling=3.0)),
+    "mixtral, router": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        **SMALL, num_local_experts=2, output_router_logits=True)),
+    "t5": lambda: t5(False),
+    "t5, tied": lambda: t5(True),
+    "bart, bias": bart,
+}  # fmt: skip
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # logits that are not all alike
+    return model.train()
+
+
+def batch_of(model: nn.Module, rows: int = B, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (rows, T), generator=generator)
+    labels = ids.clone()
+    labels[:, : 2 + seed] = -100
+    labels[0, -3:] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def by_hand(model: nn.Module, objective: objkern.Objective, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    """The formula on the logits, which are those of a call without labels."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder:
+        shifted = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        outputs = model(**inputs, decoder_input_ids=shifted)
+        return objective(outputs.logits, batch["labels"], backend="reference", **options)
+    outputs = model(**inputs)
+    loss = objective(outputs.logits, batch["labels"], shift=1, backend="reference", **options)
+    if "router_logits" in outputs:
+        stock = model(**batch)
+        return loss + model.router_aux_loss_coef * stock.aux_loss
+    return loss
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Largest(TorchDispatchMode):
+    """The most memory that a tensor had which was made meanwhile, in float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(found):
+            if isinstance(x, Tensor) and not x.is_meta:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() / 4)
+        return found
+
+
+# ---- attach ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_formula(name: str) -> None:
+    model = made(name)
+    batch = batch_of(model)
+    expected = by_hand(model, OBJECTIVE, batch)
+    truth = gradients(model, expected)
+    attach(model, OBJECTIVE)
+    outputs = model(**batch)
+    assert isinstance(outputs.logits, DeferredLogits)
+    torch.testing.assert_close(outputs.loss, expected.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    found = gradients(model, outputs.loss)
+    assert found.keys() == truth.keys()
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+    assert parts(model)["cross_entropy"].isfinite()
+    assert not any(value.requires_grad for value in parts(model).values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, capped", "t5", "bart, bias"])
+def test_logits_are_never_materialised(name: str) -> None:
+    model = made(name)
+    batch = batch_of(model, rows=8)
+    attach(model, OBJECTIVE, chunk_rows=8)
+    with Largest() as largest:
+        model(**batch).loss.backward()
+    assert largest.elements < 8 * T * V / 2
+    detach(model)
+    with Largest() as largest:
+        model(**batch).loss.backward()
+    assert largest.elements >= 8 * T * V  # the measure sees them where they are
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, capped", "t5", "bart, bias"])
+def test_detach_restores_the_model(name: str) -> None:
+    model, batch = made(name), batch_of(made(name))
+    keys = set(model.__dict__), set(model.get_output_embeddings().__dict__)
+    before = model(**batch)
+    attach(model, OBJECTIVE)
+    attach(model, CrossEntropy())  # replaces
+    assert "z_loss" not in (model(**batch).loss is not None and parts(model))
+    assert detach(model) is model
+    assert (set(model.__dict__), set(model.get_output_embeddings().__dict__)) == keys
+    after = model(**batch)
+    assert torch.equal(before.loss, after.loss)
+    assert torch.equal(before.logits, after.logits)
+    with pytest.raises(ValueError, match="no objective is attached"):
+        parts(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_has_logits_and_the_same_loss(name: str) -> None:
+    model = made(name).eval()
+    batch = batch_of(model)
+    stock = model(**batch)
+    expected = by_hand(model, OBJECTIVE, batch)
+    attach(model, OBJECTIVE)
+    with torch.no_grad():
+        outputs = model(**batch)
+    torch.testing.assert_close(outputs.loss, expected.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    assert type(outputs.logits) is Tensor
+    torch.testing.assert_close(outputs.logits, stock.logits.detach(), rtol=1e-4, atol=1e-4)
+    as_tuple = model(**batch, return_dict=False)
+    torch.testing.assert_close(as_tuple[0].detach(), outputs.loss, rtol=1e-6, atol=1e-7)
+    assert all(not isinstance(value, DeferredLogits) for value in as_tuple)
+    without = {key: value for key, value in batch.items() if key != "labels"}
+    if not model.config.is_encoder_decoder:
+        assert torch.equal(model(**without).logits, stock.logits)
+
+
+def test_labels_may_come_by_position() -> None:
+    model, batch = made("llama"), batch_of(made("llama"))
+    attach(model, OBJECTIVE)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    positional = [batch.get(name) for name in names[: names.index("labels") + 1]]
+    assert torch.equal(model(*positional).loss, model(**batch).loss)
+
+
+def test_logits_to_keep() -> None:
+    """The labels of the kept positions, as the model's own loss would have them."""
+    model, batch = made("llama"), batch_of(made("llama"))
+    keep = 6
+    kept = {**batch, "labels": batch["labels"][:, -keep:]}
+    logits = model(input_ids=batch["input_ids"], logits_to_keep=keep).logits
+    expected = OBJECTIVE(logits, kept["labels"], shift=1, backend="reference")
+    attach(model, OBJECTIVE)
+    torch.testing.assert_close(model(**kept, logits_to_keep=keep).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, capped"])
+def test_a_window_of_batches_is_one_big_batch(name: str) -> None:
+    """24: sums over all batches divided by `num_items_in_batch`, terms on parameters once a window."""
+    model = made(name)
+    objective = OBJECTIVE + 0.1 * L2SP(model)
+    with torch.no_grad():
+        for p in model.parameters():  # away from where it began
+            p.mul_(1.01)
+    batches = [batch_of(model, rows=rows, seed=seed) for seed, rows in enumerate((3, 1, 2))]
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    attach(model, objective)
+    loss = model(**whole).loss
+    truth = gradients(model, loss)
+    count = (whole["labels"][:, 1:] != -100).sum()
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        part = model(**batch, num_items_in_batch=count).loss
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, truth[key], rtol=1e-4, atol=1e-5 * truth[key].abs().max().item() + 1e-9)
+
+
+def test_gradient_checkpointing_and_autocast() -> None:
+    model = made("llama")
+    batch = batch_of(model)
+    attach(model, OBJECTIVE)
+    truth = gradients(model, model(**batch).loss)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name until 5.x
+    found = gradients(model, model(**batch).loss)
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-7)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=2e-2)
+
+
+def test_compiles_into_one_graph() -> None:
+    model = made("llama")
+    batch = batch_of(model)
+    attach(model, OBJECTIVE)
+    expected = model(**batch).loss
+    truth = gradients(model, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**batch).loss
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    found = gradients(model, loss)
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "head", "body", "all but the head's input"])
+def test_what_is_frozen_has_no_gradient(frozen: str) -> None:
+    """23: each of head and hidden states with and without a gradient."""
+    model = made("llama")
+    batch = batch_of(model)
+    head = {id(p) for p in model.get_output_embeddings().parameters()}
+    for p in model.parameters():
+        p.requires_grad_(frozen == "nothing" or (frozen == "head" and id(p) not in head) or
+                         (frozen == "body" and id(p) in head))  # fmt: skip
+    if frozen.startswith("all"):
+        model.model.norm.weight.requires_grad_()
+    truth = gradients(model, by_hand(model, OBJECTIVE, batch))
+    attach(model, OBJECTIVE)
+    found = gradients(model, model(**batch).loss)
+    assert found.keys() == truth.keys() != set()
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("on_head", [False, True])
+def test_lora(on_head: bool) -> None:
+    """23: adapters of the head have the gradients that they have without objkern."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", *(["lm_head"] if on_head else [])]
+    config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(made("llama"), config).train()
+    batch = batch_of(model)
+    truth = gradients(model, by_hand(model, OBJECTIVE, batch))
+    assert attach(model, OBJECTIVE) is model
+    outputs = model(**batch)
+    found = gradients(model, outputs.loss)
+    assert found.keys() == truth.keys()
+    assert any("lm_head" in key for key in found) == on_head
+    for key, gradient in truth.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    with model.disable_adapter():
+        plain = model(**batch).loss
+    assert plain != outputs.loss
+    detach(model)
+    torch.testing.assert_close(by_hand(model, OBJECTIVE, batch), outputs.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_that_cannot_be_folded_in_is_an_error() -> None:
+    peft = pytest.importorskip("peft")
+    for options, message in (({"lora_dropout": 0.1}, "dropout"), ({"use_dora": True}, "DoRA")):
+        config = peft.LoraConfig(r=4, target_modules=["lm_head"], **options)
+        model = peft.get_peft_model(made("llama"), config)
+        with pytest.raises(NotImplementedError, match=message):
+            attach(model, OBJECTIVE)
+
+
+def test_what_cannot_be_attached() -> None:
+    model = made("llama")
+    with pytest.raises(TypeError, match=r"objective: expected an objkern\.Objective"):
+        attach(model, F.cross_entropy)
+    with pytest.raises(TypeError, match="model: expected"):
+        attach("llama", OBJECTIVE)
+    with pytest.raises(ValueError, match="reference"):
+        attach(model, CrossEntropy() + KLDivergence())
+    with pytest.raises(NotImplementedError, match="element by element"):
+        attach(model, objkern.MeanSquaredError() + 0.0 * objkern.LogitL2())
+    with pytest.raises(ValueError, match="weight"):
+        attach(model, CrossEntropy(weight=torch.ones(V + 1)))
+    encoder = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL, num_labels=3))
+    with pytest.raises(TypeError, match="no language-model head"):
+        attach(encoder, OBJECTIVE)
+    assert "_objkern_attached" not in model.__dict__
+
+
+def test_copies_are_attached_by_themselves() -> None:
+    model, batch = made("llama"), batch_of(made("llama"))
+    attach(model, OBJECTIVE)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    assert other(**batch).loss != model(**batch).loss
+    detach(model)
+    torch.testing.assert_close(other(**batch).loss, by_hand(detach(copy.deepcopy(other)), OBJECTIVE, batch),
+                               rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+# ---- the stand-in ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deferred() -> tuple[DeferredLogits, Tensor]:
+    model = attach(made("llama"), CrossEntropy())
+    logits = model(**batch_of(model)).logits
+    return logits, logits.materialize().detach()
+
+
+CHAINS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+    "half": (True, lambda z: z * 0.5), "from the left": (True, lambda z: 2 * z), "divided": (True, lambda z: z / 3.0),
+    "by a tensor": (True, lambda z: z * torch.tensor(0.7)), "cap": (True, lambda z: torch.tanh(z / 5.0) * 5.0),
+    "odd cap": (True, lambda z: -3.0 * torch.tanh(z * 0.2)), "method": (True, lambda z: (z / 2).tanh()),
+    "bias": (True, lambda z: z + torch.linspace(0, 1, V)), "biases": (True, lambda z: z + torch.ones(1, V) + 1 * torch.ones(V)),
+    "float": (True, lambda z: z.float()), "double": (True, lambda z: z.to(torch.float64)),
+    "flat": (True, lambda z: z.view(-1, V)), "reshaped": (True, lambda z: z.reshape((B * T, -1))),
+    "shifted": (True, lambda z: z[..., :-1, :].contiguous().view(-1, z.size(-1))), "first": (True, lambda z: z[0]),
+    "last": (True, lambda z: z[:, -1]), "range": (True, lambda z: z[:, 2:9, :]),
+    "mask": (True, lambda z: z[torch.arange(B * T).view(B, T) % 2 == 0]),
+    "classes": (False, lambda z: z[..., :7]), "sum": (False, lambda z: z.sum()), "argmax": (False, lambda z: z.argmax(-1)),
+    "softmax": (False, lambda z: torch.softmax(z, -1)), "added": (False, lambda z: z + z), "minus": (False, lambda z: z - 1.0),
+    "reflected": (False, lambda z: 1.0 - z), "compared": (False, lambda z: z > 0), "stacked": (False, lambda z: torch.stack([z, z])),
+    "twice capped": (False, lambda z: torch.tanh(torch.tanh(z))), "bias after a scale": (False, lambda z: 2.0 * z + torch.ones(V)),
+    "transposed": (False, lambda z: z.transpose(0, 1)), "other view": (False, lambda z: z.view(-1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_stand_in_is_the_tensor(name: str, deferred: tuple[DeferredLogits, Tensor]) -> None:
+    stays, chain = CHAINS[name]
+    found, expected = chain(deferred[0]), chain(deferred[1])
+    assert isinstance(found, DeferredLogits) == stays
+    assert tuple(found.shape) == tuple(expected.shape)
+    assert found.dtype == expected.dtype
+    tensor = found.materialize() if stays else found
+    torch.testing.assert_close(tensor.detach(), expected, rtol=1e-5, atol=1e-5)
+    if stays and expected.dim() == 2:
+        y = torch.randint(0, V, expected.shape[:1], generator=torch.Generator().manual_seed(0))
+        loss = F.cross_entropy(found, y)
+        torch.testing.assert_close(loss.double(), F.cross_entropy(expected.double(), y), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_weighs_its_loss_by_itself_is_an_error(deferred: tuple[DeferredLogits, Tensor]) -> None:
+    flat = deferred[0].view(-1, V)
+    with pytest.raises(NotImplementedError, match="weighs or smooths"):
+        F.cross_entropy(flat, torch.zeros(B * T, dtype=torch.long), label_smoothing=0.1)
+
+
+# ---- Trainer --------------------------------------------------------------------------------------------------------
+
+ROWS = 7
+
+
+def encoder(kind: str, **options: Any) -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options,
+    )  # fmt: skip
+    return getattr(transformers, f"BertFor{kind}")(config)
+
+
+def random(*shape: int, below: int = V) -> Tensor:
+    return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def masked(labels: Tensor) -> Tensor:
+    """Another number of labels in every row."""
+    keep = torch.arange(labels.shape[1]) >= 3 + 2 * torch.arange(len(labels))[:, None] % 11
+    return labels.where(keep, -100)
+
+
+BCE, MSE = objkern.BinaryCrossEntropy() + 0.1 * objkern.LogitL2(), objkern.MeanSquaredError() + 0.0 * objkern.Huber()
+
+# model, labels, objective, its eager formula on the model's outputs and all labels
+HEADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], objkern.Objective, Callable[..., Tensor]]] = {
+    "causal": (llama, lambda: masked(random(ROWS, T)), OBJECTIVE,
+               lambda out, y: OBJECTIVE(out.logits, y, shift=1, backend="reference")),
+    "seq2seq": (bart, lambda: masked(random(ROWS, T)), OBJECTIVE,
+                lambda out, y: OBJECTIVE(out.logits, y, backend="reference")),
+    "tokens": (lambda: encoder("TokenClassification", num_labels=5), lambda: masked(random(ROWS, T, below=5)), OBJECTIVE,
+               lambda out, y: OBJECTIVE(out.logits, y, backend="reference")),
+    "sequence": (lambda: encoder("SequenceClassification", num_labels=4), lambda: random(ROWS, below=4), OBJECTIVE,
+                 lambda out, y: OBJECTIVE(out.logits, y, backend="reference")),
+    "labels": (lambda: encoder("SequenceClassification", num_labels=4), lambda: random(ROWS, 4, below=2).float(), BCE,
+               lambda out, y: F.binary_cross_entropy_with_logits(out.logits, y) + 0.1 * out.logits.square().mean()),
+    "numbers": (lambda: encoder("SequenceClassification", num_labels=1), lambda: random(ROWS, below=9).float(), MSE,
+                lambda out, y: F.mse_loss(out.logits[:, 0], y)),
+    "spans": (lambda: encoder("QuestionAnswering"), lambda: random(ROWS, 2, below=T), OBJECTIVE,
+              lambda out, y: (OBJECTIVE(out.start_logits, y[:, 0], backend="reference") +
+                              OBJECTIVE(out.end_logits, y[:, 1], backend="reference")) / 2),
+}  # fmt: skip
+
+
+def gradients_of_trainer(
+    model: nn.Module, rows: list[dict[str, Tensor]], folder: Any, **options: Any
+) -> dict[str, Tensor]:
+    """Those of the first step."""
+    found: dict[str, Tensor] = {}
+
+    class Keep(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    loss_func = options.pop("compute_loss_func", None)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, report_to=[],
+        save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True, **options,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, compute_loss_func=loss_func, callbacks=[Keep()]
+    )
+    trainer.train()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("size", "accumulation"), [(7, 1), (2, 4), (3, 3), (1, 7)])
+@pytest.mark.parametrize("head", HEADS)
+def test_trainer_is_exact_under_accumulation(head: str, size: int, accumulation: int, tmp_path: Any) -> None:
+    """24: one step of several batches, the last one smaller, with other masks, is one of all rows, for every head."""
+    make, labels_of, objective, formula = HEADS[head]
+    torch.manual_seed(0)
+    model, labels, ids = make().train(), labels_of(), random(ROWS, T)
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = random(ROWS, T, below=V - 3)
+    truth = gradients(model, formula(model(**inputs), labels))
+    rows = [{name: value[k] for name, value in {**inputs, "labels": labels}.items()} for k in range(ROWS)]
+    found = gradients_of_trainer(
+        model, rows, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+        compute_loss_func=compute_loss_func(objective), remove_unused_columns=head != "spans",
+    )  # fmt: skip
+    assert found.keys() == truth.keys()
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("size", "accumulation"), [(7, 1), (2, 4)])
+def test_trainer_with_an_attached_model(size: int, accumulation: int, tmp_path: Any) -> None:
+    """Trainer passes `num_items_in_batch` to the model, and the model to the objective."""
+    torch.manual_seed(0)
+    model, labels, ids = llama().train(), masked(random(ROWS, T)), random(ROWS, T)
+    truth = gradients(model, OBJECTIVE(model(input_ids=ids).logits, labels, shift=1, backend="reference"))
+    attach(model, OBJECTIVE)
+    rows = [{"input_ids": ids[k], "labels": labels[k]} for k in range(ROWS)]
+    found = gradients_of_trainer(
+        model, rows, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
+def test_labels_that_do_not_fit() -> None:
+    compute = compute_loss_func(OBJECTIVE)
+    logits = torch.randn(2, 3)
+    with pytest.raises(TypeError, match="expected logits"):
+        compute({"hidden": logits}, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(TypeError, match="labels: expected a tensor"):
+        compute({"logits": logits}, None)
+    with pytest.raises(ValueError, match="expected one for each of"):
+        compute_loss_func(MSE)({"logits": logits}, torch.zeros(2))
+    with pytest.raises(TypeError, match="start and end positions"):
+        compute({"start_logits": logits, "end_logits": logits}, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"expected an objkern\.Objective"):
+        compute_loss_func(F.cross_entropy)
+
+
+def test_places_that_truncation_cut_off_count_for_nothing() -> None:
+    start, end = torch.randn(3, 5), torch.randn(3, 5)
+    spans = torch.tensor([[1, 2], [0, 9], [-100, 4]])
+    found = compute_loss_func(CrossEntropy())({"start_logits": start, "end_logits": end}, spans)
+    expected = (F.cross_entropy(start[:2], spans[:2, 0]) + F.cross_entropy(end[[0, 2]], spans[[0, 2], 1])) / 2
+    torch.testing.assert_close(found, expected)
