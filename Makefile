@@ -3,7 +3,7 @@
 # make bench   time against eager torch and torch.compile; BENCH="--rounds 3" passes options on
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
-# make lint | docs | build | check-oldest-torch | clean
+# make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
 # use. A torch that is already installed is used as it is (also a CUDA build, also one of the system's Python).
@@ -22,10 +22,11 @@ endif
 
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
-         transformers tokenizers safetensors matplotlib tqdm numpy ruff clang-format
+         transformers tokenizers safetensors accelerate peft matplotlib tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch clean
+.PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch \
+        check-oldest-transformers clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -99,9 +100,12 @@ wheel: $(STAMP)
 check-wheel: wheel
 	$(PY) -m tests.check_wheel dist/objkern-*.whl
 
-# 77: that torch cannot be had here, which is no fault of the code's.
+# 77: that version cannot be had here, which is no fault of the code's.
 check-oldest-torch: $(STAMP)
 	$(PY) -m tests.check_oldest_torch || [ $$? -eq 77 ]
+
+check-oldest-transformers: build
+	$(PY) -m tests.check_oldest_transformers || [ $$? -eq 77 ]
 
 clean:
 	rm -rf build dist runs objkern/_C*.so *.egg-info

@@ -12,7 +12,12 @@ import torch
 from objkern.objective import Term
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "objectives.md", ROOT / "docs" / "penalties.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "objectives.md",
+    ROOT / "docs" / "penalties.md",
+    ROOT / "docs" / "huggingface.md",
+]
 
 
 def script(path: str) -> ModuleType:
