@@ -206,7 +206,8 @@ def _cross_entropy(
             "attach: this model weighs or smooths the cross-entropy of its logits by itself, which the objective would "
             "replace; leave it unattached and use compute_loss_func"
         )
-    return input.loss(target, ignore_index=ignore_index, reduction=reduction)
+    options = _denominators(target, input._attached.count, ignore_index) if reduction == "mean" else {}
+    return input.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -218,11 +219,15 @@ class Attached:
     def __init__(self, owner: nn.Module, head: nn.Module, objective: Objective, options: dict[str, Any]) -> None:
         self.objective, self.options = objective, options
         self.forward, self.forward_of_head = owner.forward, head.forward
-        names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        parameters = inspect.signature(type(owner).forward).parameters
+        names = list(parameters)[1:]
         self.place_of_labels = names.index("labels") if "labels" in names else len(names)
+        self.takes_count = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.replaced = [(module, name, module.__dict__.get(name)) for module, name in (
-            (owner, "forward"), (head, "forward"), (owner, "_loss_function"), (owner, _KEY), (head, _KEY))]  # fmt: skip
+            (owner, "forward"), (owner, "_loss_function"), (owner, "accepts_loss_kwargs"), (owner, _KEY),
+            (head, "forward"), (head, _KEY))]  # fmt: skip
         self.defers = False  # whether the head is called by a forward pass that ends in a loss
+        self.count: Tensor | float | None = None  # num_items_in_batch, for models that do not pass it to their loss
         self.parts: dict[str, Tensor] = {}
 
     def loss(
@@ -292,6 +297,7 @@ def attach(
     owner.forward = MethodType(forward, owner)  # type: ignore[method-assign]
     head.forward = MethodType(_forward_of_head, head)  # type: ignore[method-assign]
     owner._loss_function = MethodType(_loss_function, owner)
+    owner.accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     return model
 
 
@@ -365,10 +371,13 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("labels") is None and (place >= len(args) or args[place] is None):
         return attached.forward(*args, **kwargs)
     attached.defers = True
+    attached.count = kwargs.get("num_items_in_batch")
+    if not attached.takes_count:
+        kwargs.pop("num_items_in_batch", None)
     try:
         outputs = attached.forward(*args, **kwargs)
     finally:
-        attached.defers = False
+        attached.defers, attached.count = False, None
     return outputs if self.training else _materialized(outputs)
 
 

@@ -488,12 +488,14 @@ def test_trainer_is_exact_under_accumulation(head: str, size: int, accumulation:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "t5", "bart, bias"])
 @pytest.mark.parametrize(("size", "accumulation"), [(7, 1), (2, 4)])
-def test_trainer_with_an_attached_model(size: int, accumulation: int, tmp_path: Any) -> None:
-    """Trainer passes `num_items_in_batch` to the model, and the model to the objective."""
+def test_trainer_with_an_attached_model(size: int, accumulation: int, name: str, tmp_path: Any) -> None:
+    """Trainer passes `num_items_in_batch` to the model, and the model to the objective; also models that do not know
+    it, and take the mean of each batch."""
     torch.manual_seed(0)
-    model, labels, ids = llama().train(), masked(random(ROWS, T)), random(ROWS, T)
-    truth = gradients(model, OBJECTIVE(model(input_ids=ids).logits, labels, shift=1, backend="reference"))
+    model, labels, ids = MODELS[name]().train(), masked(random(ROWS, T)), random(ROWS, T)
+    truth = gradients(model, by_hand(model, OBJECTIVE, {"input_ids": ids, "labels": labels}))
     attach(model, OBJECTIVE)
     rows = [{"input_ids": ids[k], "labels": labels[k]} for k in range(ROWS)]
     found = gradients_of_trainer(
@@ -501,6 +503,52 @@ def test_trainer_with_an_attached_model(size: int, accumulation: int, tmp_path: 
     )  # fmt: skip
     for key, gradient in truth.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+
+
+def losses_of_trainer(head: str, how: str, folder: Any) -> list[float]:
+    """Of 50 steps of AdamW."""
+    make, labels_of, objective, _ = HEADS[head]
+    torch.manual_seed(0)
+    model, labels, ids = make(), labels_of(), random(ROWS, T)
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = random(ROWS, T, below=V - 3)
+    rows = [{name: value[k] for name, value in {**inputs, "labels": labels}.items()} for k in range(ROWS)]
+    found: list[float] = []
+    compute = compute_loss_func(objective, backend="reference" if how == "native" else "auto")
+
+    def loss_func(*arguments: Any, **options: Any) -> Tensor:
+        loss = compute(*arguments, **options)
+        found.append(loss.item())
+        return loss
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if how == "attached":
+                found.append(parts(model)["total"].item())
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=50, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], seed=0,
+        save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
+        remove_unused_columns=head != "spans",
+    )  # fmt: skip
+    if how == "attached":
+        attach(model, objective)
+    transformers.Trainer(
+        model, arguments, train_dataset=rows, compute_loss_func=None if how == "attached" else loss_func,
+        callbacks=[Keep()],
+    ).train()  # fmt: skip
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("head", HEADS)
+def test_fused_and_native_curves_are_the_same(head: str, tmp_path: Any) -> None:
+    native = losses_of_trainer(head, "native", tmp_path)
+    assert len(native) == 50
+    assert sum(native[-10:]) < sum(native[:10])
+    for how in ("fused", *(["attached"] if head in ("causal", "seq2seq") else [])):
+        assert losses_of_trainer(head, how, tmp_path) == pytest.approx(native, rel=1e-4), how
 
 
 def test_labels_that_do_not_fit() -> None:
