@@ -22,7 +22,8 @@ endif
 
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
-         transformers tokenizers safetensors accelerate peft matplotlib tqdm numpy ruff clang-format
+         transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
+         matplotlib tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
 .PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch \
@@ -47,6 +48,8 @@ $(STAMP): constraints.txt $(if $(filter .venv/%,$(PY)),| .venv/bin/python)
 	 fi
 	@echo "==> installing the development tools of constraints.txt"
 	@$(PY) -m pip install -q -c build/constraints.txt $(TOOLS)
+	@# Tests compare entity scores with it; it would bring Keras along.
+	@$(PY) -m pip install -q --no-deps "$$(grep '^seqeval=' constraints.txt)"
 	@if ! $(PY) -c "import triton" 2>/dev/null; then $(PY) -m pip install -q --no-deps "$$(grep '^triton=' constraints.txt)"; fi
 	@touch $@
 

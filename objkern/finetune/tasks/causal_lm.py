@@ -1,0 +1,259 @@
+"""Language models that continue a text: plain text, prompts with completions, and chats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...transformers import attach, parts
+from ..data import Column, Row, is_text
+from .task import IGNORED, Batch, Evaluation, Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from objkern import Objective
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(
+        isinstance(turn, dict) and is_text(turn.get("role")) and isinstance(turn.get("content"), str) for turn in value
+    )  # fmt: skip
+
+
+_SHAPES = ("text", ("prompt", "completion"), "messages")
+
+
+class CausalLM(Task):
+    """What the model is to say counts, and what it is told does not: completions, and the assistant's turns.
+
+    With `pack`, examples stand one behind the other in sequences of `max_length` tokens, so that no padding is
+    computed. Positions begin anew with each, by which transformers keeps their attentions apart, and no first token is
+    a label.
+    """
+
+    name = "causal-lm"
+    about = "continue a text: plain text, prompts and completions, chats"
+    columns = (
+        Column("text", is_text, "a text", needed=False),
+        Column("prompt", lambda value: isinstance(value, str), "a text", needed=False),
+        Column("completion", is_text, "a text", needed=False),
+        Column("messages", _is_messages, 'a list of {"role": ..., "content": ...}', needed=False),
+    )
+    auto_model = "AutoModelForCausalLM"
+    metric = "loss"
+    lower_is_better = True
+    linear_head = True
+
+    def __init__(self, *arguments: Any, pack: bool = False, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.pack = pack
+
+    def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
+        found = []
+        for k, row in enumerate(rows):
+            ids, labels = self._encoded(row, f"{source}, row {k + 1}")
+            # The first token is no label: nothing precedes it. Long texts go on in further examples.
+            for first in range(0, max(1, len(ids) - 1), self.max_length):
+                part, label = ids[first : first + self.max_length], labels[first : first + self.max_length]
+                if any(y != IGNORED for y in label[1:]):
+                    found.append(Example({"input_ids": part, "attention_mask": [1] * len(part)}, label, k))
+        if not found:
+            raise ValueError(f"{source}: nothing is left to learn: every token is a prompt's, or texts have one token")
+        return self._packed(found) if self.pack else found
+
+    def _encoded(self, row: Row, where: str) -> tuple[list[int], list[int]]:
+        if row.get("messages") is not None:
+            return self._chat(row["messages"], where)
+        if row.get("completion") is not None:
+            prompt = self._tokens(row.get("prompt") or "", begins=True)
+            answer = self._tokens(row["completion"], ends=True)
+            return prompt + answer, [IGNORED] * len(prompt) + answer
+        if row.get("text") is None:
+            raise ValueError(
+                f"{where}: expected a column text, or prompt and completion, or messages, but got {list(row)}"
+            )
+        ids = self._tokens(row["text"], begins=True, ends=True)
+        return ids, list(ids)
+
+    def _tokens(self, text: str, begins: bool = False, ends: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [*([bos] if begins and bos is not None else []), *ids, *([eos] if ends and eos is not None else [])]
+
+    def _chat(self, messages: Sequence[Row], where: str) -> tuple[list[int], list[int]]:
+        """By the tokenizer's own template, turn after turn; an assistant's turn counts, without what announces it."""
+        if self.tokenizer.chat_template is None:
+            return self._plain_chat(messages)
+        ids: list[int] = []
+        labels: list[int] = []
+        for k, turn in enumerate(messages):
+            if turn["role"] == "assistant":  # what announces it is told, not said
+                ids, labels = self._grown(ids, labels, self._template(messages[:k], True), False, where)
+            ids, labels = self._grown(
+                ids, labels, self._template(messages[: k + 1], False), turn["role"] == "assistant", where
+            )
+        return ids, labels
+
+    def _template(self, messages: Sequence[Row], announce: bool) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=announce)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @staticmethod
+    def _grown(
+        ids: list[int], labels: list[int], longer: list[int], counts: bool, where: str
+    ) -> tuple[list[int], list[int]]:
+        if longer[: len(ids)] != ids:
+            raise ValueError(
+                f"{where}, column 'messages': the tokenizer's chat template changes earlier turns when another "
+                "follows, so that nobody can tell whose tokens are whose"
+            )
+        new = longer[len(ids) :]
+        return longer, labels + (new if counts else [IGNORED] * len(new))
+
+    def _plain_chat(self, messages: Sequence[Row]) -> tuple[list[int], list[int]]:
+        """Without a template: a line with the role, one with the content, and the end of text behind an answer."""
+        ids = self._tokens("", begins=True)
+        labels = [IGNORED] * len(ids)
+        for turn in messages:
+            head = self._tokens(f"{turn['role']}:\n")
+            ours = turn["role"] == "assistant"
+            body = self._tokens(f"{turn['content']}\n", ends=ours)
+            ids += head + body
+            labels += [IGNORED] * len(head) + (body if ours else [IGNORED] * len(body))
+        return ids, labels
+
+    def _packed(self, examples: Sequence[Example]) -> list[Example]:
+        """First fit, longest first, so that few places stay empty; the order within a sequence does not matter."""
+        room: list[list[Example]] = []
+        left: list[int] = []
+        for example in sorted(examples, key=lambda example: -example.length):
+            place = next((k for k, free in enumerate(left) if free >= example.length), None)
+            if place is None:
+                room.append([])
+                left.append(self.max_length)
+                place = len(room) - 1
+            room[place].append(example)
+            left[place] -= example.length
+        return [
+            Example(
+                {"input_ids": [token for part in parts for token in part.inputs["input_ids"]],
+                 "position_ids": [k for part in parts for k in range(part.length)]},
+                [y for part in parts for y in (IGNORED, *part.label[1:])], parts[0].row,
+            )
+            for parts in room
+        ]  # fmt: skip
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        target = self.padded([example.label for example in examples], IGNORED)
+        inputs = self.padded_inputs(examples)
+        return Batch(inputs, target, int((target[:, 1:] != IGNORED).sum()), [example.row for example in examples])
+
+    def loss(
+        self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """By the model's own loss, to which the objective is attached."""
+        return attached_loss(model, batch, objective, count, **options)
+
+    def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
+        """What the model says next, greedily: of prompts, of chats without an answer, of texts."""
+        texts = [self._prompt(row) for row in rows]
+        return generated(self, model, texts, batch_size, cut=True)
+
+    def _prompt(self, row: Row) -> list[int]:
+        if row.get("messages") is not None:
+            turns = list(row["messages"])
+            if turns[-1]["role"] == "assistant":
+                turns = turns[:-1]
+            if self.tokenizer.chat_template is not None:
+                return self._template(turns, True)
+            return self._plain_chat(turns)[0] + self._tokens("assistant:\n")
+        return self._tokens(row.get("prompt") if row.get("completion") is not None else row["text"], begins=True)
+
+    @torch.no_grad()
+    def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
+        """Of the texts themselves."""
+        return likelihood(self, model, self.examples(rows), batch_size)
+
+
+def attached_loss(
+    model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`options` that an attached objective does not take are none of the loop's."""
+    options.pop("parameter_weight", None)  # the batch's share of the labels, which is what the loop gives
+    if options:
+        attach(model, objective, **options)
+    # No cache, because nobody reads it, and because beside one transformers does not keep packed examples apart.
+    loss = model(
+        **batch.inputs, labels=batch.target, num_items_in_batch=torch.as_tensor(count), use_cache=False
+    ).loss  # fmt: skip
+    return loss, parts(model)
+
+
+def likelihood(task: Task, model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> Evaluation:
+    """Mean negative log-likelihood of the labels, perplexity, and the share of labels that are the best guess."""
+    from objkern import CrossEntropy
+
+    from .task import by_length
+
+    training = model.training
+    model.eval()
+    total, right, count = 0.0, 0.0, 0
+    plain = CrossEntropy()
+    try:
+        for places in by_length(examples, batch_size):
+            batch = task.collate([examples[place] for place in places]).to(model.device)
+            encoder_decoder = model.config.is_encoder_decoder
+            inputs = batch.inputs
+            if encoder_decoder:
+                inputs = {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch.target)}
+            logits = model(**inputs, use_cache=False).logits
+            loss, found = plain(
+                logits, batch.target, shift=0 if encoder_decoder else 1, reduction="sum", return_parts=True
+            )
+            total, count = total + loss.item(), count + batch.count
+            right += found["accuracy"].item() * batch.count
+    finally:
+        model.train(training)
+    mean = total / max(1, count)
+    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(1, count)}
+    return Evaluation(metrics)
+
+
+@torch.no_grad()
+def generated(
+    task: Task, model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int, cut: bool, most: int = 64
+) -> list[str]:
+    """Greedy continuations; `cut`: the prompt stands before them and is taken off."""
+    training = model.training
+    model.eval()
+    answers: list[str] = [""] * len(prompts)
+    pad = task.tokenizer.pad_token_id
+    pad = pad if pad is not None else task.tokenizer.eos_token_id or 0
+    try:
+        order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
+        for first in range(0, len(order), batch_size):
+            places = order[first : first + batch_size]
+            longest = max(len(prompts[k]) for k in places)
+            # Causal models go on behind the last token, so their padding stands on the left.
+            padding = [[pad] * (longest - len(prompts[k])) for k in places]
+            ids = torch.tensor([
+                empty + prompts[k] if cut else prompts[k] + empty for k, empty in zip(places, padding, strict=True)
+            ])  # fmt: skip
+            lengths = torch.tensor([len(prompts[k]) for k in places])[:, None]
+            place = torch.arange(longest)[None, :]
+            mask = (place >= longest - lengths if cut else place < lengths).long()
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most,
+                do_sample=False, num_beams=1, pad_token_id=pad,
+            )  # fmt: skip
+            texts = task.tokenizer.batch_decode(out[:, longest:] if cut else out, skip_special_tokens=True)
+            for k, text in zip(places, texts, strict=True):
+                answers[k] = text.strip()
+    finally:
+        model.train(training)
+    return answers

@@ -1,0 +1,357 @@
+"""Data and tasks of fine-tuning: what is read, what counts, how answers are scored, and errors that name row and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import objkern  # noqa: E402
+from objkern.finetune import data  # noqa: E402
+from objkern.finetune.tasks import TASKS  # noqa: E402
+from objkern.finetune.tasks.task import IGNORED  # noqa: E402
+from objkern.transformers import attach  # noqa: E402
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "who", "is", "there", "?", "it", "was", "not", "a", "dog", ",", "nor", "blue", "1", "2", "3", ".", "user", "assistant", "system", ":", "good", "bad", "say", "hello", "world", "yes", "no"]  # fmt: skip
+
+
+def tokenizer_of_words(**names: Any) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: k for k, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=64, **names,
+    )  # fmt: skip
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+ROWS = [{"text": "the cat", "label": "good"}, {"text": "a dog, nor", "label": "bad"}]
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    paths = [written(tmp_path, "a.jsonl", f"\ufeff{lines}\n\n"), written(tmp_path, "b.json", json.dumps(ROWS)),
+             written(tmp_path, "c.csv", 'text,label\nthe cat,good\n"a dog, nor",bad\n'),
+             written(tmp_path, "d.tsv", "text\tlabel\nthe cat\tgood\na dog, nor\tbad\n")]  # fmt: skip
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "e.parquet")
+    for path in [*paths, tmp_path / "e.parquet"]:
+        assert data.read(path) == ROWS, path.name
+
+
+def test_a_folder_has_splits(tmp_path: Path) -> None:
+    written(tmp_path, "train.jsonl", json.dumps(ROWS[0]))
+    written(tmp_path, "validation.csv", "text,label\nx,1\ny,2.5\nz,1_0\n")
+    assert data.read(tmp_path) == ROWS[:1]
+    assert [row["label"] for row in data.read(tmp_path, "dev")] == [1, 2.5, "1_0"]
+    with pytest.raises(ValueError, match=r"has no test split: expected a file called test or testing .* but found"):
+        data.read(tmp_path, "test")
+
+
+def test_a_folder_of_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    table = datasets.Dataset.from_list([{"text": "the cat", "label": 1}, {"text": "a dog, nor", "label": 0}], features)
+    datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(str(tmp_path / "saved"))
+    assert data.read(tmp_path / "saved") == ROWS  # by the names of the classes
+    assert data.read(tmp_path / "saved", "dev") == ROWS
+    with pytest.raises(ValueError, match="has no test split"):
+        data.read(tmp_path / "saved", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: "),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a\.jsonl, line 2: expected an object with columns but got '\[1\]'"),
+        ("a.json", "[{]", r"a\.json, line 1: "),
+        ("a.csv", "text,label\nx\n", r"a\.csv, line 2: expected the 2 columns of the first line but got 1"),
+        ("a.csv", "text,label\nx,1,2\n", r"a\.csv, line 2: expected the 2 columns of the first line but got 3"),
+        ("a.txt", "x", r"a\.txt: expected a file ending in"),
+        ("a.parquet", "no parquet", r"a\.parquet: "),
+    ],
+)
+def test_a_bad_file_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.read(written(tmp_path, name, text))
+
+
+def test_what_does_not_exist(tmp_path: Path) -> None:
+    for source in (tmp_path / "no.jsonl", "./nowhere", "missing.csv"):
+        with pytest.raises(ValueError, match="does not exist"):
+            data.read(source)
+
+
+BAD = {
+    "sequence-classification": ({"text": "x", "label": None}, "column 'label': expected a class"),
+    "token-classification": ({"words": "the cat", "tags": ["O"]}, "column 'words': expected a list of words"),
+    "question-answering": ({"question": "x", "context": "y", "answers": "z"}, "column 'answers': expected {\"text\""),
+    "causal-lm": ({"messages": [{"role": "user"}]}, "column 'messages': expected a list of"),
+    "seq2seq": ({"source": "x", "target": " "}, "column 'target': expected a text but got ' '"),
+}
+GOOD: dict[str, dict[str, Any]] = {
+    "sequence-classification": {"text": "the cat", "label": "good"},
+    "token-classification": {"words": ["the", "cat"], "tags": ["O", "B-animal"]},
+    "question-answering": {"question": "who", "context": "the cat", "answers": {"text": ["cat"], "answer_start": [4]}},
+    "causal-lm": {"text": "the cat sat"},
+    "seq2seq": {"source": "the cat", "target": "a dog"},
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_first_bad_row_and_field_are_named(name: str) -> None:
+    bad, message = BAD[name]
+    with pytest.raises(ValueError, match=rf"corpus, row 2, {message}"):
+        TASKS[name](tokenizer_of_words(), [GOOD[name], bad], source="corpus")
+    with pytest.raises(ValueError, match=r"corpus: there are no rows"):
+        data.checked([], TASKS[name].columns, "corpus")
+    needed = [column.name for column in TASKS[name].columns if column.needed]
+    if needed:
+        with pytest.raises(ValueError, match=rf"row 1, column '{needed[0]}': expected .* but there are only other"):
+            TASKS[name](tokenizer_of_words(), [{"other": 1}])
+
+
+# ---- sequence classification ----------------------------------------------------------------------------------------
+
+
+def classification(rows: list[dict[str, Any]]) -> Any:
+    return TASKS["sequence-classification"](tokenizer_of_words(), rows)
+
+
+def test_the_labels_decide_what_is_learned() -> None:
+    of_class = classification([{"text": "a", "label": 10}, {"text": "b", "label": 2}])
+    assert (of_class.labels, of_class.formula(), of_class.metric) == (["2", "10"], "CrossEntropy()", "accuracy")
+    several = classification([{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}])
+    assert (several.labels, several.formula(), several.metric) == (["x", "y"], "BinaryCrossEntropy()", "micro_f1")
+    assert [e.label for e in several.examples([{"text": "a", "label": ["y"]}])] == [[0.0, 1.0]]
+    number = classification([{"text": "a", "label": 1.5}, {"text": "b", "label": 2}])
+    assert (number.formula(), number.metric, number.model_options()["num_labels"]) == ("MeanSquaredError()", "r2", 1)
+    batch = several.collate(several.examples([{"text": "a", "label": []}, {"text": "the cat sat", "label": ["x"]}]))
+    assert (batch.count, batch.target.dtype, batch.inputs["input_ids"].shape) == (4, torch.float32, (2, 5))
+    assert batch.inputs["attention_mask"].sum().item() == 3 + 5
+
+
+def test_labels_that_do_not_fit_the_others() -> None:
+    with pytest.raises(ValueError, match=r"row 2, column 'label': expected a list of labels, as other rows have"):
+        classification([{"text": "a", "label": ["x"]}, {"text": "b", "label": "x"}])
+    task = classification([{"text": "a", "label": "x"}])
+    with pytest.raises(ValueError, match=r"dev, row 1, column 'label': 'z' does not occur in training, which has x"):
+        task.examples([{"text": "a", "label": "z"}], "dev")
+    with pytest.raises(ValueError, match=r"row 2, column 'text_pair': expected a text, as other rows have one"):
+        task.examples([{"text": "a", "text_pair": "b"}, {"text": "a"}])
+
+
+def test_scores_of_classes_labels_and_numbers() -> None:
+    rows = [{"text": "a", "label": label} for label in ("x", "x", "y", "z")]
+    found = classification(rows).evaluate(rows, ["x", "y", "y", "x"])
+    assert found.metrics["accuracy"] == 0.5
+    assert found.metrics["macro_f1"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
+    assert found.confusion == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert found.table[1] == ["x", 0.5, 0.5, 0.5, 2]
+    rows = [{"text": "a", "label": label} for label in (["x"], ["x", "y"], [])]
+    found = classification(rows).evaluate(rows, [["x"], ["y"], ["x"]])
+    assert found.metrics["accuracy"] == pytest.approx(1 / 3)
+    assert found.metrics["micro_f1"] == pytest.approx(2 * 2 / (3 + 3))
+    rows = [{"text": "a", "label": label} for label in (1.0, 2.5, 4.0)]
+    assert classification(rows).evaluate(rows, [1.0, 2.5, 3.0]).metrics["mse"] == pytest.approx(1 / 3)
+
+
+# ---- token classification -------------------------------------------------------------------------------------------
+
+
+def test_the_first_sub_word_carries_the_tag() -> None:
+    rows = [{"words": ["the", "cat,nor", "dog"], "tags": ["O", "B-x", "I-x"]}]
+    task = TASKS["token-classification"](tokenizer_of_words(), rows)
+    assert task.labels == ["O", "B-x", "I-x"]
+    (example,) = task.examples(rows)
+    assert example.label == [IGNORED, 0, 1, IGNORED, IGNORED, 2, IGNORED]
+    assert task.collate([example]).count == 3
+    with pytest.raises(ValueError, match=r"row 1, column 'tags': expected 3 tags, one for every word, but got 1"):
+        task.examples([{**rows[0], "tags": ["O"]}])
+    with pytest.raises(ValueError, match=r"row 1, column 'tags': 'B-y' does not occur in training"):
+        task.examples([{**rows[0], "tags": ["O", "O", "B-y"]}])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_entities_are_scored_as_seqeval_scores_them(seed: int) -> None:
+    seqeval = pytest.importorskip("seqeval.metrics")
+    generator = torch.Generator().manual_seed(seed)
+    names = ["O", "B-x", "I-x", "B-y", "I-y"]
+
+    def tags() -> list[list[str]]:
+        lengths = torch.randint(1, 12, (8,), generator=generator).tolist()
+        torch.manual_seed(0)
+        return [[names[k] for k in torch.randint(5, (n,), generator=generator).tolist()] for n in lengths]
+
+    truth = tags()
+    noise = [[tag if torch.rand((), generator=generator) < 0.6 else names[0] for tag in row] for row in truth]
+    rows = [{"words": ["the"] * len(row), "tags": row} for row in truth]
+    found = TASKS["token-classification"](tokenizer_of_words(), rows).evaluate(rows, noise).metrics
+    for name, function in (("f1", "f1_score"), ("precision", "precision_score"), ("recall", "recall_score")):
+        assert found[name] == pytest.approx(getattr(seqeval, function)(truth, noise)), name
+    assert found["accuracy"] == pytest.approx(seqeval.accuracy_score(truth, noise))
+
+
+# ---- question answering ---------------------------------------------------------------------------------------------
+
+
+def test_windows_and_their_answers() -> None:
+    context = "the cat sat on a mat and it was not a dog"
+    row = {
+        "question": "who is there ?",
+        "context": context,
+        "answers": {"text": ["a dog"], "answer_start": [context.index("a dog")]},
+    }
+    task = TASKS["question-answering"](tokenizer_of_words(), [row], max_length=14)
+    examples = task.examples([row])
+    assert len(examples) > 1
+    for example in examples:
+        first, last = example.label
+        if (first, last) != (0, 0):
+            assert context[example.about[first][0] : example.about[last][1]] == "a dog"
+    assert [example.label != (0, 0) for example in examples].count(True) >= 1
+    assert examples[0].label == (0, 0)
+    wrong = {**row, "answers": {"text": ["a cat"], "answer_start": [4]}}
+    with pytest.raises(ValueError, match=r"row 1, column 'answers': expected 'a cat' at place 4 of the context, where"):
+        task.examples([wrong])
+
+
+def test_answers_are_compared_as_squad_compares_them() -> None:
+    rows = [{"question": "q", "context": "c", "answers": {"text": texts, "answer_start": [0] * len(texts)}}
+            for texts in (["The cat!"], ["a big dog", "dog"], [], ["x"])]  # fmt: skip
+    found = TASKS["question-answering"](tokenizer_of_words()).evaluate(rows, ["cat", "big dogs", "", "y"]).metrics
+    assert found["exact_match"] == pytest.approx(2 / 4)
+    assert found["f1"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+
+
+def causal(**options: Any) -> Any:
+    return TASKS["causal-lm"](options.pop("tokenizer", None) or tokenizer_of_words(), **options)
+
+
+def said(task: Any, row: dict[str, Any]) -> str:
+    (example,) = task.examples([row])
+    return task.tokenizer.decode([y for y in example.label if y != IGNORED])
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+CHAT = [{"role": "system", "content": "good"}, {"role": "user", "content": "say hello"},
+        {"role": "assistant", "content": "hello world"}, {"role": "user", "content": "no"},
+        {"role": "assistant", "content": "yes"}]  # fmt: skip
+
+
+def test_only_what_the_model_is_to_say_counts() -> None:
+    task = causal()
+    assert said(task, {"text": "the cat"}) == "<s> the cat </s>"  # the first one is shifted away
+    assert task.collate(task.examples([{"text": "the cat"}])).count == 3
+    assert said(task, {"prompt": "the cat", "completion": "sat on"}) == "sat on </s>"
+    assert said(task, {"messages": CHAT}) == "hello world </s> yes </s>"
+    templated = causal(tokenizer=tokenizer_of_words(chat_template=TEMPLATE))
+    assert said(templated, {"messages": CHAT}) == "hello world </s> yes </s>"
+    (example,) = templated.examples([{"messages": CHAT}])
+    assert templated.tokenizer.decode(example.inputs["input_ids"]).startswith(
+        "system : good </s> user : say hello </s>"
+    )
+    changing = causal(tokenizer=tokenizer_of_words(chat_template="{{ messages|length }} " + TEMPLATE))
+    with pytest.raises(ValueError, match=r"row 1, column 'messages': .* changes earlier turns"):
+        changing.examples([{"messages": CHAT}])
+    with pytest.raises(ValueError, match=r"row 1: expected a column text, or prompt and completion, or messages"):
+        task.examples([{"prompt": "x"}])
+
+
+def test_long_texts_go_on_and_packed_ones_share_a_sequence() -> None:
+    task = causal(max_length=8)
+    row = {"text": "the cat sat on a mat and who is there"}
+    assert [example.length for example in task.examples([row])] == [8, 4]
+    packed = causal(max_length=12, pack=True)
+    rows = [{"text": "the cat sat on a mat"}, {"text": "yes"}, {"text": "no"}, {"text": "it was blue"}]
+    examples = packed.examples(rows)
+    assert [example.length for example in examples] == [11, 8]
+    assert examples[0].inputs["position_ids"] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]
+    alone = causal().examples(rows)
+    assert packed.collate(examples).count == sum(y != IGNORED for e in alone for y in e.label[1:])
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )).train()  # fmt: skip
+
+
+def test_packing_changes_no_gradient() -> None:
+    rows = [{"text": "the cat sat on a mat"}, {"text": "yes"}, {"text": "no dog"}, {"text": "it was blue"}]
+    found = []
+    for task in (causal(max_length=12), causal(max_length=12, pack=True)):
+        model = attach(tiny_llama(), objkern.CrossEntropy() + 0.1 * objkern.ZLoss())
+        batch = task.collate(task.examples(rows))
+        loss, _ = task.loss(model, batch, model, batch.count)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_likelihood_and_continuations() -> None:
+    model, task = tiny_llama(), causal()
+    rows = [{"prompt": "the cat", "completion": "sat"}, {"prompt": "a", "completion": "mat and a dog"}]
+    found = task.score(model, rows, batch_size=2).metrics
+    examples = task.examples(rows)
+    total = count = 0.0
+    for example in examples:
+        ids, y = (torch.tensor([x]) for x in (example.inputs["input_ids"], example.label))
+        total += torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], y[0, 1:], reduction="sum").item()
+        count += (y[0, 1:] != IGNORED).sum().item()
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+    answers = task.predict(model, rows, batch_size=2)
+    alone = [task.predict(model, [row])[0] for row in rows]
+    assert answers == alone  # padding on the left changes nothing
+    assert model.training
+
+
+def test_seq2seq() -> None:
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0, decoder_start_token_id=0,
+        eos_token_id=2,
+    ))  # fmt: skip
+    task = TASKS["seq2seq"](tokenizer_of_words(), prefix="say : ")
+    rows = [GOOD["seq2seq"], {"source": "the cat sat on a mat", "target": "it was not blue"}]
+    batch = task.collate(task.examples(rows))
+    assert batch.count == sum(len(row["target"].split()) + 2 for row in rows)
+    assert task.tokenizer.decode(batch.inputs["input_ids"][0]).startswith("<s> say : the cat </s>")
+    found = task.score(model, rows).metrics
+    assert found["loss"] == pytest.approx(model.eval()(**batch.inputs, labels=batch.target).loss.item(), rel=1e-4)
+    assert len(task.predict(model, rows)) == 2
+    assert task.evaluate(rows, ["a dog", "it was blue"]).metrics["exact_match"] == 0.5
+    assert task.evaluate(rows, [row["target"] for row in rows]).metrics["chrf"] == pytest.approx(100.0)
