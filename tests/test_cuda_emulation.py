@@ -60,7 +60,7 @@ class Fault(NamedTuple):
 
 ROWS, SUMS, ELEMENTS = "cuda/row_kernels.h", "cuda/sums.h", "cuda/elements.h"
 EPILOGUE, GRADIENT, DOORS = "cuda/epilogue.h", "cuda/gradient_kernels.h", "cuda/doors.cu"
-ELEMENTWISE = "cuda/elementwise.cu"
+ELEMENTWISE, PARAMETERS, COMPARE = "cuda/elementwise.cu", "cuda/parameters.cu", "cuda/compare_kernel.h"
 TICKET = (
     "  if (thread == 0) shared.last = take_ticket(&call.header()->ticket) + 1 == static_cast<uint32_t>(call.teams);\n"
 )
@@ -121,7 +121,13 @@ FAULTS = {
     "the elements of one block for all": fault(ELEMENTWISE, "(⟦static_cast<int64_t>(block_index())⟧ * kElementThreads", "0", "elementwise"),
     "elements past the end counted": fault(ELEMENTWISE, "if (⟦i < there⟧) sum += values[i];", "true", "elementwise"),
     "weights that repeat stay at one of them": fault(ELEMENTWISE, "place = ⟦place + 1 == period ? 0 : place + 1⟧;", "0", "elementwise"),
-    "one upstream gradient for all elements": fault(ELEMENTWISE, "upstream[⟦(first + i) * call.upstream_stride⟧]", "0", "elementwise"),
+    "one upstream gradient for all elements": fault(ELEMENTWISE, "upstream[⟦first + i⟧]", "0", "elementwise"),
+    "sums of a block of a parameter read before all are there": fault(
+        PARAMETERS, "⟦block_sync();⟧\n    if (thread != 0) return;\n    for (int warp", "", "many_parameters"
+    ),
+    "the elements of a parameter's first block for all": fault(PARAMETERS, "⟦(block - call.first[k])⟧ * kOfBlock", "0", "many_parameters"),
+    "a gradient that is there forgotten": fault(PARAMETERS, "Of::kGradient && ⟦call.adds⟧) read", "false", "many_parameters"),
+    "an excluded class counted in a divergence": fault(COMPARE, "⟦(out ? low : r[i])⟧ - base_r", "r[i]", "divergence_alone"),
 }  # fmt: skip
 
 # What gives the right numbers all the same, and only the sanitizers see.

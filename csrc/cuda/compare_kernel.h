@@ -117,7 +117,7 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
           const bool out = z[i] == low;
           const A t_r = (out ? low : r[i]) - base_r, t_z = z[i] - base_z;
           const A d = (far ? t_r - t_z : (r[i] - z[i]) - apart) * exp_over.by;
-          add_class<sizeof(A) == 8, kReverse>(sums, exp_over(t_r), exp_over(t_z), out ? A(0) : d);
+          add_class<sizeof(A) == 8, kReverse>(sums, exp_over(t_r), exp_over(t_z), d);  // of an excluded class e = f = 0
         }
       });
     }

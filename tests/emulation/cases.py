@@ -523,6 +523,26 @@ def test_the_divergence_from_a_reference(dtype: torch.dtype, plan: Plan, classes
         assert_same(run(DIVERGENT, z, y, plan, up, **both), truth(DIVERGENT, z, y, up, **both), dtype, "both")
 
 
+@every_dtype
+@pytest.mark.parametrize("classes", [9, 130, 1031])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_divergence_alone(direction: str, classes: int, dtype: torch.dtype) -> None:
+    """Nothing else is summed, and the gradient has a loop of its own; classes that the logits exclude have no part."""
+    z, y = batch(classes, dtype)
+    z[0, ::3] = -torch.inf
+    z[1, 5:] = -torch.inf
+    up = torch.linspace(-1.0, 2.0, len(z))
+    term = KLDivergence(direction, 1.7)
+    for r in (beside(z, dtype), beside(z, torch.float64 if dtype == torch.float64 else torch.float32)):
+        r = r.masked_fill(r == -torch.inf, 2.0)  # which a class that is excluded must not show
+        for options in ({"reduction": "none"}, {"gradient": "forward"}):
+            arguments = (up,) if "reduction" in options else ()
+            options["reference"] = r
+            assert_same(
+                run(term, z, y, None, *arguments, **options), truth(term, z, y, *arguments, **options), dtype, direction
+            )
+
+
 def test_a_small_divergence_keeps_its_digits() -> None:
     z, _ = batch(1031, torch.float32)
     r = z + 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
