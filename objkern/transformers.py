@@ -313,6 +313,12 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_attached(model: nn.Module, objective: Objective | None = None) -> bool:
+    """Whether an objective, or this one, is the loss of the model."""
+    attached = _owner(model).__dict__.get(_KEY)
+    return attached is not None and (objective is None or attached.objective is objective)
+
+
 def parts(model: nn.Module) -> dict[str, Tensor]:
     """The parts of the last loss of an attached model: every term, the total, the accuracy; detached."""
     attached = _owner(model).__dict__.get(_KEY)

@@ -15,9 +15,11 @@ import objkern  # noqa: E402
 from objkern.finetune import data  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
 from objkern.finetune.tasks.task import IGNORED  # noqa: E402
-from objkern.transformers import attach  # noqa: E402
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "who", "is", "there", "?", "it", "was", "not", "a", "dog", ",", "nor", "blue", "1", "2", "3", ".", "user", "assistant", "system", ":", "good", "bad", "say", "hello", "world", "yes", "no"]  # fmt: skip
+WORDS = [
+    "the", "cat", "sat", "on", "a", "mat", "and", "who", "is", "there", "?", "it", "was", "not", "dog", ",", "nor", "blue",
+    "1", "2", "3", ".", "user", "assistant", "system", ":", "good", "bad", "say", "hello", "world", "yes", "no",
+]  # fmt: skip
 
 
 def tokenizer_of_words(**names: Any) -> Any:
@@ -312,9 +314,10 @@ def test_packing_changes_no_gradient() -> None:
     rows = [{"text": "the cat sat on a mat"}, {"text": "yes"}, {"text": "no dog"}, {"text": "it was blue"}]
     found = []
     for task in (causal(max_length=12), causal(max_length=12, pack=True)):
-        model = attach(tiny_llama(), objkern.CrossEntropy() + 0.1 * objkern.ZLoss())
+        objective = objkern.CrossEntropy() + 0.1 * objkern.ZLoss()
+        model = tiny_llama()
         batch = task.collate(task.examples(rows))
-        loss, _ = task.loss(model, batch, model, batch.count)
+        loss, _ = task.loss(model, batch, objective, batch.count)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):

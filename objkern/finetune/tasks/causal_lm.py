@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...transformers import attach, parts
+from ...transformers import attach, is_attached, parts
 from ..data import Column, Row, is_text
 from .task import IGNORED, Batch, Evaluation, Example, Task
 
@@ -148,6 +148,9 @@ class CausalLM(Task):
             for parts in room
         ]  # fmt: skip
 
+    def count(self, example: Example) -> int:
+        return sum(label != IGNORED for label in example.label[1:])
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = self.padded([example.label for example in examples], IGNORED)
         inputs = self.padded_inputs(examples)
@@ -183,9 +186,11 @@ class CausalLM(Task):
 def attached_loss(
     model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`options` that an attached objective does not take are none of the loop's."""
-    options.pop("parameter_weight", None)  # the batch's share of the labels, which is what the loop gives
-    if options:
+    """The loss of a model that has the objective, with the parts of that call."""
+    options.pop("parameter_weight", None)  # the batch's share of the labels, which is what the model's loss takes
+    if options.pop("reference", None) is not None:
+        raise NotImplementedError("a reference model beside the fused linear path of a language model")
+    if not is_attached(model, objective):
         attach(model, objective, **options)
     # No cache, because nobody reads it, and because beside one transformers does not keep packed examples apart.
     loss = model(
@@ -211,7 +216,7 @@ def likelihood(task: Task, model: PreTrainedModel, examples: Sequence[Example], 
             inputs = batch.inputs
             if encoder_decoder:
                 inputs = {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch.target)}
-            logits = model(**inputs, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits[:, -batch.target.shape[1] :]  # behind prompt vectors
             loss, found = plain(
                 logits, batch.target, shift=0 if encoder_decoder else 1, reduction="sum", return_parts=True
             )

@@ -59,6 +59,13 @@ class QuestionAnswering(Task):
             found.append(Example(self.inputs_of(encoding, k), label, row_number, offsets))
         return found
 
+    def count(self, example: Example) -> int:
+        return 1
+
+    def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
+        outputs = model(**batch.inputs)
+        return outputs.start_logits, outputs.end_logits
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = torch.tensor([example.label for example in examples])  # (B, 2)
         return Batch(self.padded_inputs(examples), target, len(examples), [example.row for example in examples])

@@ -44,6 +44,9 @@ class Seq2Seq(Task):
     def inputs_of(self, encoding: Any, k: int) -> dict[str, list[int]]:
         return {name: encoding[name][k] for name in ("input_ids", "attention_mask")}
 
+    def count(self, example: Example) -> int:
+        return sum(label != IGNORED for label in example.label)
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = self.padded([example.label for example in examples], IGNORED)
         count = int((target != IGNORED).sum())

@@ -87,6 +87,13 @@ class SequenceClassification(Task):
             return [float(name in names) for name in self.labels]
         return self.labels.index(names[0])
 
+    def count(self, example: Example) -> int:
+        return len(self.labels) if self.problem == SEVERAL else 1
+
+    def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
+        logits = model(**batch.inputs).logits
+        return logits.squeeze(-1) if self.problem == NUMBER else logits
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = torch.tensor([example.label for example in examples])
         return Batch(self.padded_inputs(examples), target, target.numel(), [example.row for example in examples])

@@ -134,6 +134,14 @@ class Task(ABC):
         return objective(logits, batch.target, normalizer=count, return_parts=True, **options)
 
     @abstractmethod
+    def count(self, example: Example) -> int:
+        """How many labels of an example count: what sums over a window are divided by."""
+
+    def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
+        """A frozen model's logits for the batch, as `loss` takes them."""
+        return model(**batch.inputs).logits
+
+    @abstractmethod
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         """An answer for every row, which need not have labels."""
 

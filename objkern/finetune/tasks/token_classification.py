@@ -59,6 +59,9 @@ class TokenClassification(Task):
             found.append(Example(self.inputs_of(encoding, k), labels, k, starts))
         return found
 
+    def count(self, example: Example) -> int:
+        return sum(label != IGNORED for label in example.label)
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = self.padded([example.label for example in examples], IGNORED)
         count = int((target != IGNORED).sum())

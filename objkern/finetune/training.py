@@ -1,0 +1,378 @@
+"""The training loop, top to bottom: windows of batches, a step for each; evaluation, early stopping, checkpoints.
+
+    epoch ──▶ windows ──▶ batches ──▶ loss / count of the window ──▶ backward     (count: labels of all its batches)
+                             └──────▶ step: clip, rate, optimizer, log
+          ──▶ score on dev ──▶ best? stop? ──▶ checkpoint
+
+A window is what one step of the optimizer sees: `accumulation` batches on each of the ranks. Every loss is a sum over
+the rows of its batch divided by the count of the whole window, so gradients add up to that of one big batch, however it
+is cut. Order is a function of the seed and the epoch, rates are functions of the step; a checkpoint holds the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import checkpoints, strategies
+from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from objkern import Objective
+
+    from .tasks import Batch, Evaluation, Example, Task
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": lambda p, **o: torch.optim.SGD(p, momentum=0.9, **o),
+}  # fmt: skip
+RATES: dict[str, Callable[[float], float]] = {  # of the share of the steps after warm-up that are done
+    "linear": lambda share: 1.0 - share, "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "constant": lambda share: 1.0,
+}  # fmt: skip
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train; what and on what is said elsewhere."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    accumulation: int = 1  # batches of a step, on every rank
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-5  # at its peak
+    schedule: str = "linear"
+    warmup: float = 0.1  # share of all steps
+    weight_decay: float = 0.01  # of matrices; biases and norms have none
+    clip: float = 1.0  # largest norm of the gradient
+    patience: int = 3  # evaluations without a better one before training stops
+    metric: str | None = None  # that decides; None: the task's own
+    precision: str = "float32"
+    checkpointing: bool = False  # activations are computed anew in the backward pass
+    strategy: str = "full"
+    seed: int = 0
+    checkpoint_steps: int = 0  # between checkpoints within an epoch; 0: at its end only
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "patience"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1 but got {value!r}")
+        for name, low, high in (("warmup", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}) but got {getattr(self, name)!r}")
+        for name in ("learning_rate", "clip"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number but got {getattr(self, name)!r}")
+        for name, choices in (("optimizer", OPTIMIZERS), ("schedule", RATES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)} but got {getattr(self, name)!r}")
+        if type(self.checkpoint_steps) is not int or self.checkpoint_steps < 0:
+            raise ValueError(
+                f"checkpoint_steps: expected a whole number of at least 0 but got {self.checkpoint_steps!r}"
+            )
+        strategies.parse(self.strategy)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    epoch: int = 1
+    window: int = 0  # of the epoch, the next one
+    step: int = 0  # that are done
+    best: float | None = None
+    best_epoch: int = 0
+    stale: int = 0  # evaluations since the best one
+    finished: bool = False
+    sums: dict[str, float] = field(default_factory=dict)  # of the epoch's parts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished", "stopped early" or "interrupted", and where it stood."""
+
+    how: str
+    progress: Progress
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Example],
+    score: Callable[[], Evaluation],
+    objective: Objective,
+    options: TrainingOptions,
+    folder: Path,
+    log: Callable[[dict[str, Any]], None] = lambda record: None,
+    resume: bool = False,
+    schedules: Sequence[Schedule] = (),
+    reference: nn.Module | None = None,
+) -> Outcome:
+    """Trains `model` in place and leaves the weights of the best epoch in it.
+
+    Args:
+        model: on its device, its strategy applied.
+        score: the evaluation after every epoch.
+        objective: for tasks with a language-model head one that is attached to the model already.
+        folder: for `checkpoints/`; one folder a run.
+        log: is given a dict for every step and every epoch.
+        resume: from the newest checkpoint of the folder, if there is one.
+        schedules: set coefficients of the objective before every step.
+        reference: a frozen model, whose logits are the objective's reference.
+
+    Raises:
+        FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since
+            the step before, whose checkpoint stands.
+        ValueError: a checkpoint of another run.
+    """
+    places = folder / "checkpoints"
+    # Of all parameters, also those that do not train yet: moments keep their places when more layers do.
+    optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.learning_rate)
+    per_epoch = len(list(windows(task, examples, options, 1)))
+    total = options.epochs * per_epoch
+    torch.manual_seed(options.seed)  # dropout
+    progress = Progress()
+    if resume:
+        progress = _resumed(places, model, optimizer, options) or progress
+    if options.checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+    with interruptions() as interrupted:
+        while not progress.finished and progress.epoch <= options.epochs:
+            strategies.begin_epoch(model, options.strategy, progress.epoch)
+            model.train()
+            began = time.perf_counter()
+            for number, window in enumerate(windows(task, examples, options, progress.epoch)):
+                if number < progress.window:  # done before the run was resumed
+                    continue
+                for scheduled in schedules:
+                    scheduled.set(progress.step, total)
+                record = _step(model, task, window, objective, optimizer, options, progress.step, total, reference)
+                progress.step, progress.window = progress.step + 1, number + 1
+                for name, value in record.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+                coefficients = {f"coefficient_{k}": float(s.coefficient) for k, s in enumerate(schedules)}
+                log({"event": "step", "step": progress.step, "epoch": progress.epoch, **record, **coefficients})
+                if interrupted():
+                    _checkpoint(places, model, optimizer, progress, options)
+                    return Outcome("interrupted", progress)
+                if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
+                    _checkpoint(places, model, optimizer, progress, options)
+
+            found = score().metrics
+            metric = options.metric or task.metric
+            if metric not in found:
+                raise ValueError(f"metric: expected one of {', '.join(found)} but got {metric!r}")
+            value = -found[metric] if task.lower_is_better or metric in _LOWER else found[metric]
+            if progress.best is None or value > progress.best:
+                progress.best, progress.best_epoch, progress.stale = value, progress.epoch, 0
+                if _is_first_rank():
+                    checkpoints.save(places, "best", weights(model), {"epoch": progress.epoch, "metrics": found})
+            else:
+                progress.stale += 1
+            means = {name: value / max(1, progress.window) for name, value in progress.sums.items()}
+            log({"event": "epoch", "epoch": progress.epoch, "step": progress.step, **means,
+                 **{f"dev_{name}": value for name, value in found.items()},
+                 "seconds": time.perf_counter() - began})  # fmt: skip
+            progress.epoch, progress.window, progress.sums = progress.epoch + 1, 0, {}
+            progress.finished = progress.stale >= options.patience or progress.epoch > options.epochs
+            _checkpoint(places, model, optimizer, progress, options)
+
+    load_weights(model, checkpoints.load(places / "best")[0])
+    return Outcome("finished" if progress.epoch > options.epochs else "stopped early", progress)
+
+
+_LOWER = ("loss", "perplexity", "mse", "mae")  # metrics of which less is better
+
+
+def _step(
+    model: nn.Module, task: Task, window: Sequence[Sequence[Example]], objective: Objective,
+    optimizer: torch.optim.Optimizer, options: TrainingOptions, step: int, total: int, reference: nn.Module | None,
+) -> dict[str, float]:  # fmt: skip
+    """One step of the optimizer: the window's loss by parts, the norm of its gradient, the rate, seconds."""
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    count = sum(task.count(example) for batch in window for example in batch)  # of all ranks: each knows the examples
+    sums: dict[str, Tensor] = {}
+    rows: list[int] = []
+    for examples in window[_rank() :: _ranks()]:
+        batch = task.collate(examples).to(device)
+        rows += batch.rows
+        share = batch.count / max(1, count)
+        with _precision(device, options):
+            others = _reference(task, reference, batch)
+            loss, parts = task.loss(model, batch, objective, count, parameter_weight=share, **others)
+        for name, value in parts.items():
+            weight = share if name in _MEANS else 1.0  # the others are sums over the batch, divided by the count
+            sums[name] = sums.get(name, 0.0) + weight * value.float()
+        if not math.isfinite(loss.item()):
+            values = {name: value.item() for name, value in parts.items()}
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in step {step + 1}: {values}; rows of the batch: {batch.rows}"
+            )
+        loss.backward()
+    _add_up_over_ranks(model, sums)
+    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+    rate = options.learning_rate * rate_at(step, total, options.warmup, RATES[options.schedule])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    values = torch.stack([*sums.values(), gradient_norm.float()]).tolist()  # one transfer for all
+    record = dict(zip((*sums, "gradient_norm"), values, strict=True))
+    return record | {"learning_rate": rate, "seconds": time.perf_counter() - began}
+
+
+_MEANS = ("lse", "accuracy", "target_probability")  # parts that an objective averages over the rows of its batch
+
+
+def windows(
+    task: Task, examples: Sequence[Example], options: TrainingOptions, epoch: int
+) -> Iterator[list[list[Example]]]:
+    """The batches of every step of an epoch: similar lengths together, in an order that seed and epoch decide."""
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    size = options.batch_size
+    pool = 8 * size  # sorting a few batches at a time saves the padding and keeps the order random enough
+    batches = []
+    for start in range(0, len(order), pool):
+        some = sorted(order[start : start + pool], key=lambda place: examples[place].length)
+        batches += [some[first : first + size] for first in range(0, len(some), size)]
+    batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    of_step = options.accumulation * _ranks()
+    for first in range(0, len(batches), of_step):
+        yield [[examples[place] for place in batch] for batch in batches[first : first + of_step]]
+
+
+def rate_at(step: int, total: int, warmup: float, falling: Callable[[float], float]) -> float:
+    """Share of the peak rate at `step` of `total`, from 0: up in a line, then as `falling` says."""
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    return falling((step - rising) / max(1, total - rising))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms, which are all vectors, don't."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _precision(device: torch.device, options: TrainingOptions) -> AbstractContextManager[Any]:
+    dtype = PRECISIONS[options.precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def _reference(task: Task, reference: nn.Module | None, batch: Batch) -> dict[str, Any]:
+    return {} if reference is None else {"reference": task.reference(reference, batch)}
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _ranks() > 1 else 0
+
+
+def _is_first_rank() -> bool:
+    return _rank() == 0
+
+
+def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor]) -> None:
+    """Gradients and parts of all ranks, which are sums over rows by the same count, so that nothing is averaged."""
+    if _ranks() == 1:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        if p.grad is None:  # of a rank that had no batch in this window
+            p.grad = torch.zeros_like(p)
+    for p in trained:
+        dist.all_reduce(p.grad)
+    names: list[Any] = [None] * _ranks()
+    dist.all_gather_object(names, sorted(sums))
+    device = trained[0].device
+    for name in sorted(set().union(*names)):
+        sums[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float32, device=device)
+        dist.all_reduce(sums[name])
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in model.state_dict().items()}
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
+
+
+def _checkpoint(
+    places: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, options: TrainingOptions
+) -> None:
+    if not _is_first_rank():
+        return
+    tensors = {**weights(model), **checkpoints.optimizer_tensors(optimizer), **checkpoints.random_states()}
+    state = {"progress": asdict(progress), "options": asdict(options)}
+    checkpoints.save(places, checkpoints.name_of(progress.step), tensors, state)
+    checkpoints.keep_newest(places)
+
+
+def _resumed(
+    places: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options: TrainingOptions
+) -> Progress | None:
+    checkpoints.restore_interrupted(places)
+    newest = checkpoints.newest(places)
+    if newest is None:
+        return None
+    tensors, state = checkpoints.load(newest)
+    now = json.loads(json.dumps(asdict(options)))
+    changed = [name for name in now if name != "checkpoint_steps" and now[name] != state["options"].get(name)]
+    if changed:
+        differences = ", ".join(f"{name} {state['options'].get(name)!r} → {now[name]!r}" for name in changed)
+        raise ValueError(f"resume: {newest} is of a run with other options: {differences}")
+    load_weights(model, tensors)
+    checkpoints.load_optimizer(optimizer, tensors)
+    checkpoints.load_random_states(tensors)
+    return Progress(**state["progress"])
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT has come: the step under way ends, and then the run, with a checkpoint."""
+    came: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        came.append(number)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread, which alone may
+        pass
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,388 @@
+"""The training loop: exact however a window is cut, bit-equal after any interruption, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+import objkern  # noqa: E402
+from objkern.finetune import checkpoints, strategies, training  # noqa: E402
+from objkern.finetune.schedules import Schedule, linear  # noqa: E402
+from objkern.finetune.tasks import TASKS, Evaluation, Task  # noqa: E402
+from objkern.finetune.training import Outcome, TrainingOptions, train  # noqa: E402
+
+from .test_finetune_tasks import WORDS, tokenizer_of_words  # noqa: E402
+
+REGULARIZED = "CrossEntropy(label_smoothing=0.1) + 0.01*ZLoss()"
+
+
+def texts(count: int, seed: int = 0) -> list[list[str]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
+    return [[WORDS[k] for k in torch.randint(len(WORDS), (n,), generator=generator).tolist()] for n in lengths]
+
+
+def rows_of(name: str, count: int) -> list[dict[str, Any]]:
+    """Rows whose labels can be learned: a class is whether a word occurs, a tag is the word's own, ..."""
+    found: list[dict[str, Any]] = []
+    for words in texts(count):
+        text, good = " ".join(words), any(word < "h" for word in words[:2])
+        found.append({
+            "sequence-classification": {"text": text, "label": "good" if good else "bad"},
+            "several": {"text": text, "label": [word for word in ("the", "cat", "dog") if word in words]},
+            "number": {"text": text, "label": len(words) / 4},
+            "token-classification": {"words": words, "tags": ["B-early" if word < "h" else "O" for word in words]},
+            "question-answering": {"question": "who ?", "context": text,
+                                   "answers": {"text": [words[1]], "answer_start": [len(words[0]) + 1]}},
+            "causal-lm": {"prompt": words[0], "completion": " ".join(words[1:])},
+            "seq2seq": {"source": text, "target": " ".join(words[:2])},
+        }[name])  # fmt: skip
+    return found
+
+
+def task_of(name: str, rows: list[dict[str, Any]]) -> Task:
+    task = {"several": "sequence-classification", "number": "sequence-classification"}.get(name, name)
+    return TASKS[task](tokenizer_of_words(), rows)
+
+
+def model_of(task: Task, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    size = len(task.tokenizer)
+    if task.name == "causal-lm":
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=size,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                attention_dropout=dropout,
+            )
+        )
+    if task.name == "seq2seq":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=size,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=1,
+                num_heads=4,
+                dropout_rate=dropout,
+                pad_token_id=0,
+                decoder_start_token_id=0,
+                eos_token_id=2,
+            )
+        )
+    return getattr(transformers, task.auto_model).from_config(transformers.BertConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, pad_token_id=0,
+        **task.model_options()))  # fmt: skip
+
+
+NAMES = ["sequence-classification", "several", "number", "token-classification", "question-answering", "causal-lm",
+         "seq2seq"]  # fmt: skip
+
+
+def run(
+    name: str,
+    folder: Path,
+    options: TrainingOptions,
+    count: int = 8,
+    dropout: float = 0.0,
+    formula: str | None = None,
+    **others: Any,
+) -> tuple[Outcome, nn.Module, list[dict[str, Any]]]:
+    """A run on a few rows, scored on its own training rows; and what it logged."""
+    rows = rows_of(name, count)
+    task = task_of(name, rows)
+    model = strategies.apply(model_of(task, dropout), options.strategy, task.name)
+    objective = objkern.parse(formula or task.formula())
+    records: list[dict[str, Any]] = []
+    log: Callable[[dict[str, Any]], None] = others.pop("log", records.append)
+    outcome = train(
+        model, task, task.examples(rows), lambda: task.score(model, rows), objective, options, folder, log, **others
+    )
+    return outcome, model, records
+
+
+def differences(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+ONE_STEP: dict[str, Any] = {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1, "warmup": 0.0, "clip": 1e9,
+                            "weight_decay": 0.0, "schedule": "constant"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_is_one_big_batch_however_it_is_cut(name: str, tmp_path: Path) -> None:
+    """24: rows of other lengths and numbers of labels; 8 in one batch, in 2 of 4, in 3 of 3, in 8 of 1."""
+    formula = {"several": "BinaryCrossEntropy() + 0.1*LogitL2()", "number": "MeanSquaredError()"}.get(name, REGULARIZED)
+    _, whole, logged = run(name, tmp_path / "whole", TrainingOptions(batch_size=8, **ONE_STEP), formula=formula)
+    start = model_of(task_of(name, rows_of(name, 8)))
+    moved = differences(whole, start)
+    assert moved > 1e-4
+    for size, accumulation in ((4, 2), (3, 3), (1, 8)):
+        options = TrainingOptions(batch_size=size, accumulation=accumulation, **ONE_STEP)
+        _, cut, records = run(name, tmp_path / f"{size}", options, formula=formula)
+        assert differences(whole, cut) < 1e-5 * max(1.0, moved), (size, accumulation)
+        assert records[0].keys() == logged[0].keys()
+        for part, value in logged[0].items():
+            if part not in ("seconds", "event"):
+                assert records[0][part] == pytest.approx(value, rel=1e-4, abs=1e-6), part
+
+
+@pytest.mark.parametrize("name", ["token-classification", "causal-lm"])
+def test_interruptions_change_nothing(name: str, tmp_path: Path) -> None:
+    """28: ended by SIGTERM in the midst of epochs and resumed, the weights, losses and patience are bit-equal."""
+    options = TrainingOptions(epochs=4, batch_size=4, learning_rate=1e-2, patience=2)
+    outcome, undisturbed, expected = run(name, tmp_path / "a", options, count=20, dropout=0.2)
+    records: list[dict[str, Any]] = []
+
+    def log(record: dict[str, Any]) -> None:
+        records.append(record)
+        if record["event"] == "step" and record["step"] in (2, 5, 6, 11):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    found, times = None, 0
+    while found is None or found.how == "interrupted":
+        found, resumed, _ = run(name, tmp_path / "b", options, count=20, dropout=0.2, log=log, resume=times > 0)
+        times += 1
+        assert times < 10
+    assert times == 5
+    assert found == outcome
+    assert differences(undisturbed, resumed) == 0.0
+    for kind in ("step", "epoch"):
+        ours, theirs = ([{k: v for k, v in r.items() if k != "seconds"} for r in some if r["event"] == kind]
+                        for some in (records, expected))  # fmt: skip
+        assert ours == theirs
+    assert [path.name for path in sorted((tmp_path / "b" / "checkpoints").iterdir())] == [
+        "best", checkpoints.name_of(outcome.progress.step)
+    ]  # fmt: skip
+
+
+def forked(folder: Path, kill_after: int | None) -> None:
+    """A run in a process of its own, from the newest checkpoint on; killed in the step after so many, if any."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        options = TrainingOptions(epochs=8, batch_size=4, learning_rate=1e-2, patience=9, checkpoint_steps=1)
+        _, model, _ = run("token-classification", folder, options, count=20, dropout=0.2, resume=True,
+                          log=lambda record: os.write(writes, b"."))  # fmt: skip
+        checkpoints.save(folder, "final", model.state_dict(), {})
+        os._exit(0)
+    os.close(writes)
+    steps = 0
+    while os.read(reads, 1):
+        steps += 1
+        if steps == kill_after:
+            os.kill(child, signal.SIGKILL)
+    os.close(reads)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) if kill_after else status == 0
+
+
+def kill_and_resume(folder: Path) -> None:
+    """In a process that has only imported: no thread of it is lost in a fork."""
+    forked(folder / "undisturbed", None)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        forked(folder / "killed", int(torch.randint(1, 5, (), generator=generator)))
+    forked(folder / "killed", None)
+
+
+def test_killed_at_any_time_and_resumed(tmp_path: Path) -> None:
+    """28: SIGKILL ten times, wherever it hits; the final weights are bit-equal to an undisturbed run's."""
+    root = Path(__file__).parent.parent
+    code = "import pathlib, sys; from tests.test_finetune_training import *; kill_and_resume(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=500,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (a, _), (b, _) = (checkpoints.load(tmp_path / name / "final") for name in ("undisturbed", "killed"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path: Path) -> None:
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    model = model_of(task)
+
+    def poison(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            with torch.no_grad():
+                model.classifier.bias[0] = torch.nan
+
+    options = TrainingOptions(batch_size=2, checkpoint_steps=1)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan in step 3: \{'cross_entropy': nan.*rows of the batch: \["
+    ):
+        train(model, task, task.examples(rows), lambda: task.score(model, rows), objkern.CrossEntropy(), options,
+              tmp_path, poison)  # fmt: skip
+    newest = checkpoints.newest(tmp_path / "checkpoints")
+    assert newest.name == checkpoints.name_of(2)
+
+
+def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    model = model_of(task)
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    kept: list[dict[str, Tensor]] = []
+
+    def score() -> Evaluation:
+        kept.append({name: x.clone() for name, x in model.state_dict().items()})
+        return Evaluation({"f1": next(scores)})
+
+    options = TrainingOptions(epochs=9, patience=2, batch_size=4)
+    outcome = train(model, task, task.examples(rows), score, objkern.CrossEntropy(), options, tmp_path)
+    assert (outcome.how, outcome.progress.best_epoch, len(kept)) == ("stopped early", 2, 4)
+    assert all(torch.equal(x, kept[1][name]) for name, x in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"metric: expected one of f1 but got 'loss'"):
+        train(model, task, task.examples(rows), lambda: Evaluation({"f1": 1.0}), objkern.CrossEntropy(),
+              TrainingOptions(metric="loss"), tmp_path / "other")  # fmt: skip
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run("sequence-classification", tmp_path, TrainingOptions(epochs=1))
+    with pytest.raises(ValueError, match=r"is of a run with other options: learning_rate 5e-05 → 0\.1"):
+        run("sequence-classification", tmp_path, TrainingOptions(epochs=1, learning_rate=0.1), resume=True)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    """A folder whose weights would run code when they are read."""
+
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    place = tmp_path / "checkpoints" / checkpoints.name_of(7)
+    place.mkdir(parents=True)
+    torch.save(Malicious(), place / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds pytorch_model\.bin, which may be pickles"):
+        run("sequence-classification", tmp_path, TrainingOptions(epochs=1), resume=True)
+    (place / "tensors.safetensors").write_bytes((place / "pytorch_model.bin").read_bytes())
+    (place / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="can't be read"):
+        run("sequence-classification", tmp_path, TrainingOptions(epochs=1), resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
+    tied = torch.randn(3)
+    tensors = {"a": tied, "b": tied, "c": torch.randn(2, 2).t()}
+    checkpoints.save(tmp_path, "best", tensors, {"n": 1})
+    partial = tmp_path / ".best.partial"
+    partial.mkdir()
+    (partial / "tensors.safetensors").write_bytes(b"half")
+    found, state = checkpoints.load(tmp_path / "best")
+    assert state == {"n": 1}
+    assert all(torch.equal(found[name], x) for name, x in tensors.items())
+    (tmp_path / "best").rename(tmp_path / ".best.old")  # ended between two renames
+    checkpoints.restore_interrupted(tmp_path)
+    assert checkpoints.load(tmp_path / "best")[1] == {"n": 1}
+    checkpoints.keep_newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(("strategy", "trains"), [("head", 0), ("last:1", 1), ("last", 2), ("full", 3)])
+@pytest.mark.parametrize("name", ["token-classification", "causal-lm"])
+def test_strategies(name: str, strategy: str, trains: int, tmp_path: Path) -> None:
+    start = model_of(task_of(name, rows_of(name, 8)))
+    options = TrainingOptions(epochs=1, strategy=strategy, learning_rate=1e-2, weight_decay=0.1)
+    _, model, _ = run(name, tmp_path, options)
+    changed = {key for key, x in model.state_dict().items() if not torch.equal(x, start.state_dict()[key])}
+    layers = {int(part) for key in changed for part in key.split(".") if part.isdecimal()}
+    assert layers == set(range(3 - trains, 3))
+    assert any(key.startswith(("classifier", "lm_head")) for key in changed)
+    assert any("embed" in key for key in changed) == (strategy == "full")
+
+
+def test_gradual_unfreezing(tmp_path: Path) -> None:
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    model = strategies.apply(model_of(task), "gradual", task.name)
+    seen = []
+
+    def log(record: dict[str, Any]) -> None:
+        if record["event"] == "step":
+            layers = strategies.layers_of(model)
+            seen.append(sum(all(p.requires_grad for p in layer.parameters()) for layer in layers))
+
+    train(model, task, task.examples(rows), lambda: task.score(model, rows), objkern.CrossEntropy(),
+          TrainingOptions(epochs=3, strategy="gradual", patience=9), tmp_path, log)  # fmt: skip
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("strategy", ["lora:2", "prompt:3"])
+def test_adapters(strategy: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    start = model_of(task_of("causal-lm", rows_of("causal-lm", 8)))
+    options = TrainingOptions(epochs=2, strategy=strategy, learning_rate=5e-2)
+    _, model, records = run("causal-lm", tmp_path, options)
+    base = model.get_base_model().state_dict()
+    for key, x in start.state_dict().items():
+        assert torch.equal(x, base.get(key, base.get(key.replace(".weight", ".base_layer.weight"))))
+    epochs = [record["dev_loss"] for record in records if record["event"] == "epoch"]
+    assert epochs[-1] < epochs[0]
+
+
+def test_schedules_of_coefficients_and_a_reference(tmp_path: Path) -> None:
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    model, frozen = model_of(task), model_of(task).eval()
+    beta = torch.tensor(0.0)
+    objective = objkern.CrossEntropy() + beta * objkern.KLDivergence()
+    records: list[dict[str, Any]] = []
+    train(model, task, task.examples(rows), lambda: task.score(model, rows), objective,
+          TrainingOptions(epochs=2, batch_size=4, learning_rate=1e-2), tmp_path, records.append,
+          schedules=[Schedule(beta, linear(0.0, 0.3))], reference=frozen)  # fmt: skip
+    steps = [record for record in records if record["event"] == "step"]
+    assert [record["coefficient_0"] for record in steps] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert steps[0]["kl_divergence"] == pytest.approx(0.0, abs=1e-7)
+    assert steps[-1]["kl_divergence"] > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1 but got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a positive number"),
+        ({"warmup": 1.0}, r"warmup: expected a number in \[0, 1\) but got 1\.0"),
+        ({"optimizer": "lion"}, "optimizer: expected one of adamw, adam, sgd but got 'lion'"),
+        ({"strategy": "lora:0"}, "strategy: expected full, head, last:K"),
+        ({"strategy": "head:3"}, "strategy: expected full, head, last:K"),
+        ({"precision": "float8"}, "precision: expected one of float32, bfloat16"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**options)
+
+
+def test_rates() -> None:
+    for name, half in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        rates = [training.rate_at(step, 20, 0.2, training.RATES[name]) for step in range(20)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4] == 1.0
+        assert rates[12] == pytest.approx(half)
+        assert rates[-1] > 0.0
