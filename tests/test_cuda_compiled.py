@@ -107,7 +107,7 @@ def blocks_planned(kernel: Kernel, dtype: str) -> int:
     if dtype == "float64":
         return 1
     if kernel.name == "compare":
-        return 2 if kernel.transform else 4
+        return 2 if kernel.transform else 3
     if kernel.transform or kernel.depth == FULL:
         return 2
     if kernel.name == "gradient":

@@ -11,6 +11,11 @@
 namespace objkern::cuda {
 
 constexpr int kCompareThreads = 256;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kCompareBlocks = 3;  // of a multiprocessor; with four, two words of half-precision kernels would spill
+#else
+constexpr int kCompareBlocks = 4;
+#endif
 #ifdef OBJKERN_EMULATED
 constexpr int kCompareSegment = 96;  // columns, so that the tests' short rows have several
 #else
@@ -56,7 +61,7 @@ struct CompareShared {
 template <class T, bool kTransform, bool kReverse>
 OBJKERN_KERNEL(kCompareThreads, (sizeof(T) == 8 ? 1
                                  : kTransform   ? 2
-                                                : 4))
+                                                : kCompareBlocks))
 compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
   using A = Accumulation<T>;
   CompareShared& shared = *reinterpret_cast<CompareShared*>(shared_memory());
