@@ -15,8 +15,9 @@ from pathlib import Path
 
 from .check_oldest_torch import NOT_CHECKED, ROOT
 
-# What 4.57 asks for where that differs from the newest one's wishes; pip takes no torch, which is there.
-BESIDE = ["tokenizers>=0.22,<0.23.1", "huggingface_hub>=0.34,<1", "peft==0.18.*", "requests", "regex",
+# What 4.57 asks for where that differs from the newest one's wishes, and what goes with that: its Trainer imports
+# datasets where there is one, and the newest datasets asks the newest hub client. pip takes no torch, which is there.
+BESIDE = ["tokenizers>=0.22,<0.23.1", "huggingface_hub>=0.34,<1", "peft==0.18.*", "datasets==3.6.*", "requests", "regex",
           "urllib3", "charset_normalizer", "idna", "certifi"]  # fmt: skip
 
 
