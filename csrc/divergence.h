@@ -44,7 +44,7 @@ constexpr double over_factorial(int k) {
 }
 
 template <int k, int kLast, class R>
-OBJKERN_INLINE R alternating(R d) {
+[[gnu::always_inline]] OBJKERN_INLINE R alternating(R d) {
   constexpr double kOver = over_factorial(k);
   if constexpr (k == kLast) return R(kOver);
   return R(kOver) - d * alternating<k + (k < kLast), kLast>(d);
@@ -52,7 +52,7 @@ OBJKERN_INLINE R alternating(R d) {
 
 // g(−d) for |d| < 1/2 by its series, as long as terms matter; as a plain formula it would be all cancellation.
 template <bool kDouble, class R>
-OBJKERN_INLINE R g_of_minus(R d) {
+[[gnu::always_inline]] OBJKERN_INLINE R g_of_minus(R d) {
   return d * d * alternating<2, kDouble ? 14 : 8>(d);
 }
 
@@ -63,19 +63,19 @@ OBJKERN_INLINE bool far_apart(R max_z, R max_r) {
   return Lane<R>::less(R(16), Lane<R>::abs(max_r - max_z));
 }
 
-// One class more; the sums of KL(p ‖ q) alone only if kReverse.
-template <bool kDouble, bool kReverse, class R>
-OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d) {
+// One class more; the sums of KL(p ‖ q) alone only if kReverse. kFinite: d is known to be.
+template <bool kDouble, bool kReverse, bool kFinite = false, class R>
+[[gnu::always_inline]] OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d) {
   using L = Lane<R>;
-  const R ed = weighted(e, d);
+  const R ed = kFinite ? e * d : weighted(e, d);
   const auto small = L::less(L::abs(d), R(0.5));
-  const R series = e * g_of_minus<kDouble>(L::select(small, d, R(0)));
+  const R series = e * g_of_minus<kDouble>(d);
   s.e = s.e + e;
   s.f = s.f + f;
   s.ed = s.ed + ed;
   s.eg = s.eg + L::select(small, series, f - e + ed);
   if constexpr (kReverse) {
-    const R fd = weighted(f, d);
+    const R fd = kFinite ? f * d : weighted(f, d);
     s.fd = s.fd + fd;
     s.fg = s.fg + L::select(small, (ed - series) * d - series, e - f - fd);  // e − f = e d − e g(−d)
   }

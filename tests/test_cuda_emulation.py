@@ -123,7 +123,7 @@ FAULTS = {
     "weights that repeat stay at one of them": fault(ELEMENTWISE, "place = ⟦place + 1 == period ? 0 : place + 1⟧;", "0", "elementwise"),
     "one upstream gradient for all elements": fault(ELEMENTWISE, "upstream[⟦first + i⟧]", "0", "elementwise"),
     "sums of a block of a parameter read before all are there": fault(
-        PARAMETERS, "⟦block_sync();⟧\n    if (thread != 0) return;\n    for (int warp", "", "many_parameters"
+        PARAMETERS, "⟦block_sync();⟧\n  if (thread == 0)\n    for (int warp", "", "many_parameters"
     ),
     "the elements of a parameter's first block for all": fault(PARAMETERS, "⟦(block - call.first[k])⟧ * kOfBlock", "0", "many_parameters"),
     "a gradient that is there forgotten": fault(PARAMETERS, "Of::kGradient && ⟦call.adds⟧) read", "false", "many_parameters"),

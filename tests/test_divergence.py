@@ -119,6 +119,27 @@ def test_what_the_reference_excludes() -> None:
     assert (KLDivergence("reverse")(z, reference=r, reduction="none") == torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("classes", [2, 8, 9, 12, 41, 1000, 1029])
+def test_what_the_logits_exclude_counts_nowhere(classes: int, direction: str, dtype: torch.dtype) -> None:
+    """As if the class were not there, whatever the reference has there, at the first class and at the last."""
+    z, r = pair(3, classes, dtype, 1.0)
+    for place in (0, classes - 1):
+        others = [k for k in range(classes) if k != place]
+        x, q = z.clone(), r.clone()
+        x[:, place], q[:, place] = -torch.inf, 1000.0
+        loss, gradient = value_and_gradient(lambda x, q=q: KLDivergence(direction)(x, reference=q, reduction="none"), x)
+        without = value_and_gradient(
+            lambda x, q=q, k=others: KLDivergence(direction)(x, reference=q[:, k], reduction="none"), z[:, others]
+        )
+        assert not gradient[:, place].any()
+        torch.testing.assert_close(loss, without[0], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(
+            gradient[:, others], without[1], rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-7
+        )
+
+
 @pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_reference_of_another_dtype_or_layout(other: torch.dtype) -> None:
     z, r = pair(4, 33, torch.bfloat16, 1.0)

@@ -60,7 +60,7 @@ struct Reference {
       for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
   }
 
-  // f(z, r, whether the pack is whole) for every pack of classes [first, last), in order.
+  // f(z, r, whether the pack is whole: a type) for every pack of classes [first, last), in order.
   template <class F>
   [[gnu::always_inline]] void packs(const T* x, int64_t row, int64_t first, int64_t last, const F& f) const {
     Pack z, r;
@@ -70,14 +70,17 @@ struct Reference {
       for (; j + W::kPack <= last; j += W::kPack) {
         W::take(x + j, z);
         W::take(beside + j, r);
-        f(z, r, true);
+        f(z, r, std::true_type{});
+      }
+    } else {
+      for (; j + W::kPack <= last; j += W::kPack) {
+        load_both(x, row, j, W::kPack, z, r);
+        f(z, r, std::true_type{});
       }
     }
-    for (; j < last; j += W::kPack) {
-      const int64_t count = std::min(W::kPack, last - j);
-      load_both(x, row, j, count, z, r);
-      f(z, r, count == W::kPack);
-    }
+    if (j == last) return;
+    load_both(x, row, j, last - j, z, r);
+    f(z, r, std::false_type{});
   }
 
   // Over classes [begin, end) of the row of logits x.
@@ -93,18 +96,25 @@ struct Reference {
     DivergenceSums<V> sums;
     for (int64_t first = begin; first < end; first += kAtOnce) {
       const int64_t last = std::min(first + kAtOnce, end);
-      V high_z = low, high_r = low, low_z = zero;
-      packs(x, row, first, last, [&](const Pack& z, const Pack& r, bool whole) __attribute__((always_inline)) {
+      V high_z = low, high_r = low, low_z = zero, low_r = zero;
+      packs(x, row, first, last, [&](const Pack& z, const Pack& r, auto whole) __attribute__((always_inline)) {
         for (int k = 0; k < W::kVectors; ++k) {
           high_z = at::vec::clamp_min(z[k], high_z);
-          high_r = at::vec::clamp_min(r[k], high_r);
-          if (whole) low_z = at::vec::clamp_max(z[k], low_z);
+          if constexpr (whole) {
+            high_r = at::vec::clamp_min(r[k], high_r);
+            low_z = at::vec::clamp_max(z[k], low_z);
+            low_r = at::vec::clamp_max(r[k], low_r);
+          } else {
+            high_r = at::vec::clamp_min(V::blendv(r[k], low, is_minus_inf(z[k])), high_r);
+          }
         }
       });
-      const bool excluded = any_above(V(std::numeric_limits<A>::lowest()), low_z);  // some whole pack has −∞
-      if (excluded) [[unlikely]] {                                                  // what r has there does not count
+      // Whether z and r have −∞ in a whole pack. Where z has, what r has does not count.
+      const V finite_from(std::numeric_limits<A>::lowest());
+      const bool excluded = any_above(finite_from, low_z), absent = any_above(finite_from, low_r);
+      if (excluded) [[unlikely]] {
         high_r = low;
-        packs(x, row, first, last, [&](const Pack& z, const Pack& r, bool) {
+        packs(x, row, first, last, [&](const Pack& z, const Pack& r, auto) {
           for (int k = 0; k < W::kVectors; ++k)
             high_r = at::vec::clamp_min(V::blendv(r[k], low, is_minus_inf(z[k])), high_r);
         });
@@ -120,18 +130,30 @@ struct Reference {
       top_r = max_r;
       const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
       const bool far = far_apart(finite(top_z), finite(top_r));
-      packs(x, row, first, last, [&](const Pack& z, const Pack& r_, bool whole) __attribute__((always_inline)) {
-        for (int k = 0; k < W::kVectors; ++k) {
-          V r = r_[k], d = (far ? (r - m_r) - (z[k] - m_z) : (r - z[k]) - apart) * by;
-          if (excluded || !whole) [[unlikely]] {
-            const V out = is_minus_inf(z[k]);
-            r = V::blendv(r, low, out);
-            d = V::blendv(d, zero, out);
+      const auto add = [&]<bool kUsual>() __attribute__((always_inline)) {
+        DivergenceSums<V> own = sums;  // in registers
+        packs(x, row, first, last, [&](const Pack& z, const Pack& r_, auto whole) __attribute__((always_inline)) {
+          constexpr bool kFinite = kUsual && whole;
+#pragma GCC unroll 2
+          for (int k = 0; k < W::kVectors; ++k) {
+            V r = r_[k], below_z = z[k] - m_z;
+            V d = (!kUsual && far ? (r - m_r) - below_z : (r - z[k]) - apart) * by;
+            if constexpr (!kFinite) {
+              const V out = is_minus_inf(z[k]);
+              r = V::blendv(r, low, out);
+              d = V::blendv(d, zero, out);
+            }
+            const V e = exp_nonpositive((r - m_r) * by), f = exp_nonpositive(below_z * by);
+            add_class<sizeof(A) == 8, kReverse, kFinite>(own, e, f, d);
           }
-          const V e = exp_nonpositive((r - m_r) * by), f = exp_nonpositive((z[k] - m_z) * by);
-          add_class<sizeof(A) == 8, kReverse>(sums, e, f, d);
-        }
-      });
+        });
+        sums = own;
+      };
+      if (far || excluded || absent) [[unlikely]] {
+        add.template operator()<false>();
+      } else {
+        add.template operator()<true>();
+      }
     }
     DivergenceSums<double> found;
     found.max_z = finite(top_z);
@@ -145,19 +167,41 @@ struct Reference {
     return found;
   }
 
-  // What the divergence adds to the gradient of classes whose logits are z and r; finite where r is −∞.
-  [[gnu::always_inline]] V share(const RowGradient<A>& g, const V& z_, const V& r_) const {
-    const V by(inverse_temperature);
-    const V e = exp_nonpositive((r_ - V(g.max_r)) * by), f = exp_nonpositive((z_ - V(g.max_z)) * by);
-    if (g.of_pd == A(0)) return at::vec::fmadd(f, V(g.of_p), V(g.of_q) * e);
-    const bool far = far_apart(g.max_z, g.max_r);
-    const V apart = far ? (r_ - V(g.max_r)) - (z_ - V(g.max_z)) : (r_ - z_) - V(g.max_r - g.max_z);
-    const V d = at::vec::clamp_min(apart * by, V(A(-1e30)));
-    return at::vec::fmadd(f, at::vec::fmadd(V(g.of_pd), d, V(g.of_p)), V(g.of_q) * e);
-  }
+  // What the divergence adds to a row's gradient, times `factor`; finite where r is −∞.
+  struct Share {
+    const bool of_forward_alone, far;  // KL(q ‖ p) alone needs no log-ratio
+    const V by, max_z, max_r, of_p, of_q, of_pd, apart;
+
+    Share(const RowGradient<A>& g, A factor, A inverse_temperature)
+        : of_forward_alone(g.of_pd == A(0)),
+          far(far_apart(g.max_z, g.max_r)),
+          by(inverse_temperature),
+          max_z(g.max_z),
+          max_r(g.max_r),
+          of_p(g.of_p * factor),
+          of_q(g.of_q * factor),
+          of_pd(g.of_pd * factor),
+          apart(g.max_r - g.max_z) {}
+
+    // Of classes whose logits are z and r.
+    template <bool kForwardAlone>
+    [[gnu::always_inline]] V of(const V& z, const V& r) const {
+      const V below_z = z - max_z, below_r = r - max_r;
+      const V e = exp_nonpositive(below_r * by), f = exp_nonpositive(below_z * by);
+      if constexpr (kForwardAlone) return at::vec::fmadd(f, of_p, of_q * e);
+      const V d = at::vec::clamp_min((far ? below_r - below_z : (r - z) - apart) * by, V(A(-1e30)));
+      return at::vec::fmadd(f, at::vec::fmadd(of_pd, d, of_p), of_q * e);
+    }
+    [[gnu::always_inline]] V operator()(const V& z, const V& r) const {
+      return of_forward_alone ? of<true>(z, r) : of<false>(z, r);
+    }
+  };
+
+  Share share(const RowGradient<A>& g, A factor) const { return Share(g, factor, inverse_temperature); }
+
   A share_at(const RowGradient<A>& g, A z_, int64_t row, int64_t j) const {
     alignas(64) A lanes[W::kLanes];
-    share(g, V(z_), V(at(row, j))).store(lanes);
+    share(g, A(1))(V(z_), V(at(row, j))).store(lanes);
     return lanes[0];
   }
 };

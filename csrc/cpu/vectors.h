@@ -224,6 +224,9 @@ inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(std::max<int64_t>(count, 0))),
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline __m256i sixteen_places() {
+  return _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 #endif
 
 // The first `count` elements at p, and `pad` in the lanes past them. Nothing past them is read.
@@ -245,6 +248,17 @@ inline Vec<E> load_first(const E* p, int64_t count, float pad) {
     const __m256i there = first_lanes(count);
     return _mm256_blendv_ps(_mm256_set1_ps(pad), _mm256_maskload_ps(p, there), _mm256_castsi256_ps(there));
   }
+  if constexpr (sizeof(E) == 2) {  // as pairs, and the last one of an odd number by itself
+    const E fill(pad);
+    const __m256i size = _mm256_set1_epi16(static_cast<int16_t>(std::max<int64_t>(count, 0)));
+    __m256i bits = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first_lanes(count / 2));
+    if (count > 0 && count % 2 != 0) {
+      const __m256i last = _mm256_cmpeq_epi16(_mm256_add_epi16(sixteen_places(), _mm256_set1_epi16(1)), size);
+      bits = _mm256_blendv_epi8(bits, _mm256_set1_epi16(static_cast<int16_t>(p[count - 1].x)), last);
+    }
+    const __m256i there = _mm256_cmpgt_epi16(size, sixteen_places());
+    return _mm256_blendv_epi8(_mm256_set1_epi16(static_cast<int16_t>(fill.x)), bits, there);
+  }
 #endif
   alignas(64) E buffer[kLanes];
   const int64_t size = std::max<int64_t>(count, 0);
@@ -265,6 +279,14 @@ inline void store_first(E* p, int64_t count, const Vec<E>& v) {
 #endif
 #ifdef CPU_CAPABILITY_AVX2
   if constexpr (std::is_same_v<E, float>) return _mm256_maskstore_ps(p, first_lanes(count), v);
+  if constexpr (sizeof(E) == 2) {
+    _mm256_maskstore_epi32(reinterpret_cast<int*>(p), first_lanes(count / 2), v);
+    if (count <= 0 || count % 2 == 0) return;
+    alignas(64) E buffer[kLanes];
+    v.store(buffer);
+    p[count - 1] = buffer[count - 1];
+    return;
+  }
 #endif
   alignas(64) E buffer[kLanes];
   v.store(buffer);

@@ -528,29 +528,42 @@ struct Wide {
   }
 
   void write_share(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
-    const T* x = logits(row);
-    const V u(upstream), zero(A(0));
-    const auto gradients = [&](typename W::Pack& z, const typename W::Pack& r) __attribute__((always_inline)) {
+    if (g.of_pd == A(0)) {
+      write_share_of<true>(row, g, upstream, begin, end, out);
+    } else {
+      write_share_of<false>(row, g, upstream, begin, end, out);
+    }
+  }
+
+  // The upstream gradient is folded into the coefficients.
+  template <bool kForwardAlone>
+  void write_share_of(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out) const {
+    const T* const x = logits(row);
+    const bool capped = transform.cap != A(0);
+    const auto share = reference.share(g, capped ? upstream : upstream * transform.gain);
+    const V zero(A(0));
+    typename W::Pack z, r;
+    const auto gradients = [&]() __attribute__((always_inline)) {
       for (int k = 0; k < W::kVectors; ++k) {
         const V out_of = is_minus_inf(z[k]);
-        V d = reference.share(g, z[k], r[k]) * u;
-        if (!transform.identity) d = d * transform.slope(V::blendv(z[k], zero, out_of));
+        V d = share.template of<kForwardAlone>(z[k], r[k]);
+        if (capped) [[unlikely]]
+          d = d * transform.slope(V::blendv(z[k], zero, out_of));
         z[k] = V::blendv(d, zero, out_of);
       }
     };
-    typename W::Pack z, r;
     if (in.reference_dtype != in.dtype) {
       for (int64_t j = begin; j < end; j += W::kPack) {
         const int64_t count = std::min(W::kPack, end - j);
         reference.load_both(x, row, j, count, z, r);
-        gradients(z, r);
+        gradients();
         W::store(out + j, count, z);
       }
       return;
     }
-    const auto some = [&](int64_t j, int64_t count) {
+    const auto some = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
       reference.load_both(x, row, j, count, z, r);
-      gradients(z, r);
+      gradients();
       store_first(out + j, count, W::packed(z));
     };
     const int64_t head = std::min(W::to_boundary(out + begin), end - begin);
@@ -560,9 +573,9 @@ struct Wide {
     for (; j + W::kPack <= end; j += W::kPack) {
       W::take(x + j, z);
       W::take(beside + j, r);
-      if (!transform.identity)
+      if (!transform.identity) [[unlikely]]
         for (int k = 0; k < W::kVectors; ++k) z[k] = transform(z[k]);
-      gradients(z, r);
+      gradients();
       if (past_caches) {
         store_past_caches(out + j, W::packed(z));
       } else {
@@ -576,6 +589,7 @@ struct Wide {
     const T* x = logits(row);
     const D* q_row = in.dense_target == nullptr ? nullptr : dense(row);
     const V m(g.max), u(upstream), zero(A(0)), one(A(1));
+    const auto share = reference.share(g, A(1));
     for (int64_t j = begin; j < end; j += W::kPack) {
       const int64_t count = std::min(W::kPack, end - j);
       typename W::Pack v, w, q, r;
@@ -590,7 +604,7 @@ struct Wide {
         V d = e * at::vec::fmadd(V(g.exp_t), clamp_exponent(t), V(g.exp_1));
         d = d + at::vec::fmadd(V(g.const_t), t, V(g.const_1)) + V(g.const_z) * finite + V(g.const_w) * w[k];
         if (q_row != nullptr) d = at::vec::fmadd(V(g.const_q) * w[k], q[k], d);
-        if (in.reference != nullptr) d = d + reference.share(g, z, r[k]);
+        if (in.reference != nullptr) d = d + share(z, r[k]);
         d = d * u * transform.slope(finite);
         v[k] = in.masked ? V::blendv(d, zero, out_of) : d;
       }

@@ -34,6 +34,18 @@ struct ParametersCall {
 
 enum class Of { kValue, kGradient };
 
+// Of what the threads of a block found; whole in thread 0.
+OBJKERN_DEVICE double sum_of_block(double own) {
+  double* const of_warps = reinterpret_cast<double*>(shared_memory());
+  const int thread = thread_index();
+  for (int step = kWarp / 2; step > 0; step /= 2) own += shuffle_xor(own, step);
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = own;
+  block_sync();
+  if (thread == 0)
+    for (int warp = 1; warp < kParameterThreads / kWarp; ++warp) own += of_warps[warp];
+  return own;
+}
+
 // T: θ; D: θ₀, T or the accumulation type.
 template <class T, class D, Of kOf>
 OBJKERN_KERNEL(kParameterThreads, 2)
@@ -89,13 +101,8 @@ parameters_kernel(OBJKERN_ARGUMENT ParametersCall call) {
     total += static_cast<double>(sum);
   }
   if constexpr (kOf == Of::kValue) {
-    double* const of_warps = reinterpret_cast<double*>(shared_memory());
-    for (int step = kWarp / 2; step > 0; step /= 2) total += shuffle_xor(total, step);
-    if (thread % kWarp == 0) of_warps[thread / kWarp] = total;
-    block_sync();
-    if (thread != 0) return;
-    for (int warp = 1; warp < kParameterThreads / kWarp; ++warp) total += of_warps[warp];
-    call.sums[block] = total;
+    total = sum_of_block(total);
+    if (thread == 0) call.sums[block] = total;
   }
 }
 
@@ -110,13 +117,8 @@ total_kernel(OBJKERN_ARGUMENT TotalCall call) {
   const int thread = thread_index();
   double total = 0;
   for (int64_t i = thread; i < call.count; i += kParameterThreads) total += call.sums[i];
-  double* const of_warps = reinterpret_cast<double*>(shared_memory());
-  for (int step = kWarp / 2; step > 0; step /= 2) total += shuffle_xor(total, step);
-  if (thread % kWarp == 0) of_warps[thread / kWarp] = total;
-  block_sync();
-  if (thread != 0) return;
-  for (int warp = 1; warp < kParameterThreads / kWarp; ++warp) total += of_warps[warp];
-  *call.value = total;
+  total = sum_of_block(total);
+  if (thread == 0) *call.value = total;
 }
 
 using ParametersKernel = void (*)(ParametersCall);

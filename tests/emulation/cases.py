@@ -534,7 +534,7 @@ def test_a_divergence_alone(direction: str, classes: int, dtype: torch.dtype) ->
     up = torch.linspace(-1.0, 2.0, len(z))
     term = KLDivergence(direction, 1.7)
     for r in (beside(z, dtype), beside(z, torch.float64 if dtype == torch.float64 else torch.float32)):
-        r = r.masked_fill(r == -torch.inf, 2.0)  # which a class that is excluded must not show
+        r = r.masked_fill(r == -torch.inf, 1000.0)  # which a class that is excluded must not show
         for options in ({"reduction": "none"}, {"gradient": "forward"}):
             arguments = (up,) if "reduction" in options else ()
             options["reference"] = r
