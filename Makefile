@@ -23,7 +23,7 @@ endif
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
          transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
-         matplotlib tqdm numpy ruff clang-format
+         matplotlib tensorboard optuna tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
 .PHONY: help build test demo lint format bench gpu docs wheel check-wheel check-oldest-torch \

@@ -1,7 +1,7 @@
 """The command line of the package.
 
-``python -m objkern info`` says what this installation can run, ``python -m objkern finetune`` trains a model, and
-``python -m objkern bench`` runs the benchmarks of the checkout.
+``python -m objkern info`` says what this installation can run, ``python -m objkern finetune`` trains a model, which
+``predict``, ``export`` and ``report`` use, and ``python -m objkern bench`` runs the benchmarks of the checkout.
 """
 
 from __future__ import annotations
@@ -87,12 +87,19 @@ def main(argv: list[str] | None = None) -> int:
         from .finetune.cli import main as finetune
 
         return finetune(argv[1:])
+    if argv[:1] in (["predict"], ["export"], ["report"]):
+        from .finetune import deploy
+
+        return getattr(deploy, f"{argv[0]}_main")(argv[1:])
     if argv[:1] == ["bench"]:  # its options are pytest's
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, backends that can run here, CPU capability, CUDA architectures")
     commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")
+    commands.add_parser("predict", help="answers of a model that finetune trained; see predict --help")
+    commands.add_parser("export", help="a trained model as a folder for the hub or a server; see export --help")
+    commands.add_parser("report", help="write a run's report and curves anew")
     commands.add_parser("bench", help="run the benchmarks that come with the checkout; options are pytest's")
     parser.parse_args(argv)
     print(info())

@@ -1,6 +1,7 @@
 """An objective in the place of the loss of Hugging Face models and of their Trainer.
 
     attach(model, objective)          the model's own loss, by the fused linear path: no logits while it trains
+    attach(..., reference=frozen)     the same beside another model's logits, which do not exist either
     compute_loss_func(objective)      for Trainer(compute_loss_func=...), any head, exact under accumulation
 
 `attach` changes three things of one instance: `forward` of its head, which gives a stand-in for the logits while the
@@ -171,6 +172,26 @@ class DeferredLogits:
         """The objective of the rows, by the fused linear path."""
         return self._attached.loss(self._hidden, self._layer, target, self._scale, self._cap, **options)
 
+    def beside(self, hidden: Tensor, scale: float | Tensor, cap: float | None) -> tuple[Tensor, ...]:
+        """Hidden states, weight and bias of a reference, for a call with these hidden states, this scale and this cap
+
+        ``cap * tanh(scale * (h @ w.T + b) / cap)`` is what the call makes of them.
+        """
+        if (self._cap is None) != (cap is None) or (cap is not None and not math.isclose(self._cap, cap)):
+            raise NotImplementedError(
+                f"reference: its logits have the softcap {self._cap}, the model's have {cap}; a call has one for both"
+            )
+        if self._hidden.shape[:-1].numel() != hidden.shape[:-1].numel():
+            raise ValueError(
+                f"reference: expected hidden states of {tuple(hidden.shape[:-1])} positions but got "
+                f"{tuple(self._hidden.shape[:-1])}; this model leaves some out between its head and its loss"
+            )
+        own, (weight, bias) = self._hidden.reshape(*hidden.shape[:-1], -1), self._layer
+        factor = self._scale / (scale.detach() if isinstance(scale, Tensor) else scale)
+        if isinstance(factor, Tensor) or factor != 1.0:  # its own scale, where the call has the model's
+            own, bias = (own * factor).to(own.dtype), None if bias is None else (bias * factor).to(bias.dtype)
+        return (own, weight.detach()) if bias is None else (own, weight.detach(), bias.detach())
+
 
 for _name in ("sub", "rsub", "rtruediv", "neg", "pow", "matmul", "lt", "le", "gt", "ge", "eq", "ne", "len", "iter",
               "float", "array"):  # fmt: skip
@@ -216,18 +237,22 @@ def _cross_entropy(
 class Attached:
     """What `attach` keeps on a model: the objective, how to call it, and the parts of its last call."""
 
-    def __init__(self, owner: nn.Module, head: nn.Module, objective: Objective, options: dict[str, Any]) -> None:
-        self.objective, self.options = objective, options
+    def __init__(
+        self, owner: nn.Module, head: nn.Module, objective: Objective, options: dict[str, Any],
+        reference: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        self.objective, self.options, self.reference = objective, options, reference
         self.forward, self.forward_of_head = owner.forward, head.forward
         parameters = inspect.signature(type(owner).forward).parameters
-        names = list(parameters)[1:]
-        self.place_of_labels = names.index("labels") if "labels" in names else len(names)
+        self.names = list(parameters)[1:]
+        self.place_of_labels = self.names.index("labels") if "labels" in self.names else len(self.names)
         self.takes_count = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.replaced = [(module, name, module.__dict__.get(name)) for module, name in (
             (owner, "forward"), (owner, "_loss_function"), (owner, "accepts_loss_kwargs"), (owner, _KEY),
             (head, "forward"), (head, _KEY))]  # fmt: skip
         self.defers = False  # whether the head is called by a forward pass that ends in a loss
         self.count: Tensor | float | None = None  # num_items_in_batch, for models that do not pass it to their loss
+        self.logits_of_reference: DeferredLogits | None = None  # of the call
         self.parts: dict[str, Tensor] = {}
 
     def loss(
@@ -235,6 +260,8 @@ class Attached:
     ) -> Tensor:
         if target.shape != hidden.shape[:-1] and target.numel() == hidden.shape[:-1].numel():
             target = target.reshape(hidden.shape[:-1])
+        if self.logits_of_reference is not None:
+            options["reference"] = self.logits_of_reference.beside(hidden, scale, cap)
         loss, parts = self.objective.linear(
             hidden, layer.weight, target.to(hidden.device), layer.bias, logit_scale=scale, softcap=cap,
             return_parts=True, **(self.options | options),
@@ -248,7 +275,7 @@ _KEY = "_objkern_attached"
 
 def attach(
     model: nn.Module, objective: Objective, *, mode: str = "auto", chunk_rows: int | None = None,
-    memory_budget: int | None = None, backend: str = "auto",
+    memory_budget: int | None = None, backend: str = "auto", reference: nn.Module | None = None,
 ) -> nn.Module:  # fmt: skip
     """``model(**inputs, labels=labels).loss`` becomes ``objective(model(**inputs).logits, labels)``, shifted as the
     model shifts, and by the fused linear path: while the model trains, its logits are never materialised
@@ -267,6 +294,9 @@ def attach(
             head trains (its product becomes a weight once a call); dropout of its own must be 0.
         objective: any sum of terms on logits and on parameters.
         mode, chunk_rows, memory_budget, backend: as in `Objective.linear`.
+        reference: another model of the same classes, for a KL divergence to it, such as a frozen copy. It is run on the
+            inputs of every call, as it is (call its `eval()`), without gradients and up to its last hidden states: its
+            logits, too, exist a chunk at a time. Its own scale and bias are honoured; a softcap must be the model's.
 
     Returns:
         The model. `detach` takes the objective away; attaching anew replaces it. `parts(model)` has the parts.
@@ -274,7 +304,7 @@ def attach(
     Raises:
         TypeError: no objective; a model without a head of its own, or one that is no linear layer.
         ValueError, NotImplementedError: an objective that the fused linear path cannot have with labels alone, as a
-            KL divergence, which needs a reference.
+            KL divergence without a reference; or a reference that no term reads, or one of other classes.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an objkern.Objective but got {type(objective).__name__}")
@@ -285,11 +315,12 @@ def attach(
     # Now, and not after the first forward pass: one row of one feature.
     weight = layer.weight.detach()
     narrow = weight.new_zeros(1, 1)
+    of_reference = {} if reference is None else {"reference": _narrow_reference(reference, owner, weight, narrow)}
     with torch.no_grad():
         objective.linear(narrow, narrow.expand(weight.shape[0], 1), torch.zeros(1, dtype=torch.long).to(weight.device),
-                         **options)  # fmt: skip
+                         **options, **of_reference)  # fmt: skip
     detach(model)
-    attached = Attached(owner, head, objective, options)
+    attached = Attached(owner, head, objective, options, reference)
     for module in (owner, head):
         object.__setattr__(module, _KEY, attached)
     # Under the signature of the model's own, which Trainer asks for what to pass.
@@ -313,10 +344,14 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_attached(model: nn.Module, objective: Objective | None = None) -> bool:
-    """Whether an objective, or this one, is the loss of the model."""
+def is_attached(model: nn.Module, objective: Objective | None = None, reference: nn.Module | None = None) -> bool:
+    """Whether an objective, or this one, and beside this reference, if one is given, is the loss of the model."""
     attached = _owner(model).__dict__.get(_KEY)
-    return attached is not None and (objective is None or attached.objective is objective)
+    return (
+        attached is not None
+        and (objective is None or attached.objective is objective)
+        and (reference is None or attached.reference is reference)
+    )
 
 
 def parts(model: nn.Module) -> dict[str, Tensor]:
@@ -378,13 +413,61 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return attached.forward(*args, **kwargs)
     attached.defers = True
     attached.count = kwargs.get("num_items_in_batch")
+    if attached.reference is not None:
+        given = dict(zip(attached.names, args, strict=False)) | kwargs
+        attached.logits_of_reference = _logits_of_reference(attached, given)
     if not attached.takes_count:
         kwargs.pop("num_items_in_batch", None)
     try:
         outputs = attached.forward(*args, **kwargs)
     finally:
-        attached.defers, attached.count = False, None
+        attached.defers, attached.count, attached.logits_of_reference = False, None, None
     return outputs if self.training else _materialized(outputs)
+
+
+def _narrow_reference(reference: nn.Module, owner: nn.Module, weight: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one row and one feature, to ask the objective whether it takes a reference."""
+    frozen = _owner(reference)
+    if frozen is owner:
+        raise ValueError("reference: expected another model but got the model itself; copy it")
+    classes = _layer_of(frozen.get_output_embeddings()).weight.shape[0]
+    if classes != weight.shape[0]:
+        raise ValueError(f"reference: expected a head of {weight.shape[0]} classes but got one of {classes}")
+    return narrow, narrow.expand(classes, 1)
+
+
+_OF_THE_MODEL = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
+_OF_THE_CALL = ("labels", "num_items_in_batch", "return_dict", "use_cache", "output_attentions", "output_hidden_states")
+
+
+@torch.no_grad()
+def _logits_of_reference(attached: Attached, given: dict[str, Any]) -> DeferredLogits:
+    """Of the same inputs, by a model whose head is told for this one call to leave them uncomputed."""
+    for name in _OF_THE_MODEL:
+        if given.get(name) is not None:
+            raise NotImplementedError(
+                f"reference: expected the numbers of tokens, which two models can share, but got {name}; prompt "
+                "vectors of peft are such"
+            )
+    inputs = {name: value for name, value in given.items() if name not in _OF_THE_CALL}
+    owner = _owner(attached.reference)
+    if owner.config.is_encoder_decoder and inputs.get("decoder_input_ids") is None:
+        inputs["decoder_input_ids"] = owner.prepare_decoder_input_ids_from_labels(given["labels"])
+    head = owner.get_output_embeddings()
+    before = head.__dict__.get("forward")
+    head.forward = MethodType(lambda self, hidden: DeferredLogits(attached, hidden, _layer_of(self)), head)
+    try:
+        logits = attached.reference(**inputs, use_cache=False, return_dict=True).logits
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+    if not isinstance(logits, DeferredLogits):
+        raise NotImplementedError(
+            f"reference: {type(owner).__name__} does more with its logits than scale, cap and shift them"
+        )
+    return logits
 
 
 def _materialized(outputs: Any) -> Any:
@@ -416,6 +499,8 @@ def _loss_function(
     options = {"ignore_index": ignore_index, **_denominators(shift_labels, num_items_in_batch, ignore_index)}
     if isinstance(logits, DeferredLogits):
         return logits.loss(shift_labels, **options)
+    if attached.logits_of_reference is not None:
+        options["reference"] = attached.logits_of_reference.materialize()
     return attached.objective(logits, shift_labels, backend=attached.options["backend"], **options)
 
 

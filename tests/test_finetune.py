@@ -1,12 +1,10 @@
-"""The fine-tuning room: spans and scores by hand, an honest corpus, a loop that learns, the same run twice."""
+"""The demo: spans and scores by hand, an honest corpus, the same run twice; and schedules of coefficients."""
 
-import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,18 +12,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from objkern import CrossEntropy, ZLoss
-from objkern.finetune.baseline import most_frequent_tags
-from objkern.finetune.comparison import check_agreement
-from objkern.finetune.config import FinetuneConfig
-from objkern.finetune.corpus import TAGS, kind_of, label_topic, load_corpus
 from objkern.finetune.demo import main
-from objkern.finetune.loop import EarlyStopping, parameter_groups, rate_at
+from objkern.finetune.demo.baseline import most_frequent_tags
+from objkern.finetune.demo.comparison import Trained, check_agreement
+from objkern.finetune.demo.corpus import TAGS, kind_of, label_topic, load_corpus
 from objkern.finetune.metrics import Span, extract_spans, score_spans
-from objkern.finetune.native import fused_objective, native_objective
-from objkern.finetune.run import load_splits, model_folder, predict_with_saved, prepare, run
 from objkern.finetune.schedules import Schedule, cosine, linear
-from objkern.finetune.token_classification import IGNORED, collate, encode, load_tokenizer
 
 # ---- spans and scores, by hand --------------------------------------------------------------------------------------
 
@@ -101,63 +93,7 @@ def test_the_splits_share_no_sentence_and_are_always_the_same() -> None:
             assert set(s.tags) <= set(TAGS)
 
 
-# ---- a tiny run -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
-    config = replace(
-        FinetuneConfig(output=tmp_path_factory.mktemp("run"), device="cpu").quick(), epochs=3, sentences=96
-    )
-    prepare(config, load_splits(config))
-    return config
-
-
-def test_labels_stand_on_first_subwords(tiny: FinetuneConfig) -> None:
-    sentences = load_splits(tiny)["dev"][:8]
-    tokenizer = load_tokenizer(str(model_folder(tiny)))
-    examples = encode(sentences, tokenizer, tiny.max_length)
-    for sentence, example in zip(sentences, examples, strict=True):
-        labelled = [label for label in example.labels if label != IGNORED]
-        assert [TAGS[label] for label in labelled] == list(sentence.tags)
-        assert example.labels[0] == example.labels[-1] == IGNORED  # [CLS], [SEP]
-    inputs, target = collate(examples, tokenizer.pad_token_id, torch.device("cpu"))
-    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == target.shape
-    assert (target[inputs["attention_mask"] == 0] == IGNORED).all()
-
-
-def test_fused_and_native_learn_the_same(tiny: FinetuneConfig) -> None:
-    fused = run(tiny, fused_objective(), "fused", True)
-    native = run(tiny, native_objective, "native", False)
-    assert fused.losses[-1] < 0.8 * fused.losses[0]
-    for ours, theirs in list(zip(fused.losses, native.losses, strict=True))[:10]:
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert all(check.holds for check in check_agreement(fused, native)), check_agreement(fused, native)
-    assert fused.losses == run(tiny, fused_objective(), "again", False).losses, "the same seed, the same bits"
-    records = [json.loads(line) for line in (tiny.output / "fused.jsonl").read_text().splitlines()]
-    steps = [record for record in records if record["event"] == "step"]
-    assert len(steps) == len(fused.losses)
-    assert {"cross_entropy", "z_loss", "entropy", "total", "learning_rate", "gradient_norm"} <= steps[0].keys()
-    assert (model_folder(tiny) / "model.safetensors").exists()
-    sentences = load_splits(tiny)["test"][:3]
-    assert [len(tags) for tags in predict_with_saved(tiny, sentences)] == [len(s.words) for s in sentences]
-
-
-def test_coefficients_follow_their_schedules(tiny: FinetuneConfig, tmp_path: Path) -> None:
-    """In place before every step; what the loop logs is what the loss was made of."""
-    config = replace(tiny, output=tmp_path, epochs=2, sentences=40)
-    prepare(config, load_splits(config))
-    strength, sharp = torch.tensor(5.0), torch.tensor(-1.0)
-    schedules = [Schedule(strength, linear(0.0, 0.01, until=0.5)), Schedule(sharp, cosine(0.5, 1.0))]
-    result = run(config, sharp * CrossEntropy() + strength * ZLoss(), "scheduled", save=False, schedules=schedules)
-    steps = result.training.steps
-    last = len(steps) - 1
-    assert last >= 3
-    for number, step in enumerate(steps):
-        assert step["coefficient_0"] == pytest.approx(min(0.01, 0.01 * number / last / 0.5), abs=1e-7)
-        parts = step["coefficient_1"] * step["cross_entropy"] + step["coefficient_0"] * step["z_loss"]
-        assert step["total"] == pytest.approx(parts, rel=1e-5)
-    assert (steps[0]["coefficient_1"], steps[-1]["coefficient_1"]) == (pytest.approx(0.5), pytest.approx(1.0))
+# ---- schedules ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,29 +113,27 @@ def test_bad_schedules_are_named(make: Callable[[], object], message: str) -> No
         make()
 
 
-def test_early_stopping_keeps_the_best_weights() -> None:
-    model = torch.nn.Linear(1, 1)
-    stopping = EarlyStopping(patience=2)
-    stops = []
-    for epoch, score in enumerate([0.1, 0.5, 0.5, 0.4], start=1):
-        torch.nn.init.constant_(model.weight, epoch)
-        stops.append(stopping.should_stop(epoch, score, model))
-    assert stops == [False, False, False, True]
-    assert stopping.best_epoch == 2
-    stopping.restore(model)
-    assert model.weight.item() == 2.0
+# ---- the demo -------------------------------------------------------------------------------------------------------
 
 
-def test_schedule_and_decay() -> None:
-    rates = [rate_at(step, 10, 0.2) for step in range(10)]
-    assert rates[:2] == [0.5, 1.0]
-    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
-    assert 0 < rates[-1] < 0.2
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-    decayed, spared = parameter_groups(model, 0.01)
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert [p.ndim for p in spared["params"]] == [1, 1, 1]
-    assert spared["weight_decay"] == 0.0
+def test_fused_and_native_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "FAILED" not in printed
+    assert "ok      loss over the first" in printed
+    fused, native = Trained.read(tmp_path / "fused"), Trained.read(tmp_path / "native")
+    assert len(fused.losses) == len(native.losses) == fused.result["steps"] >= 10
+    assert fused.losses[-1] < 0.8 * fused.losses[0]
+    assert all(check.holds for check in check_agreement(fused, native))
+    parts = {"cross_entropy", "z_loss", "entropy", "total", "learning_rate", "gradient_norm"}
+    assert parts <= fused.steps[0].keys()
+    assert parts <= native.steps[0].keys()
+    for name in ("curves.png", "summary.json", "fused/report.html", "fused/model/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+
+    assert main(arguments) == 0, "an earlier demo's folder is replaced"
+    assert Trained.read(tmp_path / "fused").losses == fused.losses, "the same seed, the same bits"
 
 
 def test_the_baseline_is_a_table_of_words() -> None:
@@ -213,18 +147,14 @@ def test_the_baseline_is_a_table_of_words() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "-1"], "epochs must be at least 1, not -1"),
-        (["--model", "/nowhere/at/all"], "model folder '/nowhere/at/all' does not exist"),
-        (["--device", "cuda:99"], "device 'cuda:99' can't be used"),
-        (["--output", "/dev/null/x"], "output folder '/dev/null/x' can't be written"),
+        (["--device", "cuda:99"], "device: 'cuda:99' can't be used"),
+        (["--output", "/dev/null/x"], "/dev/null/x"),
     ],
 )
 def test_bad_options_fail_before_training(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*(["--output", str(tmp_path)] if "--output" not in options else []), *options])
-    assert stopped.value.code == 2
+    assert main([*(["--output", str(tmp_path)] if "--output" not in options else []), *options]) == 2
     assert message in capsys.readouterr().err
 
 

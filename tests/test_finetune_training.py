@@ -261,6 +261,17 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path: Path) -> None:
               TrainingOptions(metric="loss"), tmp_path / "other")  # fmt: skip
 
 
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 2), ("loss", 3), (None, 3)])
+def test_the_best_epoch_is_that_of_the_metric_asked_for(metric: str | None, best: int, tmp_path: Path) -> None:
+    """More is better of an accuracy, also of a task whose own metric is a loss."""
+    rows = rows_of("causal-lm", 4)
+    task = task_of("causal-lm", rows)
+    scores = iter([{"loss": 2.0, "accuracy": 0.1}, {"loss": 3.0, "accuracy": 0.4}, {"loss": 1.0, "accuracy": 0.3}])
+    outcome = train(model_of(task), task, task.examples(rows), lambda: Evaluation(next(scores)), objkern.CrossEntropy(),
+                    TrainingOptions(epochs=3, metric=metric), tmp_path)  # fmt: skip
+    assert outcome.progress.best_epoch == best
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run("sequence-classification", tmp_path, TrainingOptions(epochs=1))
     with pytest.raises(ValueError, match=r"is of a run with other options: learning_rate 5e-05 → 0\.1"):

@@ -324,8 +324,16 @@ def test_what_cannot_be_attached() -> None:
         attach(model, F.cross_entropy)
     with pytest.raises(TypeError, match="model: expected"):
         attach("llama", OBJECTIVE)
-    with pytest.raises(ValueError, match="reference"):
+    with pytest.raises(ValueError, match=r"reference: KLDivergence.* needs one but got None"):
         attach(model, CrossEntropy() + KLDivergence())
+    with pytest.raises(ValueError, match="reference: no term reads it"):
+        attach(model, CrossEntropy(), reference=made("llama"))
+    with pytest.raises(ValueError, match="reference: expected another model"):
+        attach(model, CrossEntropy() + KLDivergence(), reference=model)
+    other = llama()
+    other.resize_token_embeddings(V + 1)
+    with pytest.raises(ValueError, match=f"reference: expected a head of {V} classes but got one of {V + 1}"):
+        attach(model, CrossEntropy() + KLDivergence(), reference=other)
     with pytest.raises(NotImplementedError, match="element by element"):
         attach(model, objkern.MeanSquaredError() + 0.0 * objkern.LogitL2())
     with pytest.raises(ValueError, match="weight"):
@@ -334,6 +342,105 @@ def test_what_cannot_be_attached() -> None:
     with pytest.raises(TypeError, match="no language-model head"):
         attach(encoder, OBJECTIVE)
     assert "_objkern_attached" not in model.__dict__
+
+
+WITH_REFERENCE = CrossEntropy() + 0.1 * ZLoss() + 0.7 * KLDivergence() + 0.3 * KLDivergence("reverse")
+
+
+def divergence_by_hand(z: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    """`WITH_REFERENCE` of full logits, (N, V), in float64."""
+    z, r = z[y != -100].double(), r[y != -100].double()
+    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+    loss = F.cross_entropy(z, y[y != -100]) + 0.1 * z.logsumexp(-1).square().mean()
+    forward = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    return loss + 0.7 * forward + 0.3 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def frozen(name: str) -> nn.Module:
+    """A model of other weights than `made` gives, that evaluates."""
+    model = made(name).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model
+
+
+# the model, its reference, and whether texts are packed: every head; another scale than the model's; another bias
+PAIRS = {
+    "llama": ("llama", "llama", False), "llama, packed": ("llama", "llama", True),
+    "llama beside tied": ("llama", "llama, tied", True), "capped": ("gemma2, capped", "gemma2, capped", False),
+    "scaled beside divided": ("cohere, scaled", "granite, divided", False), "plain beside scaled": ("llama", "cohere, scaled", False),
+    "t5": ("t5", "t5", False), "t5 beside tied": ("t5", "t5, tied", False), "bart, bias": ("bart, bias", "bart, bias", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_reference_is_that_of_the_formula(pair: str) -> None:
+    """Value and gradients against full logits of both in float64; nothing happens to the reference."""
+    name, of_reference, packed = PAIRS[pair]
+    model, reference = made(name), frozen(of_reference)
+    if "final_logits_bias" in reference._buffers:
+        reference.final_logits_bias.normal_()
+    batch = batch_of(model)
+    if packed:  # two texts in each sequence, whose attentions transformers keeps apart by their positions
+        del batch["attention_mask"]
+        batch["position_ids"] = torch.cat([torch.arange(9), torch.arange(T - 9)]).expand(B, T)
+        batch["labels"][:, 9] = -100
+    else:
+        batch["attention_mask"][0, -3:] = 0
+    inputs = {key: value for key, value in batch.items() if key != "labels"} | {"use_cache": False}
+    labels = batch["labels"]
+    if "t5" in name:  # whose logits `made` has so large that any two models agree
+        for some in (model, reference):
+            some.get_output_embeddings().weight.data.mul_(0.02)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    else:
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        r = reference(**inputs).logits
+    expected = divergence_by_hand(model(**inputs).logits.flatten(0, 1), r.flatten(0, 1), labels.flatten())
+    truth = gradients(model, expected)
+    before = {key: x.clone() for key, x in reference.state_dict().items()}
+    assert attach(model, WITH_REFERENCE, reference=reference) is model
+    loss = model(**batch, use_cache=False).loss
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert parts(model)["kl_divergence"] > 1e-3
+    found = gradients(model, loss)
+    assert found.keys() == truth.keys()
+    for key, gradient in truth.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item() + 1e-9)
+    assert all(p.grad is None for p in reference.parameters())
+    assert all(torch.equal(x, before[key]) for key, x in reference.state_dict().items())
+    assert "forward" not in reference.get_output_embeddings().__dict__
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).loss, loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bart, bias"])
+def test_logits_of_a_reference_are_never_materialised(name: str) -> None:
+    model, batch = made(name), batch_of(made(name), rows=8)
+    attach(model, WITH_REFERENCE, chunk_rows=8, reference=frozen(name))
+    with Largest() as largest:
+        model(**batch).loss.backward()
+    assert largest.elements < 8 * T * V / 2
+
+
+def test_a_reference_that_cannot_be_had_is_an_error() -> None:
+    model, batch = made("gemma2, capped"), batch_of(made("gemma2, capped"))
+    attach(model, WITH_REFERENCE, reference=frozen("llama"))
+    with pytest.raises(
+        NotImplementedError, match=r"reference: its logits have the softcap None, the model's have 1\.5"
+    ):
+        model(**batch)
+    model = attach(made("llama"), WITH_REFERENCE, reference=frozen("llama"))
+    vectors = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(NotImplementedError, match=r"reference: expected the numbers of tokens.* but got inputs_embeds"):
+        model(inputs_embeds=vectors, labels=batch["labels"])
+    logits = model(**batch).logits
+    with pytest.raises(ValueError, match=r"reference: expected hidden states of \(3, 4\) positions but got \(3, 17\)"):
+        logits.beside(torch.zeros(B, 4, D), 1.0, None)
 
 
 def test_copies_are_attached_by_themselves() -> None:

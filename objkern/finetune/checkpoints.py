@@ -1,6 +1,6 @@
 """The state of a run on disk: whole or not at all, and nothing in it that could run.
 
-    checkpoints/step-00000120/tensors.safetensors    weights, optimizer moments, random numbers' states
+    checkpoints/step-00000120/tensors.safetensors    weights, optimizer moments
                               state.json             where the run stood; what it was asked for
     checkpoints/best/...                             the weights of the best epoch
 
@@ -131,19 +131,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             _, place, what = name.split(".", 2)
             state.setdefault(int(place), {})[what] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_states() -> dict[str, Tensor]:
-    found = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        found["random.cuda"] = torch.cuda.get_rng_state()
-    return found
-
-
-def load_random_states(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
 def _flush(path: Path) -> None:

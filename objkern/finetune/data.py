@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 SPLITS = {"train": ("train", "training"), "dev": ("validation", "valid", "dev", "val"), "test": ("test", "testing")}
+_WHOLE = ""  # the name of what is one split by itself
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -53,14 +54,43 @@ def read(source: str | Path, split: str = "train") -> list[Row]:
     Raises:
         ValueError: there is no such source or split, or a file cannot be read; it says which, and on which line.
     """
+    parts = _parts_of(source)
+    for name in (_WHOLE, *SPLITS[split]):
+        if name in parts:
+            return parts[name]()
+    raise ValueError(
+        f"data: {str(source)!r} has no {split} split: expected one called {' or '.join(SPLITS[split])} but found "
+        f"{', '.join(parts) or 'none'}"
+    )
+
+
+def read_all(source: str | Path) -> dict[str, list[Row]]:
+    """The rows of every split that a source has, of "train", "dev" and "test"; a file is "train".
+
+    Raises:
+        ValueError: as `read` does.
+    """
+    parts = _parts_of(source)
+    if _WHOLE in parts:
+        return {"train": parts[_WHOLE]()}
+    first = {split: next((name for name in names if name in parts), None) for split, names in SPLITS.items()}
+    return {split: parts[name]() for split, name in first.items() if name is not None}
+
+
+def _parts_of(source: str | Path) -> dict[str, Callable[[], list[Row]]]:
+    """What a source consists of, by its own names, read when called."""
     path = Path(source)
     if path.is_file():
-        return list(_rows_of_file(path))
+        return {_WHOLE: lambda: list(_rows_of_file(path))}
     if path.is_dir():
-        return _rows_of_folder(path, split)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _parts_of_datasets(str(path), "load_from_disk", path)
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES]
+        return {file.stem: lambda file=file: list(_rows_of_file(file)) for file in files}
     if path.suffix in _SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"data: {str(source)!r} does not exist")
-    return _rows_of_hub(str(source), split)
+    name, _, configuration = str(source).partition(":")
+    return _parts_of_datasets(str(source), "load_dataset", name, *([configuration] if configuration else []))
 
 
 def _rows_of_file(path: Path) -> Iterator[Row]:
@@ -142,25 +172,7 @@ def _rows_of_parquet(path: Path) -> list[Row]:
         raise ValueError(f"data: {path}: {str(error).splitlines()[0]}") from error
 
 
-def _rows_of_folder(path: Path, split: str) -> list[Row]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _rows_of_datasets(str(path), split, "load_from_disk", path)
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES}
-    for name in SPLITS[split]:
-        if name in files:
-            return list(_rows_of_file(files[name]))
-    raise ValueError(
-        f"data: {path} has no {split} split: expected a file called {' or '.join(SPLITS[split])} ending in "
-        f"{', '.join(_SUFFIXES)} but found {', '.join(file.name for file in files.values()) or 'none'}"
-    )
-
-
-def _rows_of_hub(source: str, split: str) -> list[Row]:
-    name, _, configuration = source.partition(":")
-    return _rows_of_datasets(source, split, "load_dataset", name, *([configuration] if configuration else []))
-
-
-def _rows_of_datasets(source: str, split: str, loader: str, *arguments: Any) -> list[Row]:
+def _parts_of_datasets(source: str, loader: str, *arguments: Any) -> dict[str, Callable[[], list[Row]]]:
     try:
         import datasets
     except ImportError as error:
@@ -170,11 +182,8 @@ def _rows_of_datasets(source: str, split: str, loader: str, *arguments: Any) -> 
     except Exception as error:  # of many kinds: no network, no such name, no such configuration
         raise ValueError(f"data: {source!r} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     if isinstance(found, datasets.Dataset):
-        return _with_names(found)
-    for name in SPLITS[split]:
-        if name in found:
-            return _with_names(found[name])
-    raise ValueError(f"data: {source!r} has no {split} split: expected one of {SPLITS[split]} but found {list(found)}")
+        return {_WHOLE: lambda: _with_names(found)}
+    return {name: lambda table=table: _with_names(table) for name, table in found.items()}
 
 
 def _with_names(table: Any) -> list[Row]:

@@ -17,6 +17,11 @@ STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
 
+def peak_bytes(device: torch.device) -> float:
+    """The highest use of this process so far: of torch's allocator on a GPU, else the resident set."""
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+
+
 def peak_resident_bytes() -> float:
     """Highest resident set of this process so far; NaN where the system doesn't tell."""
     if STATUS.exists():

@@ -1,153 +1,404 @@
-"""One run from start to end: data, model, training, test; and the files it leaves."""
+"""One run from start to end: data, model, training, tests, and the files it leaves.
+
+sources ──▶ rows of train, dev, test ──▶ task ──▶ examples
+model, or a small one from scratch ──▶ strategy ──▶ train ──▶ scores, predictions ──▶ folder
+
+runs/NAME/run.json        what was asked for, by which command, on what; the untrained model's scores
+          metrics.jsonl   every step and every epoch; tensorboard/ the same
+          result.json     what came out;  curves.png, report.html: to look at
+          model/          the model with its tokenizer;  checkpoints/: to resume from
+"""
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ..ops import NATIVE, why_not
-from .config import FinetuneConfig
-from .corpus import Sentence, load_corpus
-from .loop import ObjectiveLike, Training, finetune
-from .memory import peak_resident_bytes
-from .metrics import Score, score_spans
+import objkern
+
+from . import retention, saved, strategies
+from .data import Row, read, read_all
+from .memory import peak_bytes
+from .record import Recorder, check_writable, provenance, write_json
+from .reports import write_curves, write_report
 from .schedules import Schedule
-from .token_classification import build_model, encode, load_tokenizer, predict, train_tokenizer
+from .small import SmallModel, make
+from .tasks import TASKS, Example, Task
+from .training import TrainingOptions, train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from objkern import Objective
+
+    from .tasks import Evaluation
+
+Splits = dict[str, list[Row]]
+DEV_SHARE = 0.1  # of training rows, where a source has no others to judge by
+SAMPLES = 8  # predictions that a result shows
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """What is worth knowing of a finished run. `test` has a score per kind of entity and `"micro"`."""
+class RunOptions:
+    """What to train on what.
 
-    name: str
-    objective: str
-    device: str
-    parameters: int
-    training: Training
-    untrained: Score
-    test: dict[str, Score]
-    seconds: float  # training with its dev scores, without loading and testing
-    peak_bytes: float
+    Attributes:
+        train, dev, test: sources as `data.read` takes them. Without dev, the dev split of `train`'s source, or a tenth
+            of its rows; without test, that of `train`'s source, or none.
+        model: a name on a hub or a folder; None: a small one from scratch, of the sizes `new_model`.
+        objective: a formula; None: the task's own.
+        retain: what keeps the starting model in mind, as `retention.parse` takes it: "l2sp:0.01".
+        retain_data: a source of what is not to be forgotten, for "ewc".
+        dropout: in the place of every rate that the model's configuration has.
+        limit: rows of each split.
+    """
 
-    @property
-    def losses(self) -> list[float]:
-        return [step["total"] for step in self.training.steps]
+    task: str
+    train: str
+    output: Path
+    dev: str | None = None
+    test: str | None = None
+    model: str | None = None
+    objective: str | None = None
+    retain: str | None = None
+    retain_data: str | None = None
+    device: str = "auto"
+    max_length: int = 256
+    pack: bool = False
+    dropout: float | None = None
+    limit: int | None = None
+    new_model: SmallModel = field(default_factory=SmallModel)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
-    @property
-    def step_seconds(self) -> float:
-        return median(step["seconds"] for step in self.training.steps)
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)} but got {self.task!r}")
+        if self.pack and self.task != "causal-lm":
+            raise ValueError(
+                f"pack: expected the task causal-lm, whose texts can share a sequence, but got {self.task}"
+            )
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a number in [0, 1) but got {self.dropout!r}")
+        for name, least in (("limit", 1), ("max_length", 8)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name}: expected a whole number of at least {least} but got {value!r}")
+        how = None if self.retain is None else retention.parse(self.retain)[0]
+        if how in ("l2sp", "ewc") and self.training.strategy == "gradual":
+            raise ValueError(
+                f"retain: expected kl beside gradual, which has not said yet what will train, but got {how}"
+            )
+        if (how == "ewc") != (self.retain_data is not None):
+            raise ValueError("retain_data: expected data of what is not to be forgotten, with ewc and only with it")
 
 
-def load_splits(config: FinetuneConfig) -> dict[str, list[Sentence]]:
-    """The corpus, cut to `config.sentences` of each split if that is set."""
-    return {split: sentences[: config.sentences] for split, sentences in load_corpus().items()}
+@dataclass
+class Run:
+    """All that a run needs, ready to train."""
 
-
-def model_folder(config: FinetuneConfig) -> Path:
-    """Where the tokenizer is from the start and the model at the end."""
-    return config.output / "model"
-
-
-def prepare(config: FinetuneConfig, splits: dict[str, list[Sentence]]) -> None:
-    """Makes the output folder, puts the tokenizer there, and finds out what can't work before training starts."""
-    try:
-        model_folder(config).mkdir(parents=True, exist_ok=True)
-        (config.output / "summary.json").unlink(missing_ok=True)  # an old one would speak for a run that fails
-        tempfile.TemporaryFile(dir=config.output).close()
-    except OSError as error:
-        raise ValueError(f"output folder {str(config.output)!r} can't be written: {error.strerror}") from error
-    if config.model is None:
-        tokenizer = train_tokenizer(splits["train"], config.vocabulary, config.max_length)
-    else:
-        tokenizer = load_tokenizer(config.model)
-    build_model(config, tokenizer).to(config.torch_device)
-    tokenizer.save_pretrained(model_folder(config))
+    options: RunOptions
+    task: Task
+    splits: Splits
+    examples: list[Example]
+    model: nn.Module
+    objective: Objective
+    reference: nn.Module | None
+    device: torch.device
 
 
 def run(
-    config: FinetuneConfig, objective: ObjectiveLike, name: str, save: bool = True, schedules: Sequence[Schedule] = ()
-) -> RunResult:
-    """Trains and tests after `prepare`; writes `NAME.jsonl`, and the model if `save`. `schedules`: see `finetune`."""
-    _hide_loading_bars()
-    splits = load_splits(config)
-    tokenizer = load_tokenizer(str(model_folder(config)))
-    examples = {split: encode(sentences, tokenizer, config.max_length) for split, sentences in splits.items()}
-    torch.manual_seed(config.seed)  # weights
-    model = build_model(config, tokenizer).to(config.torch_device)
-    described = str(objective) if isinstance(objective, torch.nn.Module) else getattr(objective, "__name__", name)
-    if isinstance(objective, torch.nn.Module):
-        objective = objective.to(config.torch_device)
-        device = config.torch_device
-        if all(why_not(name, device.type, device.index) for name in NATIVE):  # no kernels there
-            objective, described = partial(objective, backend="reference"), f"{described} (reference backend)"
+    options: RunOptions,
+    resume: bool = False,
+    command: Sequence[str] | None = None,
+    schedules: Sequence[Schedule] = (),
+    objective: Objective | None = None,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+    splits: Splits | None = None,
+) -> dict[str, Any]:
+    """Trains, tests, and writes everything to `options.output`; returns what `result.json` holds.
 
-    def evaluate(split: str) -> dict[str, Score]:
-        predicted = predict(model, splits[split], examples[split], tokenizer.pad_token_id)
-        return score_spans([sentence.tags for sentence in splits[split]], predicted)
+    Args:
+        resume: go on with the run in that folder.
+        command: that started it, for its record; None: this process's.
+        schedules: of coefficients of `objective`.
+        objective: an object in the place of a formula.
+        on_record: is given what every step and every epoch logs, too.
+        splits: rows in the place of sources.
 
-    untrained = evaluate("test")["micro"]
-    with open(config.output / f"{name}.jsonl", "w", encoding="utf-8", buffering=1) as file:
+    Raises:
+        ValueError: something asked for can't be had; nothing was trained.
+        FloatingPointError: the loss stopped being finite; the checkpoints stand.
+    """
+    _check_folder(options.output, resume)
+    if _is_first_rank():
+        check_writable(options.output, 2**24)  # for a model's beginnings; how large it is turns out below
+    ready = prepare(options, objective, splits)
+    weight_bytes = sum(x.numel() * x.element_size() for x in ready.model.state_dict().values())
+    moments = 2 * sum(4 * p.numel() for p in ready.model.parameters() if p.requires_grad)
+    # Two checkpoints while one replaces the other, two times the best weights, and the model at the end.
+    needed = 2 * (weight_bytes + moments) + 3 * weight_bytes + 2**22
+    first = _is_first_rank()
+    if first:
+        check_writable(options.output, needed)
+    described = _described(options, ready)
+    if resume:
+        untrained = _same_run(options.output / "run.json", described)
+    else:
+        rows = ready.splits.get("test") or ready.splits["dev"]
+        untrained = ready.task.test(ready.model, rows).metrics
+        metric = options.training.metric
+        if metric is not None and metric not in untrained:
+            raise ValueError(f"metric: expected one of {', '.join(untrained)} but got {metric!r}")
+        if first:
+            write_json(options.output / "run.json", {**described, "untrained": untrained, **provenance(command)})
+
+    began = time.perf_counter()
+    with Recorder(options.output) if first else nullcontext(lambda record: None) as recorder:
 
         def log(record: dict[str, Any]) -> None:
-            print(json.dumps(record), file=file)
+            recorder(record)
+            on_record(record)
 
-        began = time.perf_counter()
-        training = finetune(
-            model,
-            objective,
-            examples["train"],
-            lambda: evaluate("dev")["micro"],
-            tokenizer.pad_token_id,
-            config,
-            log,
-            name,
-            schedules,
-        )
-        seconds = time.perf_counter() - began
-    if save:
-        model.save_pretrained(model_folder(config))
-    return RunResult(
-        name=name,
-        objective=described,
-        device=str(config.torch_device),
-        parameters=model.num_parameters(),
-        training=training,
-        untrained=untrained,
-        test=evaluate("test"),
-        seconds=seconds,
-        peak_bytes=_peak_bytes(config.torch_device),
-    )
+        outcome = train(
+            ready.model, ready.task, ready.examples, lambda: _score(ready, "dev"), ready.objective, options.training,
+            options.output, log, resume=resume, schedules=schedules, reference=ready.reference,
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    result: dict[str, Any] = {
+        "how": outcome.how, "best_score": outcome.progress.best,
+        "best_epoch": outcome.progress.best_epoch, "steps": outcome.progress.step,
+        "seconds": seconds, "device": str(ready.device), "untrained": untrained,
+        "parameters": sum(p.numel() for p in ready.model.parameters()),
+        "peak_bytes": peak_bytes(ready.device),
+        "trained_parameters": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
+    }  # fmt: skip
+    if outcome.how != "interrupted":
+        result |= _tested(ready)
+        if first:
+            saved.save(options.output / "model", ready.model, ready.task)
+    if first:
+        write_json(options.output / "result.json", result)
+        write_curves(options.output)
+        write_report(options.output)
+    return result
 
 
-def predict_with_saved(config: FinetuneConfig, sentences: list[Sentence]) -> list[list[str]]:
-    """Tags from the model as it was written to the output folder."""
-    _hide_loading_bars()
+def prepare(options: RunOptions, objective: Objective | None = None, splits: Splits | None = None) -> Run:
+    """Reads the data and the model, and finds out what can't work before anything is trained."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would stand among the sentences
-    folder = str(model_folder(config))
-    tokenizer = load_tokenizer(folder)
-    model: PreTrainedModel = build_model(replace(config, model=folder), tokenizer)
-    return predict(model, sentences, encode(sentences, tokenizer, config.max_length), tokenizer.pad_token_id)
+    logging.disable_progress_bar()  # a small model is read and written in milliseconds
+    kind = TASKS[options.task]
+    splits = splits_of(options) if splits is None else {name: rows[: options.limit] for name, rows in splits.items()}
+    seed = options.training.seed
+    source = options.model
+    if source is None:
+        source = str(options.output / "start")
+        if not (options.output / "run.json").exists() and _is_first_rank():  # else this is where that run began
+            make(options.output / "start", kind, splits["train"], options.new_model, options.max_length, seed)
+        _wait_for_all_ranks()
+    tokenizer = load_tokenizer(source, options.task)
+    task = kind(tokenizer, splits["train"], max_length=options.max_length, source=options.train,
+                **({"pack": True} if options.pack else {}))  # fmt: skip
+    examples = task.examples(splits["train"], options.train)
+    for name, rows in splits.items():
+        if name != "train":
+            task.examples(rows, f"{name} data")  # so that a bad row is named now, and not after an epoch
+    device = device_of(options.device)
+    torch.manual_seed(seed)  # the new head's weights
+    model = load_model(source, task, options.dropout)
+    model = strategies.apply(model, options.training.strategy, task.name).to(device)
+    built = objkern.parse(options.objective or task.formula()) if objective is None else objective
+    built, reference = built.to(device), None
+    if options.retain is not None:
+        kept = task.examples(read(options.retain_data), options.retain_data) if options.retain_data else []
+        built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
+    _try(model, task, examples, built, reference)
+    return Run(options, task, splits, examples, model, built, reference, device)
 
 
-def _hide_loading_bars() -> None:
+def splits_of(options: RunOptions) -> Splits:
+    """The rows of train, dev and, if there are any, test."""
+    found = read_all(options.train)
+    if "train" not in found:
+        raise ValueError(f"train: {options.train!r} has no split for training, but only {', '.join(found) or 'none'}")
+    for name, source in (("dev", options.dev), ("test", options.test)):
+        if source is not None:
+            found[name] = read(source, name)
+    found = {name: rows[: options.limit] for name, rows in found.items()}
+    if "dev" not in found:
+        rows = found["train"]
+        if len(rows) < 2:
+            raise ValueError(f"train: expected at least 2 rows, one of them to judge by, but got {len(rows)}")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.training.seed)).tolist()
+        held = set(order[: max(1, round(DEV_SHARE * len(rows)))])
+        found["dev"] = [row for k, row in enumerate(rows) if k in held]
+        found["train"] = [row for k, row in enumerate(rows) if k not in held]
+    return found
+
+
+def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a pretrained model or of a folder, with something to pad with."""
+    from transformers import AutoTokenizer
+
+    _must_exist(name)
+    # RoBERTa and GPT-2 need the prefix space for words that come already cut; the others ignore it.
+    options = {"add_prefix_space": True} if task == "token-classification" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"model: {name!r} has no fast tokenizer, which tells where in a text a token stands")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, task: Task, dropout: float | None = None) -> PreTrainedModel:
+    """The pretrained model with a head for the task, new where it has none that fits; `dropout` for all its rates."""
+    import transformers
+
+    _must_exist(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **task.model_options())
+        if dropout is not None:
+            _set_dropout(config, dropout)
+        if config.pad_token_id is None:
+            config.pad_token_id = task.tokenizer.pad_token_id
+        with _quiet():  # that a head is new is what fine-tuning means
+            return getattr(transformers, task.auto_model).from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {name!r} can't be loaded for {task.name}: {_first_line(error)}") from error
+
+
+def device_of(name: str) -> torch.device:
+    """The device to train on; raises a ValueError for one that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError from a torch built without CUDA
+        raise ValueError(f"device: {name!r} can't be used: {_first_line(error)}") from error
+    return torch.device(name)
+
+
+def _set_dropout(config: Any, rate: float) -> None:
+    """Every rate of the configuration but those that leave out whole layers."""
+    rates = {name: value for name, value in config.to_dict().items() if "drop" in name and "layerdrop" not in name}
+    names = [name for name, value in rates.items() if value is None or isinstance(value, float | int)]
+    if not names:
+        raise ValueError(f"dropout: {type(config).__name__} has no rate that could be set")
+    for name in names:
+        setattr(config, name, rate)
+
+
+def _try(
+    model: nn.Module, task: Task, examples: Sequence[Example], objective: Objective, reference: nn.Module | None
+) -> None:
+    """One batch of the longest examples, so that a formula that asks for more than there is fails now."""
+    longest = sorted(examples, key=lambda example: -example.length)[:2]
+    batch = task.collate(longest).to(next(model.parameters()).device)
+    with torch.random.fork_rng(), torch.no_grad():
+        others = {} if reference is None else {"reference": task.reference(reference, batch)}
+        try:
+            task.loss(model, batch, objective, batch.count, **others)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(f"objective: {objective} does not go with {task.name}: {_first_line(error)}") from error
+
+
+def _score(ready: Run, split: str) -> Evaluation:
+    return ready.task.score(ready.model, ready.splits[split])
+
+
+def _tested(ready: Run) -> dict[str, Any]:
+    """Scores of the trained model on every split that was not trained on, and some of its answers."""
+    found: dict[str, Any] = {}
+    for split in ("dev", "test"):
+        if split in ready.splits:
+            evaluation = ready.task.test(ready.model, ready.splits[split])
+            found |= {split: evaluation.metrics, "table": evaluation.table, "confusion": evaluation.confusion,
+                      "classes": evaluation.classes}  # fmt: skip
+    rows = (ready.splits.get("test") or ready.splits["dev"])[:SAMPLES]
+    answers = ready.task.predict(ready.model, rows)
+    found["samples"] = [
+        {"input": {name: value for name, value in row.items() if name not in _TRUTH},
+         "truth": next((row[name] for name in _TRUTH if name in row), None), "predicted": answer}
+        for row, answer in zip(rows, answers, strict=True)
+    ]  # fmt: skip
+    return found
+
+
+_TRUTH = ("label", "tags", "answers", "completion", "target")  # columns that say what is right
+
+
+def _described(options: RunOptions, ready: Run) -> dict[str, Any]:
+    asked = json.loads(json.dumps(asdict(options), default=str))
+    return {
+        "name": options.output.name, "task": options.task, "objective": str(ready.objective),
+        "model": options.model or "from scratch", "data": {name: len(rows) for name, rows in ready.splits.items()},
+        "options": asked,
+    }  # fmt: skip
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    there = (folder / "run.json").exists()
+    if there and not resume:
+        raise ValueError(f"output: {folder} holds a run already: resume it, or name another folder")
+    if resume and not there:
+        raise ValueError(f"resume: {folder} holds no run")
+
+
+def _same_run(path: Path, described: dict[str, Any]) -> dict[str, float]:
+    """The untrained model's scores, if the run of that record is the one that is asked for now."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} {before['options'].get(name)!r} → {value!r}"
+        for name, value in described["options"].items()
+        if name not in ("output", "device", "training") and before["options"].get(name) != value
+    ]
+    if before["data"] != described["data"]:
+        changed.append(f"rows {before['data']} → {described['data']}")
+    if changed:
+        raise ValueError(f"resume: {path.parent} is a run with other options: {', '.join(changed)}")
+    return before["untrained"]
+
+
+def _must_exist(name: str) -> None:
+    if (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1) and not Path(name).is_dir():
+        raise ValueError(f"model: folder {name!r} does not exist")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a small model is read in milliseconds
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
-def _peak_bytes(device: torch.device) -> float:
-    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_resident_bytes()
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _wait_for_all_ranks() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -10,7 +10,7 @@ gradual      the head in the first epoch, one layer more in every epoch after it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -84,8 +84,23 @@ def _with_adapters(model: PreTrainedModel, name: str, number: int, task_type: st
         import peft
     except ImportError as error:
         raise ValueError(f"strategy: {name} needs peft: pip install objkern[finetune]") from error
-    options: dict[str, Any]
-    if name == "lora":
-        options = {"r": number, "lora_alpha": 2 * number, "lora_dropout": 0.0, "target_modules": "all-linear"}
-        return peft.get_peft_model(model, peft.LoraConfig(task_type=task_type, **options))
-    return peft.get_peft_model(model, peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=number))
+    if name == "prompt":
+        if task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            raise ValueError("strategy: prompt vectors would be tokens with answers")
+        return peft.get_peft_model(model, peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=number))
+    head = [] if model.get_output_embeddings() is not None else _head_of(model)
+    parts = [(part, model.get_submodule(part).named_modules()) for part in head]
+    linear = [f"{part}.{name}".rstrip(".") for part, modules in parts for name, module in modules
+              if isinstance(module, nn.Linear)]  # fmt: skip
+    config = peft.LoraConfig(
+        task_type=task_type, r=number, lora_alpha=2 * number, lora_dropout=0.0, target_modules="all-linear",
+        exclude_modules=linear,
+        modules_to_save=head or None,
+    )  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+def _head_of(model: PreTrainedModel) -> list[str]:
+    """What stands beside the body and has weights."""
+    body = model.base_model
+    return [name for name, part in model.named_children() if part is not body and any(True for _ in part.parameters())]

@@ -6,11 +6,13 @@
 
 A window is what one step of the optimizer sees: `accumulation` batches on each of the ranks. Every loss is a sum over
 the rows of its batch divided by the count of the whole window, so gradients add up to that of one big batch, however it
-is cut. Order is a function of the seed and the epoch, rates are functions of the step; a checkpoint holds the rest.
+is cut. Order is a function of the seed and the epoch, rates are functions of the step, dropout is one of seed, step and
+rank; a checkpoint holds the rest. Ranks decide nothing alone: each sees every interruption and every bad loss.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import signal
@@ -122,27 +124,30 @@ def train(
 ) -> Outcome:
     """Trains `model` in place and leaves the weights of the best epoch in it.
 
+    With several ranks (torch.distributed is initialized) each calls this with the same arguments. They begin with the
+    weights of rank 0, whose evaluation counts; it alone writes, and all read its folder.
+
     Args:
         model: on its device, its strategy applied.
         score: the evaluation after every epoch.
         objective: for tasks with a language-model head one that is attached to the model already.
         folder: for `checkpoints/`; one folder a run.
-        log: is given a dict for every step and every epoch.
+        log: is given a dict for every step and every epoch, on every rank.
         resume: from the newest checkpoint of the folder, if there is one.
         schedules: set coefficients of the objective before every step.
-        reference: a frozen model, whose logits are the objective's reference.
+        reference: a frozen model that evaluates, whose logits are the objective's reference.
 
     Raises:
         FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since
-            the step before, whose checkpoint stands.
-        ValueError: a checkpoint of another run.
+            the step before, whose checkpoint stands. On all ranks, whichever's loss it was.
+        ValueError: a checkpoint of another run, or of another number of ranks.
     """
     places = folder / "checkpoints"
     # Of all parameters, also those that do not train yet: moments keep their places when more layers do.
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.learning_rate)
     per_epoch = len(list(windows(task, examples, options, 1)))
     total = options.epochs * per_epoch
-    torch.manual_seed(options.seed)  # dropout
+    _same_weights(model)
     progress = Progress()
     if resume:
         progress = _resumed(places, model, optimizer, options) or progress
@@ -165,17 +170,18 @@ def train(
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
                 coefficients = {f"coefficient_{k}": float(s.coefficient) for k, s in enumerate(schedules)}
                 log({"event": "step", "step": progress.step, "epoch": progress.epoch, **record, **coefficients})
-                if interrupted():
+                if _any_rank(interrupted(), model):
                     _checkpoint(places, model, optimizer, progress, options)
                     return Outcome("interrupted", progress)
                 if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
                     _checkpoint(places, model, optimizer, progress, options)
 
-            found = score().metrics
+            found = _of_first_rank(score().metrics)
             metric = options.metric or task.metric
             if metric not in found:
                 raise ValueError(f"metric: expected one of {', '.join(found)} but got {metric!r}")
-            value = -found[metric] if task.lower_is_better or metric in _LOWER else found[metric]
+            lower = metric in LOWER
+            value = -found[metric] if lower else found[metric]
             if progress.best is None or value > progress.best:
                 progress.best, progress.best_epoch, progress.stale = value, progress.epoch, 0
                 if _is_first_rank():
@@ -183,7 +189,7 @@ def train(
             else:
                 progress.stale += 1
             means = {name: value / max(1, progress.window) for name, value in progress.sums.items()}
-            log({"event": "epoch", "epoch": progress.epoch, "step": progress.step, **means,
+            log({"event": "epoch", "epoch": progress.epoch, "step": progress.step, **means, "score": value,
                  **{f"dev_{name}": value for name, value in found.items()},
                  "seconds": time.perf_counter() - began})  # fmt: skip
             progress.epoch, progress.window, progress.sums = progress.epoch + 1, 0, {}
@@ -194,7 +200,7 @@ def train(
     return Outcome("finished" if progress.epoch > options.epochs else "stopped early", progress)
 
 
-_LOWER = ("loss", "perplexity", "mse", "mae")  # metrics of which less is better
+LOWER = ("loss", "perplexity", "mse", "mae")  # metrics of which less is better
 
 
 def _step(
@@ -205,25 +211,27 @@ def _step(
     began = time.perf_counter()
     device = next(model.parameters()).device
     count = sum(task.count(example) for batch in window for example in batch)  # of all ranks: each knows the examples
+    torch.manual_seed((options.seed * 1_000_003 + step) * _ranks() + _rank())  # dropout, without a state to be kept
+    means = _means(objective)
     sums: dict[str, Tensor] = {}
-    rows: list[int] = []
+    problem: str | None = None
     for examples in window[_rank() :: _ranks()]:
         batch = task.collate(examples).to(device)
-        rows += batch.rows
-        share = batch.count / max(1, count)
+        if batch.count == 0:  # nothing to learn, and no mean over its rows
+            continue
+        share = batch.count / count
         with _precision(device, options):
             others = _reference(task, reference, batch)
             loss, parts = task.loss(model, batch, objective, count, parameter_weight=share, **others)
         for name, value in parts.items():
-            weight = share if name in _MEANS else 1.0  # the others are sums over the batch, divided by the count
+            weight = share if name in means else 1.0  # the others are sums over the batch, divided by the count
             sums[name] = sums.get(name, 0.0) + weight * value.float()
         if not math.isfinite(loss.item()):
             values = {name: value.item() for name, value in parts.items()}
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in step {step + 1}: {values}; rows of the batch: {batch.rows}"
-            )
+            problem = f"the loss is {loss.item()} in step {step + 1}: {values}; rows of the batch: {batch.rows}"
+            break
         loss.backward()
-    _add_up_over_ranks(model, sums)
+    _add_up_over_ranks(model, sums, problem)
     gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
     rate = options.learning_rate * rate_at(step, total, options.warmup, RATES[options.schedule])
     for group in optimizer.param_groups:
@@ -235,7 +243,14 @@ def _step(
     return record | {"learning_rate": rate, "seconds": time.perf_counter() - began}
 
 
-_MEANS = ("lse", "accuracy", "target_probability")  # parts that an objective averages over the rows of its batch
+def _means(objective: Objective) -> set[str]:
+    """Parts that are no sums over rows: means over those of the batch, and the values of terms on parameters."""
+    found, seen = {"lse", "accuracy", "target_probability"}, collections.Counter()
+    for _, term in objective.weighted_terms:
+        seen[term.name] += 1
+        if term.about_parameters:
+            found.add(term.name if seen[term.name] == 1 else f"{term.name}_{seen[term.name]}")
+    return found
 
 
 def windows(
@@ -298,21 +313,73 @@ def _is_first_rank() -> bool:
     return _rank() == 0
 
 
-def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor]) -> None:
-    """Gradients and parts of all ranks, which are sums over rows by the same count, so that nothing is averaged."""
+def _wait() -> None:
+    """For all ranks."""
+    if _ranks() > 1:
+        dist.barrier()
+
+
+def _of_first_rank(value: Any) -> Any:
+    """What rank 0 has, on all of them: two that score alone need not agree in the last digit, and when to stop hangs
+    on it."""
     if _ranks() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=_place_of_objects())
+    return values[0]
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    found: list[Any] = [None] * _ranks()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _place_of_objects() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _any_rank(flag: bool, model: nn.Module) -> bool:
+    """Whether one of them says so: a rank that ended alone would leave the others waiting for it."""
+    if _ranks() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=next(model.parameters()).device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item() > 0.0
+
+
+def _same_weights(model: nn.Module) -> None:
+    """Those of rank 0 on all, whose new layers may have begun otherwise."""
+    if _ranks() > 1:
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
+
+
+def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor], problem: str | None) -> None:
+    """Gradients and parts of all ranks, which are sums over rows by the same count, so that nothing is averaged.
+
+    Raises:
+        FloatingPointError: one of them has a problem.
+    """
+    if _ranks() == 1:
+        if problem is not None:
+            raise FloatingPointError(problem)
         return
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
+    parameters = list(model.parameters())
+    mine = [k for k, p in enumerate(parameters) if p.grad is not None]
+    names, places, problems = zip(*_of_all_ranks((sorted(sums), mine, problem)), strict=True)
+    for found in problems:
+        if found is not None:
+            raise FloatingPointError(found)
+    # Of those that have a gradient on any rank: one that has none at all must not begin to decay.
+    for k in sorted(set().union(*places)):
+        p = parameters[k]
         if p.grad is None:  # of a rank that had no batch in this window
             p.grad = torch.zeros_like(p)
-    for p in trained:
         dist.all_reduce(p.grad)
-    names: list[Any] = [None] * _ranks()
-    dist.all_gather_object(names, sorted(sums))
-    device = trained[0].device
     for name in sorted(set().union(*names)):
-        sums[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float32, device=device)
+        sums[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float32, device=parameters[0].device)
         dist.all_reduce(sums[name])
 
 
@@ -330,30 +397,36 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _checkpoint(
     places: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, options: TrainingOptions
 ) -> None:
-    if not _is_first_rank():
-        return
-    tensors = {**weights(model), **checkpoints.optimizer_tensors(optimizer), **checkpoints.random_states()}
-    state = {"progress": asdict(progress), "options": asdict(options)}
-    checkpoints.save(places, checkpoints.name_of(progress.step), tensors, state)
-    checkpoints.keep_newest(places)
+    if _is_first_rank():
+        tensors = {**weights(model), **checkpoints.optimizer_tensors(optimizer)}
+        state = {"progress": asdict(progress), "options": _of_run(options)}
+        checkpoints.save(places, checkpoints.name_of(progress.step), tensors, state)
+        checkpoints.keep_newest(places)
+    _wait()
+
+
+def _of_run(options: TrainingOptions) -> dict[str, Any]:
+    """What must be the same when a run goes on; the ranks too, because they cut an epoch into windows."""
+    return {**asdict(options), "ranks": _ranks()}
 
 
 def _resumed(
     places: Path, model: nn.Module, optimizer: torch.optim.Optimizer, options: TrainingOptions
 ) -> Progress | None:
-    checkpoints.restore_interrupted(places)
+    if _is_first_rank():
+        checkpoints.restore_interrupted(places)
+    _wait()
     newest = checkpoints.newest(places)
     if newest is None:
         return None
     tensors, state = checkpoints.load(newest)
-    now = json.loads(json.dumps(asdict(options)))
+    now = json.loads(json.dumps(_of_run(options)))
     changed = [name for name in now if name != "checkpoint_steps" and now[name] != state["options"].get(name)]
     if changed:
         differences = ", ".join(f"{name} {state['options'].get(name)!r} → {now[name]!r}" for name in changed)
         raise ValueError(f"resume: {newest} is of a run with other options: {differences}")
     load_weights(model, tensors)
     checkpoints.load_optimizer(optimizer, tensors)
-    checkpoints.load_random_states(tensors)
     return Progress(**state["progress"])
 
 

@@ -46,7 +46,6 @@ class CausalLM(Task):
     )
     auto_model = "AutoModelForCausalLM"
     metric = "loss"
-    lower_is_better = True
     linear_head = True
 
     def __init__(self, *arguments: Any, pack: bool = False, **options: Any) -> None:
@@ -162,6 +161,10 @@ class CausalLM(Task):
         """By the model's own loss, to which the objective is attached."""
         return attached_loss(model, batch, objective, count, **options)
 
+    def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
+        """The model itself: it is run beside the one that trains, and its logits are not computed either."""
+        return model
+
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         """What the model says next, greedily: of prompts, of chats without an answer, of texts."""
         texts = [self._prompt(row) for row in rows]
@@ -188,10 +191,9 @@ def attached_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a model that has the objective, with the parts of that call."""
     options.pop("parameter_weight", None)  # the batch's share of the labels, which is what the model's loss takes
-    if options.pop("reference", None) is not None:
-        raise NotImplementedError("a reference model beside the fused linear path of a language model")
-    if not is_attached(model, objective):
-        attach(model, objective, **options)
+    reference = options.pop("reference", None)
+    if not is_attached(model, objective, reference):
+        attach(model, objective, reference=reference, **options)
     # No cache, because nobody reads it, and because beside one transformers does not keep packed examples apart.
     loss = model(
         **batch.inputs, labels=batch.target, num_items_in_batch=torch.as_tensor(count), use_cache=False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import Column, Row, is_text
 from .causal_lm import attached_loss, generated, likelihood
-from .task import IGNORED, Batch, Evaluation, Example, Task
+from .task import Batch, Evaluation, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,6 @@ class Seq2Seq(Task):
     columns = (Column("source", is_text, "a text"), Column("target", is_text, "a text"))
     auto_model = "AutoModelForSeq2SeqLM"
     metric = "loss"
-    lower_is_better = True
     linear_head = True
 
     def __init__(self, *arguments: Any, prefix: str = "", **options: Any) -> None:
@@ -44,19 +43,15 @@ class Seq2Seq(Task):
     def inputs_of(self, encoding: Any, k: int) -> dict[str, list[int]]:
         return {name: encoding[name][k] for name in ("input_ids", "attention_mask")}
 
-    def count(self, example: Example) -> int:
-        return sum(label != IGNORED for label in example.label)
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        target = self.padded([example.label for example in examples], IGNORED)
-        count = int((target != IGNORED).sum())
-        return Batch(self.padded_inputs(examples), target, count, [example.row for example in examples])
-
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """By the model's own loss, to which the objective is attached."""
         return attached_loss(model, batch, objective, count, **options)
+
+    def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
+        """The model itself: it is run beside the one that trains, and its logits are not computed either."""
+        return model
 
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         prompts = [example.inputs["input_ids"] for example in self.examples([{"source": r["source"]} for r in rows])]
@@ -77,3 +72,8 @@ class Seq2Seq(Task):
     def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
         """Of the targets themselves, which is quick and what training lowers; `evaluate` is of what a model writes."""
         return likelihood(self, model, self.examples(rows), batch_size)
+
+    def test(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
+        """`score`, and `evaluate` of what the model writes."""
+        written = self.evaluate(rows, self.predict(model, rows, batch_size))
+        return Evaluation(self.score(model, rows, batch_size).metrics | written.metrics)

@@ -88,7 +88,6 @@ class Task(ABC):
     columns: ClassVar[tuple[Column, ...]]
     auto_model: ClassVar[str]  # the class of transformers that makes the model
     metric: ClassVar[str]  # that says which epoch was best
-    lower_is_better: ClassVar[bool] = False
     linear_head: ClassVar[bool] = False  # whether the loss comes from the model, an objective attached to it
 
     def __init__(
@@ -119,9 +118,11 @@ class Task(ABC):
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         """The rows encoded; ValueErrors name the row."""
 
-    @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """A batch of them, padded to the longest."""
+        """A batch of them, padded to the longest; here one with a label for every token."""
+        target = self.padded([example.label for example in examples], IGNORED)
+        count = int((target != IGNORED).sum())
+        return Batch(self.padded_inputs(examples), target, count, [example.row for example in examples])
 
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
@@ -133,9 +134,9 @@ class Task(ABC):
         logits = model(**batch.inputs).logits
         return objective(logits, batch.target, normalizer=count, return_parts=True, **options)
 
-    @abstractmethod
     def count(self, example: Example) -> int:
         """How many labels of an example count: what sums over a window are divided by."""
+        return sum(label != IGNORED for label in example.label)
 
     def reference(self, model: PreTrainedModel, batch: Batch) -> Any:
         """A frozen model's logits for the batch, as `loss` takes them."""
@@ -152,6 +153,10 @@ class Task(ABC):
     def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
         """How good the model is on rows with labels: what early stopping watches, by `metric`."""
         return self.evaluate(rows, self.predict(model, rows, batch_size))
+
+    def test(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
+        """All there is to say of a finished model: `score`, and more where that takes long."""
+        return self.score(model, rows, batch_size)
 
     # -- for all of them
 

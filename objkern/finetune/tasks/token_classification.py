@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import Column, Row, is_texts
 from ..metrics import score_spans
-from .task import IGNORED, Batch, Evaluation, Example, Task
+from .task import IGNORED, Evaluation, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,14 +58,6 @@ class TokenClassification(Task):
                 before = word
             found.append(Example(self.inputs_of(encoding, k), labels, k, starts))
         return found
-
-    def count(self, example: Example) -> int:
-        return sum(label != IGNORED for label in example.label)
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        target = self.padded([example.label for example in examples], IGNORED)
-        count = int((target != IGNORED).sum())
-        return Batch(self.padded_inputs(examples), target, count, [example.row for example in examples])
 
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         tags = [["O"] * len(row["words"]) for row in rows]

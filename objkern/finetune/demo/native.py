@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -16,18 +18,33 @@ def fused_objective() -> torch.nn.Module:
 
 
 def native_objective(
-    logits: torch.Tensor, target: torch.Tensor, *, return_parts: bool = False
-) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits: torch.Tensor, target: torch.Tensor, *, normalizer: torch.Tensor | float | None = None,
+    return_parts: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """The same sum: logits (..., V), target (...) with -100 on rows that don't count. Every step is its own pass."""
     logits, target = logits.flatten(0, -2), target.flatten()  # (N, V), (N,)
     counts = target != -100
-    rows = counts.sum()
-    cross_entropy = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
+    rows = counts.sum() if normalizer is None else normalizer
+    cross_entropy = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING, reduction="sum") / rows
     z_loss = torch.where(counts, logits.logsumexp(-1).square(), 0).sum() / rows
     logprob = logits.log_softmax(-1)
     entropy = torch.where(counts, -(logprob.exp() * logprob).sum(-1), 0).sum() / rows
     total = cross_entropy + Z_LOSS * z_loss - ENTROPY * entropy
     if not return_parts:
         return total
-    parts = {"cross_entropy": cross_entropy, "z_loss": z_loss, "entropy": entropy, "total": total, "rows": rows}
+    parts = {"cross_entropy": cross_entropy, "z_loss": z_loss, "entropy": entropy, "total": total}
     return total, {name: value.detach() for name, value in parts.items()}
+
+
+class Native(torch.nn.Module):
+    """`native_objective` where a loop expects an objective."""
+
+    weighted_terms = ()
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor, *, parameter_weight: float = 1.0, **options: Any
+    ) -> Any:
+        return native_objective(logits, target, **options)  # it has no terms on parameters that could be weighted
+
+    def __repr__(self) -> str:
+        return "plain torch"

@@ -11,9 +11,9 @@ import torch
 
 import objkern
 
-from .memory import extra_peak_bytes
+from ..memory import extra_peak_bytes
+from ..tables import mebibytes, table
 from .native import fused_objective, native_objective
-from .report import mebibytes, table
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

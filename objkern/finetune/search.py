@@ -1,0 +1,288 @@
+"""`--search`: the best values for what stands in braces on the command line, by Optuna.
+
+    --learning-rate {1e-5..1e-3:log}   --batch-size {8,16,32}   --objective "CrossEntropy() + {0..1e-3}*ZLoss()"
+          │
+          ▼  values of a trial             dev score of every epoch ──▶ worse than the median so far? pruned
+    the command with them ──▶ a run ──▶ best dev score ──▶ study.db, search.json, search.html
+
+Any option can be searched, and any number in a formula, because values are put into the command line itself. The study
+is in SQLite: a search that was interrupted goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .record import provenance, write_json
+from .tables import cell, table
+
+if TYPE_CHECKING:
+    import optuna
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(?:(?P<name>\w+)=)?(?P<low>[^:]+?)\.\.(?P<high>[^:]+?)(?P<log>:log)?")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What stands in one pair of braces: a range of numbers, or choices."""
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+    choices: tuple[str, ...] = ()
+
+    def suggested(self, trial: optuna.Trial) -> str:
+        if self.choices:
+            return str(trial.suggest_categorical(self.name, self.choices))
+        if self.whole:
+            return str(trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log))
+        return repr(trial.suggest_float(self.name, self.low, self.high, log=self.log))
+
+    @property
+    def first(self) -> str:
+        return self.choices[0] if self.choices else str(int(self.low)) if self.whole else repr(self.low)
+
+
+def variables_of(argv: Sequence[str]) -> list[Variable]:
+    """Of every pair of braces, in order; ValueErrors name the bad one.
+
+    A variable is called after its option, with a number where an option has several, or as ``{name=0..1}`` says.
+    """
+    found: list[Variable] = []
+    option = "value"
+    for word in argv:
+        if word.startswith("--"):
+            option = word[2:].partition("=")[0].replace("-", "_")
+        inside = _BRACES.findall(word)
+        for number, text in enumerate(inside, 1):
+            found.append(_variable(text, option if len(inside) == 1 else f"{option}_{number}"))
+    names = [variable.name for variable in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"search: expected a name for every variable of its own but {', '.join(twice)} occurs twice")
+    return found
+
+
+def _variable(text: str, name: str) -> Variable:
+    match = _RANGE.fullmatch(text.strip())
+    if match is None:
+        if "," not in text:
+            raise ValueError(f"search: expected {{low..high}}, {{low..high:log}} or {{a,b,c}} but got {{{text}}}")
+        return Variable(name, choices=tuple(choice.strip() for choice in text.split(",")))
+    try:
+        low, high = float(match["low"]), float(match["high"])
+    except ValueError as error:
+        raise ValueError(f"search: expected two numbers around .. but got {{{text}}}") from error
+    log = match["log"] is not None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high) or (log and low <= 0):
+        above = " above 0" if log else ""
+        raise ValueError(f"search: expected a smaller and a larger number{above} around .. but got {{{text}}}")
+    whole = all(re.fullmatch(r"[+-]?\d+", match[side].strip()) for side in ("low", "high"))
+    return Variable(match["name"] or name, low, high, log, whole)
+
+
+def filled(argv: Sequence[str], values: Sequence[str]) -> list[str]:
+    """The command line with a value in the place of every pair of braces."""
+    rest = iter(values)
+    return [_BRACES.sub(lambda _: next(rest), word) for word in argv]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what is left of the trials: 0, or 3 if it was interrupted. ValueErrors name what is wrong before any run."""
+    from .cli import options_from, parser
+
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("search: needs optuna: pip install objkern[finetune]") from error
+    variables = variables_of(argv)
+    if not variables:
+        raise ValueError("search: expected something to search for, such as --learning-rate {1e-5..1e-3:log}")
+    arguments = parser().parse_args(filled(argv, [variable.first for variable in variables]))
+    options_from(arguments)
+    if arguments.search < 1:
+        raise ValueError(f"search: expected a number of runs of at least 1 but got {arguments.search}")
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _study(optuna, folder, variables, arguments.seed)
+    while (done := _counted(study)) < arguments.search:
+        study.sampler = optuna.samplers.TPESampler(seed=arguments.seed + len(study.trials))
+        trial = study.ask()
+        values = [variable.suggested(trial) for variable in variables]
+        print(f"run {done + 1} of {arguments.search}: {_assignments(trial.params)}", flush=True)
+        if not _run_trial(optuna, study, trial, filled(argv, values), folder / f"trial-{trial.number:04d}"):
+            study.enqueue_trial(trial.params)  # the next search begins with these again
+            print("\nInterrupted, and saved. The same command goes on.")
+            return 3
+        _keep_the_best_model(study, folder)
+        _write(study, folder, ["python", "-m", "objkern", "finetune", *argv])
+    if not _finished(study):
+        print("search: no run finished; see the messages above", file=sys.stderr)
+        return 1
+    print(f"\nbest: {_assignments(study.best_params)}: {study.best_value:.4g}\n\n{trial_table(study)}")
+    print(f"\nWritten to {folder}: search.html, search.json, study.db, trial-{study.best_trial.number:04d}/model/")
+    return 0
+
+
+def _study(optuna: Any, folder: Path, variables: Sequence[Variable], seed: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{(folder / 'study.db').resolve()}", study_name="search", load_if_exists=True,
+        direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
+    )  # fmt: skip
+    space = [asdict(variable) | {"choices": list(variable.choices)} for variable in variables]
+    if study.user_attrs.setdefault("space", space) != space:
+        raise ValueError(f"search: {folder} is a search over something else; name another folder")
+    study.set_user_attr("space", space)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a process that was killed
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return study
+
+
+def _run_trial(
+    optuna: Any, study: optuna.Study, trial: optuna.Trial, command: Sequence[str], folder: Path
+) -> bool:  # fmt: skip
+    """Whether it came to an end: finished, pruned, or failed with a loss that is not finite."""
+    from dataclasses import replace
+
+    from .cli import options_from, parser
+    from .run import run
+
+    states = optuna.trial.TrialState
+    options = replace(options_from(parser().parse_args(list(command))), output=folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def report(record: dict[str, Any]) -> None:
+        if record["event"] == "epoch":
+            trial.report(record["score"], record["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned(f"epoch {record['epoch']}")
+
+    try:
+        result = run(options, command=["python", "-m", "objkern", "finetune", *command], on_record=report)
+    except optuna.TrialPruned as pruned:
+        print(f"    pruned after {pruned}", flush=True)
+        study.tell(trial, state=states.PRUNED)
+    except FloatingPointError as error:
+        print(f"    failed: {error}", flush=True)
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=states.FAIL)
+    else:
+        if result["how"] == "interrupted":
+            study.tell(trial, state=states.FAIL)
+            return False
+        trial.set_user_attr("dev", result["dev"])
+        print(f"    {result['best_score']:.4g}", flush=True)
+        study.tell(trial, result["best_score"])
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+def _counted(study: optuna.Study) -> int:
+    """Trials that came to an end by themselves."""
+    return sum(trial.state.name in ("COMPLETE", "PRUNED") or "error" in trial.user_attrs for trial in study.trials)
+
+
+def _finished(study: optuna.Study) -> list[Any]:
+    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+
+
+def _keep_the_best_model(study: optuna.Study, folder: Path) -> None:
+    best = study.best_trial.number if _finished(study) else None
+    for trial in study.trials:
+        if trial.number != best:
+            for name in ("model", "start"):
+                shutil.rmtree(folder / f"trial-{trial.number:04d}" / name, ignore_errors=True)
+
+
+def _assignments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {cell(value)}" for name, value in values.items())
+
+
+def _rows(study: optuna.Study) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(name for trial in study.trials for name in trial.params))
+    ended = [trial for trial in study.trials if trial.state.name != "WAITING"]
+    ended.sort(key=lambda trial: -math.inf if trial.value is None else trial.value, reverse=True)
+    rows = [
+        [f"trial-{trial.number:04d}", *(cell(trial.params.get(name)) for name in names),
+         "" if trial.state.name != "COMPLETE" else f"{trial.value:.4g}", str(max(trial.intermediate_values, default=0)),
+         trial.user_attrs.get("error", trial.state.name.lower())]
+        for trial in ended
+    ]  # fmt: skip
+    return ["run", *names, "score", "epochs", "state"], rows
+
+
+def trial_table(study: optuna.Study) -> str:
+    """A line for every run, the best first. The score is the dev metric, negative where less of it is better."""
+    return table(*_rows(study))
+
+
+def _importance(study: optuna.Study) -> dict[str, float]:
+    """What share of the differences in score each variable explains, by fANOVA, where there is enough to tell from."""
+    import optuna
+
+    if len(_finished(study)) < 4 or len({trial.value for trial in _finished(study)}) < 2:
+        return {}
+    return optuna.importance.get_param_importances(study)
+
+
+def _write(study: optuna.Study, folder: Path, command: Sequence[str]) -> None:
+    from .reports import picture_of, section, table_of, write_page
+
+    header, rows = _rows(study)
+    importance = _importance(study)
+    best = {"run": f"trial-{study.best_trial.number:04d}", "values": study.best_params, "score": study.best_value,
+            "dev": study.best_trial.user_attrs["dev"]} if _finished(study) else None  # fmt: skip
+    made = provenance(command)
+    write_json(folder / "search.json", {
+        "best": best, "importance": importance, "runs": [dict(zip(header, row, strict=True)) for row in rows], **made,
+    })  # fmt: skip
+    shares = [[name, f"{100 * share:.0f} %"] for name, share in importance.items()]
+    write_page(folder / "search.html", f"Search: {folder.name}", "".join((
+        f"<h1>{html.escape(folder.name)}</h1><p>{len(rows)} runs; the score is the dev metric, negative where less of "
+        "it is better.</p>",
+        section("Runs", table_of(header, rows)), section("Scores", picture_of(_picture(study), "score of every run")),
+        section("What mattered", table_of(["variable", "share of the differences"], shares)),
+        section("Made by", f"<pre>{html.escape(made['command'])}</pre>"),
+    )))  # fmt: skip
+
+
+def _picture(study: optuna.Study) -> bytes:
+    """Scores in their order with the best so far, and against each variable, as PNG."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    finished = _finished(study)
+    names = list(dict.fromkeys(name for trial in finished for name in trial.params))
+    figure, axes = pyplot.subplots(1, 1 + len(names), figsize=(4 * (1 + len(names)), 3.2), layout="constrained",
+                                   squeeze=False)  # fmt: skip
+    scores = [trial.value for trial in finished]
+    best = [max(scores[: k + 1]) for k in range(len(scores))]
+    axes[0][0].plot([trial.number for trial in finished], scores, "o")
+    axes[0][0].step([trial.number for trial in finished], best, where="post", alpha=0.5)
+    axes[0][0].set(title="in their order", xlabel="run", ylabel="score")
+    for axis, name in zip(axes[0][1:], names, strict=True):
+        some = [trial for trial in finished if name in trial.params]
+        axis.plot([trial.params[name] for trial in some], [trial.value for trial in some], "o")
+        axis.set(title=name)
+        if any(getattr(trial.distributions[name], "log", False) for trial in some):
+            axis.set_xscale("log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    pyplot.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,242 @@
+"""Several ranks, each a process: their window is one big batch, they stop together, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+transformers = pytest.importorskip("transformers")
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("ranks need torch.distributed with gloo", allow_module_level=True)
+
+import objkern  # noqa: E402
+from objkern.finetune import checkpoints, strategies  # noqa: E402
+from objkern.finetune.tasks import TASKS, Evaluation  # noqa: E402
+from objkern.finetune.training import TrainingOptions, train  # noqa: E402
+
+from .test_finetune_tasks import tokenizer_of_words  # noqa: E402
+from .test_finetune_training import ONE_STEP, REGULARIZED, model_of, rows_of, run, task_of  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["token-classification", "sequence-classification", "several", "causal-lm", "packed", "seq2seq"]
+# (batch size, accumulation) by the number of ranks, all 8 rows in one window: batches for everyone, one too few, ranks
+# that have none, and all rows on rank 0.
+CUTS = {1: [(8, 1), (3, 3)], 2: [(3, 2), (1, 4), (8, 1)], 3: [(1, 3), (3, 1), (8, 1)]}
+# Steps of six batches of one row: windows are the same on 1, 2 and 3 ranks, and the last one of an epoch has two.
+STEPS: dict[str, Any] = ONE_STEP | {"epochs": 2, "batch_size": 1, "clip": 1.0}
+RESUMED = TrainingOptions(epochs=3, batch_size=2, accumulation=1, learning_rate=1e-2, patience=9)
+
+
+def trained(name: str, folder: Path, options: TrainingOptions) -> dict[str, Any]:
+    """Weights and what was logged of a run with terms on rows and on parameters."""
+    kind = "causal-lm" if name == "packed" else name
+    rows = rows_of(kind, 8)
+    task = (
+        TASKS[kind](tokenizer_of_words(), rows, max_length=12, pack=True) if name == "packed" else task_of(name, rows)
+    )
+    model = strategies.apply(model_of(task), options.strategy, task.name)
+    formula = "BinaryCrossEntropy() + 0.1*LogitL2()" if name == "several" else REGULARIZED
+    objective = objkern.parse(formula) + 0.02 * objkern.L2(model) + 0.3 * objkern.L2SP(model)
+    records: list[dict[str, Any]] = []
+    train(model, task, task.examples(rows), lambda: Evaluation({task.metric: 1.0}), objective, options, folder,
+          lambda record: records.append({k: v for k, v in record.items() if k != "seconds"}))  # fmt: skip
+    return {"weights": model.state_dict(), "records": records}
+
+
+def all_cases(ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in NAMES:
+        for size, accumulation in CUTS[ranks]:
+            case = f"{name} {size} {accumulation}"
+            options = TrainingOptions(batch_size=size, accumulation=accumulation, **ONE_STEP)
+            found[case] = trained(name, folder / case, options)
+        found[f"{name} steps"] = trained(name, folder / name, TrainingOptions(accumulation=6 // ranks, **STEPS))
+    return found
+
+
+def a_step(options: TrainingOptions, folder: Path, **others: Any) -> dict[str, Any]:
+    """A run with dropout, and a number that each rank draws behind every step."""
+    records: list[dict[str, Any]] = []
+    interrupt = others.pop("interrupt", 0)
+
+    def log(record: dict[str, Any]) -> None:
+        kept = {k: v for k, v in record.items() if k != "seconds"}
+        records.append(kept | {"drawn": torch.rand(()).item()} if record["event"] == "step" else kept)
+        if record["event"] == "step" and record["step"] == interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome, model, _ = run("token-classification", folder, options, count=11, dropout=0.2, log=log, **others)
+    return {"how": outcome.how, "weights": model.state_dict(), "records": records, "progress": outcome.progress}
+
+
+def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
+    found = {"undisturbed": a_step(RESUMED, folder / "undisturbed")}
+    for case, step in (("first", 2), ("second", 4)):  # on rank 1 alone, then on rank 0 alone; in the midst of epochs
+        alone = step if rank == (case == "first") else 0
+        found[case] = a_step(RESUMED, folder / "resumed", resume=case != "first", interrupt=alone)
+    found["resumed"] = a_step(RESUMED, folder / "resumed", resume=True)
+
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    model = model_of(task)
+    with torch.no_grad():
+        model.classifier.weight.add_(rank)  # a new layer that began otherwise; the weights of rank 0 count
+    scores = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # as those of rank 0 do
+    outcome = train(model, task, task.examples(rows), lambda: Evaluation({"f1": next(scores)}), objkern.CrossEntropy(),
+                    TrainingOptions(epochs=3, patience=1, batch_size=2), folder / "scores")  # fmt: skip
+    found["scores"] = {"how": outcome.how, "best": outcome.progress.best_epoch, "weights": model.state_dict()}
+
+    if rank == 1:
+        own, task.loss = task.loss, lambda *a, **o: (lambda loss, parts: (loss * torch.nan, parts))(*own(*a, **o))
+    try:
+        train(model, task, task.examples(rows), lambda: Evaluation({"f1": 1.0}), objkern.CrossEntropy(),
+              TrainingOptions(batch_size=2), folder / "nan")  # fmt: skip
+    except FloatingPointError as error:
+        found["nan"] = {"error": str(error)}
+    return found
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    """What a process does, in three minutes at most."""
+    signal.alarm(180)
+    os.fsync = lambda descriptor: None  # the disk is no concern of these tests, and slow
+    if ranks > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks,
+            timeout=datetime.timedelta(seconds=60),
+        )  # fmt: skip
+    if rank > 0:
+        checkpoints.save = checkpoints.keep_newest = checkpoints.restore_interrupted = None  # only rank 0 may write
+    found = all_cases(ranks, folder)
+    if ranks == 2:
+        found |= other_cases(rank, folder)
+    torch.save(found, folder / f"{rank}.pt")
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def fork_ranks(folder: Path) -> None:
+    """In a process that has only imported, which takes longest: no thread of it is lost in a fork."""
+    for name in ("LlamaForCausalLM", "T5ForConditionalGeneration", "BertForTokenClassification"):
+        getattr(transformers, name)
+    for ranks in CUTS:
+        children = []
+        for rank in range(ranks):
+            children.append(os.fork())
+            if children[-1] == 0:
+                code = 1
+                try:
+                    (folder / str(ranks)).mkdir(exist_ok=True)
+                    work(rank, ranks, folder / str(ranks))
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * ranks
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, Any]]]]:
+    """By the number of ranks, of each rank, by case: everything that the tests look at."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = (
+        "import sys, pathlib; from tests.test_finetune_ranks import fork_ranks; fork_ranks(pathlib.Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        ranks: [torch.load(folder / f"{ranks}/{rank}.pt", weights_only=False) for rank in range(ranks)]
+        for ranks in CUTS
+    }
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """To 1e-6 of the largest weight, and 1e-5 of what is logged: nothing but the order in which float32 numbers are
+    added differs, of gradients that move weights by 1e-3 and more, and of losses of a few units."""
+    for key, x in theirs["weights"].items():
+        torch.testing.assert_close(ours["weights"][key], x, rtol=1e-6, atol=1e-6 * max(1.0, x.abs().max().item()))
+    assert len(ours["records"]) == len(theirs["records"])
+    for mine, other in zip(ours["records"], theirs["records"], strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            assert mine[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-6)), key
+
+
+@pytest.mark.parametrize("ranks", CUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_is_one_big_batch_on_any_number_of_ranks(name: str, ranks: int, found: Any) -> None:
+    """24: other numbers of labels in every row, ranks with fewer batches than others and with none at all."""
+    whole = found[1][0][f"{name} 8 1"]
+    start = model_of(
+        task_of("causal-lm" if name == "packed" else name, rows_of("causal-lm" if name == "packed" else name, 8))
+    )
+    moved = max((x - start.state_dict()[key]).abs().max().item() for key, x in whole["weights"].items())
+    assert moved > 1e-3
+    assert {"l2", "l2_sp"} <= whole["records"][0].keys()
+    for size, accumulation in CUTS[ranks]:
+        for of_rank in found[ranks]:
+            assert_same(of_rank[f"{name} {size} {accumulation}"], whole)
+    steps = found[1][0][f"{name} steps"]
+    assert steps["records"][2]["l2_sp"] > 0.0
+    for of_rank in found[ranks]:
+        assert_same(of_rank[f"{name} steps"], steps)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_have_the_same_weights_bit_for_bit(ranks: int, found: Any) -> None:
+    first, *others = found[ranks]
+    for other in others:
+        for case, result in first.items():
+            for key, x in result.get("weights", {}).items():
+                assert torch.equal(x, other[case]["weights"][key]), (case, key)
+
+
+def test_a_signal_to_one_rank_ends_all_and_resuming_changes_nothing(found: Any) -> None:
+    """28: no rank waits for one that has ended; with dropout, weights and everything logged are bit-equal."""
+    for of_rank in found[2]:
+        assert [of_rank[case]["how"] for case in ("undisturbed", "first", "second", "resumed")] == [
+            "finished", "interrupted", "interrupted", "finished"
+        ]  # fmt: skip
+        assert of_rank["resumed"]["progress"] == of_rank["undisturbed"]["progress"]
+        assert [len(of_rank[case]["records"]) for case in ("first", "second")] == [2, 3]  # one of them of an epoch
+        records = [record for case in ("first", "second", "resumed") for record in of_rank[case]["records"]]
+        assert [r for r in records if r["event"] == "step"] == [
+            r for r in of_rank["undisturbed"]["records"] if r["event"] == "step"
+        ]  # fmt: skip
+        for key, x in of_rank["undisturbed"]["weights"].items():
+            assert torch.equal(x, of_rank["resumed"]["weights"][key]), key
+
+
+def test_ranks_drop_out_by_themselves(found: Any) -> None:
+    drawn = [r["drawn"] for of_rank in found[2] for r in of_rank["undisturbed"]["records"] if r["event"] == "step"]
+    assert len(set(drawn)) == len(drawn) == 18
+
+
+def test_ranks_decide_together(found: Any) -> None:
+    """28: rank 0's scores say when to stop; what one rank alone sees go wrong is an error on all."""
+    for of_rank in found[2]:
+        assert (of_rank["scores"]["how"], of_rank["scores"]["best"]) == ("finished", 3)
+        assert of_rank["nan"]["error"].startswith("the loss is nan in step 1: {'cross_entropy'")
+
+
+def test_another_number_of_ranks_cannot_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run("token-classification", tmp_path, TrainingOptions(epochs=1))
+    monkeypatch.setattr("objkern.finetune.training._of_run", lambda options: {"ranks": 2})
+    with pytest.raises(ValueError, match=r"is of a run with other options: ranks 1 → 2"):
+        run("token-classification", tmp_path, TrainingOptions(epochs=1), resume=True)

@@ -1,0 +1,296 @@
+"""Runs from files to a folder, by the command line; small models from scratch; the search."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import objkern  # noqa: E402
+from objkern.__main__ import main as command  # noqa: E402
+from objkern.finetune import run as runs  # noqa: E402
+from objkern.finetune import saved, search, small  # noqa: E402
+from objkern.finetune.run import RunOptions  # noqa: E402
+from objkern.finetune.small import SmallModel  # noqa: E402
+from objkern.finetune.tasks import TASKS  # noqa: E402
+from objkern.finetune.training import TrainingOptions  # noqa: E402
+
+from .test_finetune_training import rows_of  # noqa: E402
+
+SIZES = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--vocabulary", "400", "--max-length", "64"]
+QUICK = [*SIZES, "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
+
+
+def written(folder: Path, name: str, count: int = 24) -> Path:
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows_of(name, count))), encoding="utf-8")
+    return path
+
+
+def finetune(*words: str | Path) -> int:
+    return command(["finetune", *map(str, words)])
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_run_from_a_file_to_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = written(tmp_path, name)
+    out = tmp_path / "run"
+    assert finetune(name, data, "--output", out, *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2" in printed
+    assert "Written to" in printed
+    asked = json.loads((out / "run.json").read_text())
+    assert asked["task"] == name
+    assert asked["data"] == {"train": 22, "dev": 2}
+    result = json.loads((out / "result.json").read_text())
+    assert result["how"] == "finished"
+    assert result["untrained"].keys() == result["dev"].keys()
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in records].count("step") == result["steps"] == 12
+    model, task = saved.load(out / "model")
+    rows = rows_of(name, 24)[:2]
+    assert len(task.predict(model, rows)) == 2
+    assert (out / "report.html").stat().st_size > 10_000
+
+    assert finetune(name, data, "--output", out, *QUICK) == 2  # which would overwrite it
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_interrupted_and_resumed_by_the_same_command(tmp_path: Path) -> None:
+    """SIGTERM in the middle of an epoch: exit status 3, and with --resume the very weights of an undisturbed run."""
+    data = written(tmp_path, "sequence-classification", 40)
+    base = ["sequence-classification", data, *QUICK, "--dropout", "0.2"]
+    assert finetune(*base, "--output", tmp_path / "whole") == 0
+    code = f"""
+import os, signal, sys
+from objkern.finetune import cli, run
+original = cli.main.__globals__["_show"]
+from objkern.finetune import record
+called = record.Recorder.__call__
+def counted(self, entry):
+    called(self, entry)
+    if entry["event"] == "step" and entry["step"] == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+record.Recorder.__call__ = counted
+sys.exit(cli.main({[*map(str, base), "--output", str(tmp_path / "cut")]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 3, done.stderr
+    assert "Interrupted after step" in done.stdout
+    assert json.loads((tmp_path / "cut" / "result.json").read_text())["how"] == "interrupted"
+    assert finetune(*base, "--output", tmp_path / "cut", "--resume") == 0
+    whole, cut = (saved.load(tmp_path / name / "model")[0].state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    steps = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if s["event"] == "step"] == list(range(1, 19))
+
+
+def test_a_resumed_run_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = written(tmp_path, "sequence-classification")
+    out = tmp_path / "run"
+    assert finetune("sequence-classification", data, "--output", out, "--resume", *QUICK) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert finetune("sequence-classification", data, "--output", out, *QUICK) == 0
+    words = ["sequence-classification", data, "--output", out, "--resume", *QUICK]
+    assert finetune(*words, "--objective", "CrossEntropy() + 0.1*ZLoss()") == 2
+    assert "objective None → 'CrossEntropy() + 0.1*ZLoss()'" in capsys.readouterr().err
+    assert finetune(*words, "--clip", "2") == 2
+    assert "clip 1.0 → 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "folder '/nowhere/at/all' does not exist"),
+        (["--device", "cuda:99"], "device: 'cuda:99' can't be used"),
+        (["--output", "/dev/null/x"], "/dev/null/x"),
+        (["--epochs", "-1"], "epochs: expected a whole number of at least 1 but got -1"),
+        (["--objective", "CrossEntropy() + Nothing()"], "Nothing"),
+        (["--objective", "BinaryCrossEntropy()"], "does not go with sequence-classification"),
+        (["--pack"], "pack: expected the task causal-lm"),
+        (["--hidden-size", "30"], "hidden_size: expected a multiple of 2 * heads"),
+        (["--dropout", "1"], "dropout: expected a number in [0, 1) but got 1.0"),
+        (["--retain", "memory:1"], "retain"),
+        (["--retain", "l2sp:1", "--strategy", "gradual"], "retain: expected kl beside gradual"),
+        (["--retain", "ewc:1"], "retain_data: expected data"),
+        (["--metric", "beauty"], "metric: expected one of accuracy"),
+    ],
+)  # fmt: skip
+def test_bad_options_fail_before_training(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = written(tmp_path, "sequence-classification")
+    output = [] if "--output" in words else ["--output", tmp_path / "run"]
+    assert finetune("sequence-classification", data, *QUICK, *output, *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_rows_are_held_back_where_a_source_has_no_others(tmp_path: Path) -> None:
+    options = RunOptions("sequence-classification", str(written(tmp_path, "sequence-classification", 30)), tmp_path)
+    splits = runs.splits_of(options)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 27, "dev": 3}
+    assert splits == runs.splits_of(options)
+    texts = [row["text"] for rows in splits.values() for row in rows]
+    assert sorted(texts) == sorted(row["text"] for row in rows_of("sequence-classification", 30))
+    other = runs.splits_of(replace(options, training=TrainingOptions(seed=1)))
+    assert other["dev"] != splits["dev"]
+    (tmp_path / "folder").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "folder" / f"{split}.jsonl").write_text('{"text": "the cat", "label": "x"}\n')
+    named = runs.splits_of(replace(options, train=str(tmp_path / "folder")))
+    assert {name: len(rows) for name, rows in named.items()} == {"train": 1, "dev": 1, "test": 1}
+
+
+def test_dropout_is_set_everywhere_but_for_whole_layers() -> None:
+    config = transformers.BertConfig(hidden_dropout_prob=0.3)
+    runs._set_dropout(config, 0.05)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (0.05,) * 3
+    bart = transformers.BartConfig(encoder_layerdrop=0.25)
+    runs._set_dropout(bart, 0.05)
+    assert (bart.dropout, bart.encoder_layerdrop) == (0.05, 0.25)
+
+
+@pytest.mark.parametrize("name", ["sequence-classification", "token-classification", "question-answering"])
+def test_adapters_beside_a_head_that_trains_whole(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    assert (
+        finetune(name, written(tmp_path, name, 12), "--output", tmp_path / "run", "--strategy", "lora:2", *QUICK) == 0
+    )
+    start = transformers.AutoModel.from_pretrained(tmp_path / "run" / "start").state_dict()
+    model, _ = saved.load(tmp_path / "run" / "model")
+    body = model.base_model.state_dict()
+    changed = {key for key, x in start.items() if not torch.equal(x, body[key])}
+    linear = {key for key in start if key.endswith(("Wqkv.weight", "Wo.weight", "Wi.weight"))}
+    assert changed == linear  # by the adapters, which are merged
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    head = sum(p.numel() for key, p in model.named_parameters() if not key.startswith("model."))
+    adapters = sum(2 * sum(start[key].shape) for key in linear)
+    assert result["trained_parameters"] == head + adapters
+
+
+def test_prompt_vectors_are_refused_where_each_token_has_an_answer(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("peft")
+    data = written(tmp_path, "token-classification", 12)
+    assert finetune("token-classification", data, "--output", tmp_path / "run", "--strategy", "prompt:2", *QUICK) == 2
+    assert "strategy: prompt vectors would be tokens with answers" in capsys.readouterr().err
+
+
+# ---- small models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["token-classification", "causal-lm", "seq2seq"])
+def test_a_small_model_is_the_same_from_process_to_process(name: str, tmp_path: Path) -> None:
+    code = """
+import hashlib, sys
+from pathlib import Path
+from objkern.finetune.small import SmallModel, make
+from objkern.finetune.tasks import TASKS
+from tests.test_finetune_training import rows_of
+folder = make(Path(sys.argv[2]), TASKS[sys.argv[1]], rows_of(sys.argv[1], 60), SmallModel(32, 2, 2), 64, 3)
+for file in ("tokenizer.json", "model.safetensors"):
+    print(hashlib.sha256((folder / file).read_bytes()).hexdigest())
+"""
+    printed = [
+        subprocess.run([sys.executable, "-c", code, name, str(tmp_path / k)], capture_output=True, text=True,
+                       env={"PYTHONHASHSEED": k, "PYTHONPATH": str(Path(__file__).parent.parent)}, check=True).stdout
+        for k in ("1", "2")
+    ]  # fmt: skip
+    assert printed[0] == printed[1]
+    assert len(printed[0].split()) == 2
+
+
+def test_what_a_byte_level_tokenizer_writes_is_what_it_read() -> None:
+    tokenizer = small.byte_pairs(["the cat sat", "naïve 東京"], 300, 64, ends=True)
+    for text in ("the  dog\n sat.", "東京 🙂", ""):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_texts_of_rows() -> None:
+    row = {"text": "a b", "label": "no", "words": ["c", "d"], "messages": [{"role": "user", "content": "e"}],
+           "answers": {"text": ["f"], "answer_start": [1]}}  # fmt: skip
+    assert list(small.texts_of(row)) == ["a b", "c d", "user", "e", "f"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SmallModel(layers=0), "layers: expected a whole number"),
+        (lambda: SmallModel(hidden_size=12, heads=4), "hidden_size: expected a multiple of 2"),
+        (lambda: SmallModel(dropout=1.0), "dropout"),
+        (lambda: RunOptions("poetry", "x", Path("y")), "task: expected one of"),
+        (lambda: RunOptions("causal-lm", "x", Path("y"), limit=0), "limit"),
+    ],
+)
+def test_bad_sizes(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+
+def test_braces() -> None:
+    argv = ["--learning-rate", "{1e-5..1e-3:log}", "--batch-size", "{4..16}", "--optimizer={sgd,adamw}",
+            "--objective", "CrossEntropy(label_smoothing={0..0.3}) + {z=1e-6..1e-2:log}*ZLoss()"]  # fmt: skip
+    variables = search.variables_of(argv)
+    assert [v.name for v in variables] == ["learning_rate", "batch_size", "optimizer", "objective_1", "z"]
+    assert [v.whole for v in variables] == [False, True, False, False, False]
+    assert [v.log for v in variables] == [True, False, False, False, True]
+    words = search.filled(argv, ["2e-5", "8", "sgd", "0.1", "1e-4"])
+    assert words[:5] == ["--learning-rate", "2e-5", "--batch-size", "8", "--optimizer=sgd"]
+    assert words[-1] == "CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss()"
+    objkern.parse(words[-1])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("{1..}", "expected {low..high}"),
+        ("{5..1}", "a smaller and a larger number"),
+        ("{0..1:log}", "number above 0"),
+        ("{a..b}", "two numbers"),
+        ("{x}", "expected {low..high}"),
+    ],
+)
+def test_bad_braces(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search.variables_of(["--learning-rate", word])
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("optuna")
+    data = written(tmp_path, "sequence-classification", 40)
+    words = ["sequence-classification", data, *QUICK, "--output", tmp_path / "search", "--learning-rate", "{1e-4..1e-2:log}",
+             "--objective", "CrossEntropy(label_smoothing={0..0.3})"]  # fmt: skip
+    assert finetune(*words, "--search", "2") == 0
+    assert finetune(*words, "--search", "4") == 0  # two more
+    printed = capsys.readouterr().out
+    assert "run 3 of 4" in printed
+    assert printed.count("run 1 of") == 1
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(found["runs"]) == 4
+    assert set(found["best"]["values"]) == {"learning_rate", "objective"}
+    best = tmp_path / "search" / found["best"]["run"]
+    saved.load(best / "model")
+    assert sum((folder / "model").exists() for folder in (tmp_path / "search").glob("trial-*")) == 1
+    page = (tmp_path / "search" / "search.html").read_text()
+    assert "trial-0003" in page
+    assert "http" not in page.split("<main>")[0]
+    assert finetune(*words, "--search", "4", "--clip", "{0.5..2}") == 2
+    assert "a search over something else" in capsys.readouterr().err
+    assert finetune(*words[:-4], "--search", "4") == 2
+    assert "expected something to search for" in capsys.readouterr().err
