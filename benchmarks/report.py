@@ -90,6 +90,9 @@ REMARKS = {
     "cross-entropy, both with the gradient in the backward pass.",
     "Terms on parameters": "Value and gradients of all weight matrices of a sentence encoder; eager torch: the sum "
     "over the parameters as training scripts have it.",
+    "Whole steps of fine-tuning": "Forward, backward and AdamW in float32. Stock: the loss that transformers computes; "
+    "eager: the formula on the model's logits; objkern: attached to the model (causal), or on its logits. Memory: what "
+    "a step adds to the resident set once weights and moments are there, gradients included.",
     "Errors against float64": "Relative: of the loss, and of the gradient in the Euclidean norm.",
 }
 

@@ -44,6 +44,8 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
         yield "Six terms", six_terms(chosen)
     if chosen := of_kind(entries, "penalty"):
         yield "Terms on parameters", penalties(chosen)
+    if chosen := of_kind(entries, "finetune step"):
+        yield "Whole steps of fine-tuning", finetune_steps(chosen)
     if steps:
         yield "Errors against float64", errors(steps)
 
@@ -218,6 +220,18 @@ def penalties(entries: list[Entry]) -> str:
             time(entry, "objkern"), ratio(entry, "eager"),
         ]
         for entry in entries
+    ])  # fmt: skip
+
+
+def finetune_steps(entries: list[Entry]) -> str:
+    header = ["model", "tokens", "classes", "objective", "loss by", "a step", "tokens/s", "others / objkern", "memory"]
+    return table(header, [
+        [
+            f"{entry['training']}: {entry['why']}", str(entry["rows"]), str(entry["classes"]), entry["workload"], name,
+            time(entry, name), f"{entry['rows'] / entry['seconds'][name][1]:,.0f}", ratio(entry, name),
+            megabytes(entry["bytes"][name]),
+        ]
+        for entry in entries for name in ("stock", "eager", "objkern") if name in entry["seconds"]
     ])  # fmt: skip
 
 

@@ -397,3 +397,92 @@ def test_rates() -> None:
         assert rates[4] == 1.0
         assert rates[12] == pytest.approx(half)
         assert rates[-1] > 0.0
+
+
+# ---- the same as plain torch ----------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """REGULARIZED as people write it: every term a pass of its own."""
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    logits, labels = logits[labels != -100], labels[labels != -100]
+    plain = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+    return (plain + 0.01 * logits.logsumexp(-1).square().sum()) / count
+
+
+def native_loss(task: Task) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """What a task's loss is, by transformers' own logits and torch's own functions."""
+
+    def loss(model: Any, batch: Any, objective: Any, count: int, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        y, inputs = batch.target, batch.inputs
+        if task.name == "question-answering":
+            out, padding = model(**inputs), inputs["attention_mask"] == 0
+            both = [z.masked_fill(padding, -torch.inf) for z in (out.start_logits, out.end_logits)]
+            # Smoothed over the classes that there are.
+            total = sum(
+                cross_entropy(z[keep][None], k[None], count)
+                for logits, labels in zip(both, y.unbind(1), strict=True)
+                for z, k in zip(logits, labels, strict=True)
+                if (keep := z > -torch.inf) is not None
+            )
+            return total / 2, {"total": (total / 2).detach()}
+        if task.name == "seq2seq":
+            value = cross_entropy(model(**inputs, labels=y).logits, y, count)
+        elif task.name == "causal-lm":
+            value = cross_entropy(model(**inputs, use_cache=False).logits[:, :-1], y[:, 1:], count)
+        elif task.name == "token-classification" or task.problem == "single_label_classification":
+            value = cross_entropy(model(**inputs).logits, y, count)
+        elif task.problem == "regression":
+            value = nn.functional.mse_loss(model(**inputs).logits[:, 0], y, reduction="sum") / count
+        else:
+            z = model(**inputs).logits
+            value = nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / count
+            value = value + 0.1 * z.square().sum() / count
+        return value, {"total": value.detach()}
+
+    return loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_and_native_curves_are_the_same(name: str, tmp_path: Path) -> None:
+    """Fifty steps of AdamW in float32, losses within 1e-4: objkern's objective, and the formula in plain torch."""
+    formula = {"several": "BinaryCrossEntropy() + 0.1*LogitL2()", "number": "MeanSquaredError()"}.get(name, REGULARIZED)
+    options = TrainingOptions(epochs=13, batch_size=4, accumulation=2, learning_rate=1e-3, patience=99)
+    curves = []
+    for how in ("fused", "native"):
+        rows = rows_of(name, 30)
+        task = task_of(name, rows)
+        if how == "native":
+            task.loss = native_loss(task)  # type: ignore[method-assign]
+        model, records = model_of(task), []
+        train(model, task, task.examples(rows), lambda task=task, model=model, rows=rows: task.score(model, rows[:2]),
+              objkern.parse(formula), options, tmp_path / how, records.append)  # fmt: skip
+        curves.append([record["total"] for record in records if record["event"] == "step"][:50])
+    fused, native = map(torch.tensor, curves)
+    assert len(fused) == 50
+    assert fused[-5:].mean() < fused[:5].mean()
+    torch.testing.assert_close(fused, native, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["token-classification", "causal-lm", "seq2seq"])
+def test_activations_that_are_computed_anew_change_nothing(name: str, tmp_path: Path) -> None:
+    """Not a bit, and dropout falls on the same places."""
+    options = TrainingOptions(epochs=2, batch_size=4, learning_rate=1e-3)
+    _, kept, _ = run(name, tmp_path / "kept", options, dropout=0.2)
+    options = TrainingOptions(epochs=2, batch_size=4, learning_rate=1e-3, checkpointing=True)
+    _, anew, _ = run(name, tmp_path / "anew", options, dropout=0.2)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in anew.modules())
+    assert differences(kept, anew) == 0.0
+
+
+@pytest.mark.parametrize("name", ["sequence-classification", "causal-lm"])
+def test_mixed_precision(name: str, tmp_path: Path) -> None:
+    """Products in bfloat16, weights and moments in float32: near, and not the same."""
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        options = TrainingOptions(epochs=3, batch_size=4, learning_rate=1e-3, precision=precision)
+        _, model, records = run(name, tmp_path / precision, options)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        rows.append(torch.tensor([record["total"] for record in records if record["event"] == "step"]))
+    assert not torch.equal(*rows)
+    torch.testing.assert_close(*rows, rtol=2e-2, atol=0.0)

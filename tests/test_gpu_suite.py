@@ -117,16 +117,27 @@ def test_without_a_device_the_command_says_so() -> None:
 def test_a_dry_run(tmp_path: Path) -> None:
     """Each kind of step once, by its real command."""
     chosen = [
-        word for name in ("ceilings", "small", "elementwise", "host", "plans", "sanitizer") for word in ("--only", name)
+        word
+        for name in ("ceilings", "small", "elementwise", "finetune", "host", "plans", "sanitizer")
+        for word in ("--only", name)
     ]
     command = [sys.executable, "-m", "benchmarks.gpu", "--stand-in", "--quick", "--out", str(tmp_path), *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert list(result["steps"]) == ["facts", "sanitizer", "ceilings", "small", "elementwise", "host", "plans"]
+    assert list(result["steps"]) == [
+        "facts",
+        "sanitizer",
+        "ceilings",
+        "small",
+        "elementwise",
+        "finetune",
+        "host",
+        "plans",
+    ]
     assert {step["status"] for step in result["steps"].values()} == {"ok"}, done.stdout
     kinds = {entry["kind"] for step in result["steps"].values() for entry in step["entries"]}
-    assert {"facts", "sanitizer", "copy", "gemm", "small", "host", "profile", "plan"} <= kinds
+    assert {"facts", "sanitizer", "copy", "gemm", "small", "finetune step", "host", "profile", "plan"} <= kinds
     assert "| target " in done.stdout
     assert status.load(tmp_path) == []  # a stand-in is no GPU
 

@@ -10,8 +10,8 @@
     objectives.py   large logits                        small.py        small ones
     variants.py     forward, gradient and fused apart   plans.py        how kernels are launched, for the tables
     host.py         what a call costs the host          elementwise.py  elementwise objectives
-    figures.py      targets                             claims.py       what is claimed
-    status.py       docs/gpu-status.md
+    finetune.py     whole steps of a language model     figures.py      targets
+    claims.py       what is claimed                     status.py       docs/gpu-status.md
 
 Nothing here changes a setting of the device: it is measured as it is found.
 """

@@ -10,6 +10,7 @@ Entry = dict[str, Any]
 
 # Passes over the logits that no implementation can avoid: read twice and write once, or read once and write once.
 PASSES = {"backward": 3, "forward": 2}
+OURS = "objkern"  # where a contest has one of them
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 
 
@@ -43,6 +44,14 @@ TARGETS = {
     "elementwise": Target("elementwise objectives with penalties, eager torch: its time / the best of objkern", 3.0),
     "divergence": Target("KL divergence from a reference, eager torch: its time / the best of objkern", 5.0),
     "penalties": Target("L2SP of 22M weights, the sum over the parameters in eager torch: its time / objkern's", 2.0),
+    "finetune step": Target(
+        "a whole step of a 91M language model, V = 128256, 2048 tokens: the time of the quickest of transformers' own "
+        "loss, eager torch and Liger-Kernel / objkern's",
+        1.0,
+    ),
+    "finetune batch": Target(
+        "the largest batch of that model that fits: objkern's / that of transformers' own loss or eager torch", 1.5
+    ),
     "host": Target("512 × 32, the host's time for forward and backward / F.cross_entropy's", 1.1, at_least=False),
 }
 
@@ -88,7 +97,8 @@ def best(entry: Entry, *words: str) -> str | None:
 
 
 def findings(result: Result) -> list[Finding]:
-    return [*bandwidths(result), *speeds(result), *prices(result), *linears(result), *elements(result), *hosts(result)]
+    kinds = (bandwidths, speeds, prices, linears, elements, steps, hosts)
+    return [finding for kind in kinds for finding in kind(result)]
 
 
 def bandwidths(result: Result) -> Iterator[Finding]:
@@ -155,6 +165,19 @@ def elements(result: Result) -> Iterator[Finding]:
     for entry in entries(result, "penalty"):
         if (ratio := entry.get("ratio", {}).get("eager / objkern L2SP")) is not None:
             yield Finding("penalties", f"{entry['weights']} weights", ratio[1], "objkern L2SP")
+
+
+def steps(result: Result) -> Iterator[Finding]:
+    for entry in entries(result, "finetune step"):
+        if OURS not in entry.get("seconds", {}):
+            continue
+        place = f"{where(entry)} {entry['workload']}"
+        others = [ratio[1] for pair, ratio in entry["ratio"].items() if pair.endswith(f" / {OURS}")]
+        if others:
+            yield Finding("finetune step", place, min(others), OURS)
+        native = [batch for name, batch in entry["largest_batch"].items() if name in ("stock", "eager")]
+        if native:
+            yield Finding("finetune batch", place, entry["largest_batch"][OURS] / max(native), OURS)
 
 
 def hosts(result: Result) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ STEPS = [
     Step("linear", "the fused linear path against everyone and the bare GEMMs", 80, 45, "linear"),
     Step("small", "small logits", 60, 30, "small"),
     Step("elementwise", "elementwise objectives, divergence, terms on parameters", 80, 35, "elementwise"),
+    Step("finetune", "whole steps of a language model: tokens/s, memory, largest batch", 90, 45, "finetune"),
     Step("host", "what a call costs the host", 60, 30, "host"),
     Step("variants", "forward, gradient and fused apart", 45, 20, "variants"),
     Step("plans", "every way to launch, for the tables", 65, 40, "plans"),
