@@ -258,6 +258,7 @@ class Attached:
     def loss(
         self, hidden: Tensor, layer: Layer, target: Tensor, scale: float | Tensor, cap: float | None, **options: Any
     ) -> Tensor:
+        _must_be_there(layer.weight)
         if target.shape != hidden.shape[:-1] and target.numel() == hidden.shape[:-1].numel():
             target = target.reshape(hidden.shape[:-1])
         if self.logits_of_reference is not None:
@@ -271,6 +272,17 @@ class Attached:
 
 
 _KEY = "_objkern_attached"
+
+
+def _must_be_there(weight: Tensor) -> None:
+    """Weights of a module that FSDP shards by itself are gone when its forward pass ends, and the loss comes later."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        return
+    if weight.numel() > 0 and weight.untyped_storage().nbytes() == 0:
+        raise ValueError(
+            "head: its weight is sharded by itself, and is not there when the loss is computed; shard the head with "
+            "the whole model: fully_shard(model), without fully_shard(model.lm_head)"
+        )
 
 
 def attach(
@@ -314,7 +326,7 @@ def attach(
     options = {"mode": mode, "chunk_rows": chunk_rows, "memory_budget": memory_budget, "backend": backend}
     # Now, and not after the first forward pass: one row of one feature.
     weight = layer.weight.detach()
-    narrow = weight.new_zeros(1, 1)
+    narrow = torch.zeros(1, 1, dtype=weight.dtype, device=weight.device)  # whole, also where the weight is sharded
     of_reference = {} if reference is None else {"reference": _narrow_reference(reference, owner, weight, narrow)}
     with torch.no_grad():
         objective.linear(narrow, narrow.expand(weight.shape[0], 1), torch.zeros(1, dtype=torch.long).to(weight.device),
