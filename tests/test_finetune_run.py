@@ -115,7 +115,7 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFi
         (["--output", "/dev/null/x"], "/dev/null/x"),
         (["--epochs", "-1"], "epochs: expected a whole number of at least 1 but got -1"),
         (["--objective", "CrossEntropy() + Nothing()"], "Nothing"),
-        (["--objective", "BinaryCrossEntropy()"], "does not go with sequence-classification"),
+        (["--objective", "BinaryCrossEntropy()"], "objective: expected terms over classes"),
         (["--pack"], "pack: expected the task causal-lm"),
         (["--hidden-size", "30"], "hidden_size: expected a multiple of 2 * heads"),
         (["--dropout", "1"], "dropout: expected a number in [0, 1) but got 1.0"),
@@ -185,6 +185,55 @@ def test_prompt_vectors_are_refused_where_each_token_has_an_answer(tmp_path: Pat
     data = written(tmp_path, "token-classification", 12)
     assert finetune("token-classification", data, "--output", tmp_path / "run", "--strategy", "prompt:2", *QUICK) == 2
     assert "strategy: prompt vectors would be tokens with answers" in capsys.readouterr().err
+
+
+def test_every_row_is_checked_before_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = written(tmp_path, "sequence-classification")
+    words = ["sequence-classification", data, "--output", tmp_path / "run", *QUICK]
+    for name, text, message in (
+        ("empty", "", "dev data: there are no rows"),
+        ("other", '{"words": ["a"]}', "dev data, row 1, column 'text'"),
+        ("unlabelled", '{"text": "a"}', "dev data, row 1, column 'label'"),
+        ("unknown", '{"text": "a", "label": "neither"}', "'neither' does not occur in training"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        assert finetune(*words, "--dev", tmp_path / f"{name}.jsonl") == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_label_that_occurs_once_stays_in_training(tmp_path: Path) -> None:
+    rows = [{"text": f"text {k}", "label": str(k) if k < 5 else "rest"} for k in range(20)]
+    for seed in range(20):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        options = RunOptions("sequence-classification", str(path), tmp_path, training=TrainingOptions(seed=seed))
+        splits = runs.splits_of(options)
+        assert {row["label"] for row in splits["train"]} == {"0", "1", "2", "3", "4", "rest"}
+        assert len(splits["dev"]) == 2
+
+
+def test_weights_are_float32_whatever_they_were_saved_in(tmp_path: Path) -> None:
+    data = written(tmp_path, "sequence-classification", 12)
+    assert finetune("sequence-classification", data, "--output", tmp_path / "first", *QUICK) == 0
+    transformers.AutoModel.from_pretrained(tmp_path / "first" / "start", dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "half"
+    )
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "first" / "start").save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    words = ["sequence-classification", data, "--output", tmp_path / "second", "--model", tmp_path / "half", *QUICK]
+    assert finetune(*words) == 0
+    assert {p.dtype for p in saved.load(tmp_path / "second" / "model")[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [("number", "CrossEntropy()"), ("several", "CrossEntropy()"), ("causal-lm", "MeanSquaredError()")],
+)
+def test_an_objective_of_another_kind_is_refused(name: str, formula: str, tmp_path: Path, capsys: Any) -> None:
+    task = name if name in TASKS else "sequence-classification"
+    assert finetune(task, written(tmp_path, name), "--output", tmp_path / "run", "--objective", formula, *QUICK) == 2
+    assert "objective: expected terms" in capsys.readouterr().err
 
 
 # ---- small models ---------------------------------------------------------------------------------------------------
@@ -290,7 +339,10 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Captur
     page = (tmp_path / "search" / "search.html").read_text()
     assert "trial-0003" in page
     assert "http" not in page.split("<main>")[0]
-    assert finetune(*words, "--search", "4", "--clip", "{0.5..2}") == 2
-    assert "a search over something else" in capsys.readouterr().err
+    for more in (["--clip", "{0.5..2}"], ["--clip", "2"]):
+        assert finetune(*words, "--search", "4", *more) == 2
+        assert "a search over something else" in capsys.readouterr().err
+    assert finetune(*words, "--search", "4", "--clip", "{0..2}") == 2
+    assert "clip: expected a positive number but got 0" in capsys.readouterr().err
     assert finetune(*words[:-4], "--search", "4") == 2
     assert "expected something to search for" in capsys.readouterr().err

@@ -285,7 +285,7 @@ def test_only_what_the_model_is_to_say_counts() -> None:
         "system : good </s> user : say hello </s>"
     )
     changing = causal(tokenizer=tokenizer_of_words(chat_template="{{ messages|length }} " + TEMPLATE))
-    with pytest.raises(ValueError, match=r"row 1, column 'messages': .* changes earlier turns"):
+    with pytest.raises(ValueError, match=r"row 1, column 'messages': .* does not put an answer"):
         changing.examples([{"messages": CHAT}])
     with pytest.raises(ValueError, match=r"row 1: expected a column text, or prompt and completion, or messages"):
         task.examples([{"prompt": "x"}])
@@ -360,3 +360,56 @@ def test_seq2seq() -> None:
     assert len(task.predict(model, rows)) == 2
     assert task.evaluate(rows, ["a dog", "it was blue"]).metrics["exact_match"] == 0.5
     assert task.evaluate(rows, [row["target"] for row in rows]).metrics["chrf"] == pytest.approx(100.0)
+
+
+def test_labels_that_a_dataset_does_not_have(tmp_path: Path) -> None:
+    """−1 and None are no labels; never the last class."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    table = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, None]}, features=features)
+    table.save_to_disk(tmp_path / "rows")
+    assert [row["label"] for row in data.read(tmp_path / "rows")] == ["yes", None, None]
+
+
+def test_line_ends_within_a_text(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\u0085c", "label": "x"}, {"text": "d", "label": "y"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert data.read(written(tmp_path, "rows.jsonl", text)) == rows
+
+
+def test_cells_that_look_like_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path, "rows.csv", "text,text_pair,label\n42,,1\nnan,7,2\n")
+    assert data.read(path) == [
+        {"text": "42", "text_pair": None, "label": 1}, {"text": "nan", "text_pair": "7", "label": 2},
+    ]  # fmt: skip
+
+
+def test_answers_and_questions_that_do_not_fit() -> None:
+    task = TASKS["question-answering"](tokenizer_of_words(), max_length=32)
+    row = {"question": "who ?", "context": "the cat", "answers": {"text": "cat", "answer_start": 4}}
+    with pytest.raises(ValueError, match="row 1, column 'answers'"):
+        data.checked([row], task.columns)
+    with pytest.raises(ValueError, match=r"row 1, column 'question': expected at most \d+ tokens"):
+        task.examples([{"question": "cat " * 25, "context": "the cat"}])
+
+
+def test_a_template_that_leaves_out_earlier_thoughts_makes_an_example_of_every_answer() -> None:
+    """Each as the model sees it: the thought stands in the last answer alone."""
+    template = (
+        "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' and loop.last %}the mat {% endif %}"
+        "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    task = causal(tokenizer=tokenizer_of_words(chat_template=template))
+    chat = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "a dog"},
+            {"role": "user", "content": "where ?"}, {"role": "assistant", "content": "a cat"}]  # fmt: skip
+    counted = [
+        task.tokenizer.decode([y for y in example.label if y != -100])
+        for example in task.examples([{"messages": chat}])
+    ]
+    assert counted == ["the mat a dog </s>", "the mat a cat </s>"]
+
+
+def test_a_template_that_refuses_a_chat_names_the_row() -> None:
+    task = causal(tokenizer=tokenizer_of_words(chat_template="{{ raise_exception('no system turns') }}"))
+    with pytest.raises(ValueError, match=r"row 1, column 'messages': .* no system turns"):
+        task.examples([{"messages": CHAT}])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 SPLITS = {"train": ("train", "training"), "dev": ("validation", "valid", "dev", "val"), "test": ("test", "testing")}
+_NUMBERS = ("label",)  # columns of a table that may be numbers
 _WHOLE = ""  # the name of what is one split by itself
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -118,7 +119,7 @@ def _rows_of_json(path: Path) -> Iterator[Row]:
             raise ValueError(f"data: {path}, line {error.lineno}: {error.msg}") from error
         yield from (_row(path, f"row {number}", row) for number, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand within a text
         if not line.strip():
             continue
         try:
@@ -146,13 +147,13 @@ def _rows_of_table(path: Path) -> Iterator[Row]:
                         f"data: {path}, line {reader.line_num}: expected the {len(reader.fieldnames)} columns of the "
                         f"first line but got {count}"
                     )
-                yield {name: _number(value) for name, value in row.items()}
+                yield {name: _number(value) if name in _NUMBERS else value or None for name, value in row.items()}
         except csv.Error as error:
             raise ValueError(f"data: {path}, line {reader.line_num}: {error}") from error
 
 
 def _number(value: str) -> Any:
-    """Cells of a table are texts; what is nothing but a number is one, as it is in every other format."""
+    """Cells of a table are texts; a label that is nothing but a number is one, as it is in every other format."""
     for kind in (int, float):
         try:
             return kind(value) if value == value.strip() and "_" not in value else value
@@ -196,8 +197,13 @@ def _with_names(table: Any) -> list[Row]:
             continue
         for row in rows:
             value = row[column]
-            row[column] = [names[k] for k in value] if isinstance(value, list) else names[value]
+            row[column] = [_name(names, k) for k in value] if isinstance(value, list) else _name(names, value)
     return rows
+
+
+def _name(names: Sequence[str], number: int | None) -> str | None:
+    """None where there is no label, for which datasets have −1 as well."""
+    return None if number is None or number < 0 else names[number]
 
 
 def checked(rows: Sequence[Row], columns: Iterable[Column], source: str = "data") -> Sequence[Row]:

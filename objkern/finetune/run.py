@@ -11,8 +11,10 @@ runs/NAME/run.json        what was asked for, by which command, on what; the unt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,7 @@ from torch import nn
 import objkern
 
 from . import retention, saved, strategies
-from .data import Row, read, read_all
+from .data import Row, checked, read, read_all
 from .memory import peak_bytes
 from .record import Recorder, check_writable, provenance, write_json
 from .reports import write_curves, write_report
@@ -85,6 +87,8 @@ class RunOptions:
             raise ValueError(
                 f"pack: expected the task causal-lm, whose texts can share a sequence, but got {self.task}"
             )
+        if self.pack and self.training.strategy.startswith("prompt"):
+            raise ValueError("pack: expected no prompt vectors, whose model does not keep packed texts apart")
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1) but got {self.dropout!r}")
         for name, least in (("limit", 1), ("max_length", 8)):
@@ -153,10 +157,10 @@ def run(
         untrained = _same_run(options.output / "run.json", described)
     else:
         rows = ready.splits.get("test") or ready.splits["dev"]
+        metric, watched = options.training.metric, _score(ready, "dev").metrics
+        if metric is not None and metric not in watched:
+            raise ValueError(f"metric: expected one of {', '.join(watched)} but got {metric!r}")
         untrained = ready.task.test(ready.model, rows).metrics
-        metric = options.training.metric
-        if metric is not None and metric not in untrained:
-            raise ValueError(f"metric: expected one of {', '.join(untrained)} but got {metric!r}")
         if first:
             write_json(options.output / "run.json", {**described, "untrained": untrained, **provenance(command)})
 
@@ -181,9 +185,9 @@ def run(
         "trained_parameters": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
     }  # fmt: skip
     if outcome.how != "interrupted":
-        result |= _tested(ready)
-        if first:
+        if first:  # before anything else that could go wrong
             saved.save(options.output / "model", ready.model, ready.task)
+        result |= _tested(ready)
     if first:
         write_json(options.output / "result.json", result)
         write_curves(options.output)
@@ -206,20 +210,28 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
             make(options.output / "start", kind, splits["train"], options.new_model, options.max_length, seed)
         _wait_for_all_ranks()
     tokenizer = load_tokenizer(source, options.task)
+    for name, rows in splits.items():
+        # All of them before anything is trained.
+        checked(rows, kind.columns, options.train if name == "train" else f"{name} data")
     task = kind(tokenizer, splits["train"], max_length=options.max_length, source=options.train,
                 **({"pack": True} if options.pack else {}))  # fmt: skip
     examples = task.examples(splits["train"], options.train)
     for name, rows in splits.items():
         if name != "train":
-            task.examples(rows, f"{name} data")  # so that a bad row is named now, and not after an epoch
+            task.examples(rows, f"{name} data")
     device = device_of(options.device)
     torch.manual_seed(seed)  # the new head's weights
     model = load_model(source, task, options.dropout)
     model = strategies.apply(model, options.training.strategy, task.name).to(device)
     built = objkern.parse(options.objective or task.formula()) if objective is None else objective
+    wanted = task.elementwise
+    if getattr(built, "_elementwise", wanted) != wanted:
+        kind_of = "terms that compare element by element" if wanted else "terms over classes"
+        raise ValueError(f"objective: expected {kind_of}, such as {task.formula()}, for this data but got {built!r}")
     built, reference = built.to(device), None
     if options.retain is not None:
-        kept = task.examples(read(options.retain_data), options.retain_data) if options.retain_data else []
+        source = options.retain_data
+        kept = task.examples(checked(read(source), kind.columns, source), source) if source else []
         built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
     _try(model, task, examples, built, reference)
     return Run(options, task, splits, examples, model, built, reference, device)
@@ -239,10 +251,31 @@ def splits_of(options: RunOptions) -> Splits:
         if len(rows) < 2:
             raise ValueError(f"train: expected at least 2 rows, one of them to judge by, but got {len(rows)}")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.training.seed)).tolist()
-        held = set(order[: max(1, round(DEV_SHARE * len(rows)))])
+        held = _held(rows, order, max(1, round(DEV_SHARE * len(rows))))
         found["dev"] = [row for k, row in enumerate(rows) if k in held]
         found["train"] = [row for k, row in enumerate(rows) if k not in held]
     return found
+
+
+def _held(rows: Sequence[Row], order: Sequence[int], count: int) -> set[int]:
+    """The first rows of the order without which every label still occurs; the first one where there are none."""
+    names = [_labels_in(row) for row in rows]
+    left = Counter(name for some in names for name in some)
+    held: set[int] = set()
+    for place in order:
+        if len(held) == count:
+            break
+        if all(left[name] > 1 for name in names[place]):
+            held.add(place)
+            left.subtract(names[place])
+    return held or {order[0]}
+
+
+def _labels_in(row: Row) -> set[str]:
+    found = row.get("label", row.get("tags"))
+    if found is None or isinstance(found, float):  # a number to be told has no class that could be missing
+        return set()
+    return {str(name) for name in found} if isinstance(found, list | tuple) else {str(found)}
 
 
 def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
@@ -276,7 +309,10 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
             config.pad_token_id = task.tokenizer.pad_token_id
         with _quiet():  # that a head is new is what fine-tuning means
             return getattr(transformers, task.auto_model).from_pretrained(
-                name, config=config, ignore_mismatched_sizes=True
+                name,
+                config=config,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,  # `precision` says in what it runs
             )
     except (OSError, ValueError) as error:
         raise ValueError(f"model: {name!r} can't be loaded for {task.name}: {_first_line(error)}") from error
@@ -330,9 +366,9 @@ def _tested(ready: Run) -> dict[str, Any]:
             found |= {split: evaluation.metrics, "table": evaluation.table, "confusion": evaluation.confusion,
                       "classes": evaluation.classes}  # fmt: skip
     rows = (ready.splits.get("test") or ready.splits["dev"])[:SAMPLES]
-    answers = ready.task.predict(ready.model, rows)
+    answers, columns = ready.task.predict(ready.model, rows), {column.name for column in ready.task.columns}
     found["samples"] = [
-        {"input": {name: value for name, value in row.items() if name not in _TRUTH},
+        {"input": {name: value for name, value in row.items() if name in columns and name not in _TRUTH},
          "truth": next((row[name] for name in _TRUTH if name in row), None), "predicted": answer}
         for row, answer in zip(rows, answers, strict=True)
     ]  # fmt: skip
@@ -347,6 +383,7 @@ def _described(options: RunOptions, ready: Run) -> dict[str, Any]:
     return {
         "name": options.output.name, "task": options.task, "objective": str(ready.objective),
         "model": options.model or "from scratch", "data": {name: len(rows) for name, rows in ready.splits.items()},
+        "rows": hashlib.sha256(repr(ready.splits).encode("utf-8", "surrogatepass")).hexdigest(),
         "options": asked,
     }  # fmt: skip
 
@@ -362,16 +399,25 @@ def _check_folder(folder: Path, resume: bool) -> None:
 def _same_run(path: Path, described: dict[str, Any]) -> dict[str, float]:
     """The untrained model's scores, if the run of that record is the one that is asked for now."""
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} {before['options'].get(name)!r} → {value!r}"
-        for name, value in described["options"].items()
-        if name not in ("output", "device", "training") and before["options"].get(name) != value
-    ]
-    if before["data"] != described["data"]:
-        changed.append(f"rows {before['data']} → {described['data']}")
+    was, now = _flat(before["options"]), _flat(described["options"])
+    changed = [f"{name} {was.get(name)!r} → {value!r}" for name, value in now.items()
+               if name not in _MAY_CHANGE and was.get(name) != value]  # fmt: skip
+    if before["rows"] != described["rows"]:
+        changed.append("other rows in the data")
     if changed:
         raise ValueError(f"resume: {path.parent} is a run with other options: {', '.join(changed)}")
     return before["untrained"]
+
+
+_MAY_CHANGE = ("output", "device", "checkpoint_steps")  # and it is the same run
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with those of training and of a new model among them."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _must_exist(name: str) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,11 @@ class Variable:
         return repr(trial.suggest_float(self.name, self.low, self.high, log=self.log))
 
     @property
-    def first(self) -> str:
-        return self.choices[0] if self.choices else str(int(self.low)) if self.whole else repr(self.low)
+    def ends(self) -> list[str]:
+        """All choices, or the two ends of the range."""
+        if self.choices:
+            return list(self.choices)
+        return [str(int(end)) if self.whole else repr(end) for end in (self.low, self.high)]
 
 
 def variables_of(argv: Sequence[str]) -> list[Variable]:
@@ -108,13 +112,16 @@ def main(argv: Sequence[str]) -> int:
     variables = variables_of(argv)
     if not variables:
         raise ValueError("search: expected something to search for, such as --learning-rate {1e-5..1e-3:log}")
-    arguments = parser().parse_args(filled(argv, [variable.first for variable in variables]))
-    options_from(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("search: expected one process; each of its runs is one")
+    for values in _corners(variables):
+        arguments = parser().parse_args(filled(argv, values))
+        options_from(arguments)
     if arguments.search < 1:
         raise ValueError(f"search: expected a number of runs of at least 1 but got {arguments.search}")
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    study = _study(optuna, folder, variables, arguments.seed)
+    study = _study(optuna, folder, variables, _fixed(argv))
     while (done := _counted(study)) < arguments.search:
         study.sampler = optuna.samplers.TPESampler(seed=arguments.seed + len(study.trials))
         trial = study.ask()
@@ -134,13 +141,34 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _study(optuna: Any, folder: Path, variables: Sequence[Variable], seed: int) -> optuna.Study:
+def _corners(variables: Sequence[Variable]) -> Iterator[list[str]]:
+    """Command lines' values so that every choice and both ends of every range occur, to be checked before any run."""
+    yield [variable.ends[0] for variable in variables]
+    for place, variable in enumerate(variables):
+        for end in variable.ends[1:]:
+            yield [end if k == place else other.ends[0] for k, other in enumerate(variables)]
+
+
+def _fixed(argv: Sequence[str]) -> list[str]:
+    """What all runs of a search share: its command but for the number of runs and the folder."""
+    found, skips = [], False
+    for word in argv:
+        if skips:
+            skips = False
+        elif word in ("--search", "--output"):
+            skips = True
+        elif not word.startswith(("--search=", "--output=")):
+            found.append(word)
+    return found
+
+
+def _study(optuna: Any, folder: Path, variables: Sequence[Variable], fixed: list[str]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{(folder / 'study.db').resolve()}", study_name="search", load_if_exists=True,
         direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
     )  # fmt: skip
-    space = [asdict(variable) | {"choices": list(variable.choices)} for variable in variables]
+    space = [fixed, [asdict(variable) | {"choices": list(variable.choices)} for variable in variables]]
     if study.user_attrs.setdefault("space", space) != space:
         raise ValueError(f"search: {folder} is a search over something else; name another folder")
     study.set_user_attr("space", space)
@@ -174,19 +202,26 @@ def _run_trial(
     except optuna.TrialPruned as pruned:
         print(f"    pruned after {pruned}", flush=True)
         study.tell(trial, state=states.PRUNED)
-    except FloatingPointError as error:
-        print(f"    failed: {error}", flush=True)
-        trial.set_user_attr("error", str(error))
-        study.tell(trial, state=states.FAIL)
+    except Exception as error:  # a loss that is not finite, memory that runs out: the others go on
+        _failed(study, trial, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     else:
         if result["how"] == "interrupted":
             study.tell(trial, state=states.FAIL)
             return False
+        if not math.isfinite(result["best_score"]):
+            _failed(study, trial, "the dev metric is not defined on these rows")
+            return True
         trial.set_user_attr("dev", result["dev"])
         print(f"    {result['best_score']:.4g}", flush=True)
         study.tell(trial, result["best_score"])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return True
+
+
+def _failed(study: optuna.Study, trial: optuna.Trial, why: str) -> None:
+    print(f"    failed: {why}", flush=True)
+    trial.set_user_attr("error", why)
+    study.tell(trial, state=type(study.trials[-1].state).FAIL)
 
 
 def _counted(study: optuna.Study) -> int:

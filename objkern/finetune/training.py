@@ -182,6 +182,8 @@ def train(
                 raise ValueError(f"metric: expected one of {', '.join(found)} but got {metric!r}")
             lower = metric in LOWER
             value = -found[metric] if lower else found[metric]
+            if math.isnan(value):  # of a metric that these rows do not define: worse than any number
+                value = -math.inf
             if progress.best is None or value > progress.best:
                 progress.best, progress.best_epoch, progress.stale = value, progress.epoch, 0
                 if _is_first_rank():

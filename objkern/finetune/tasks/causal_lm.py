@@ -25,7 +25,7 @@ def _is_messages(value: Any) -> bool:
     )  # fmt: skip
 
 
-_SHAPES = ("text", ("prompt", "completion"), "messages")
+Encoded = tuple[list[int], list[int]]  # tokens and labels
 
 
 class CausalLM(Task):
@@ -55,66 +55,74 @@ class CausalLM(Task):
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         found = []
         for k, row in enumerate(rows):
-            ids, labels = self._encoded(row, f"{source}, row {k + 1}")
-            # The first token is no label: nothing precedes it. Long texts go on in further examples.
-            for first in range(0, max(1, len(ids) - 1), self.max_length):
-                part, label = ids[first : first + self.max_length], labels[first : first + self.max_length]
-                if any(y != IGNORED for y in label[1:]):
-                    found.append(Example({"input_ids": part, "attention_mask": [1] * len(part)}, label, k))
+            for ids, labels in self._encoded(row, f"{source}, row {k + 1}"):
+                # The first token is no label: nothing precedes it. Long texts go on in further examples.
+                for first in range(0, max(1, len(ids) - 1), self.max_length):
+                    part, label = ids[first : first + self.max_length], labels[first : first + self.max_length]
+                    if any(y != IGNORED for y in label[1:]):
+                        found.append(Example({"input_ids": part, "attention_mask": [1] * len(part)}, label, k))
         if not found:
             raise ValueError(f"{source}: nothing is left to learn: every token is a prompt's, or texts have one token")
         return self._packed(found) if self.pack else found
 
-    def _encoded(self, row: Row, where: str) -> tuple[list[int], list[int]]:
+    def _encoded(self, row: Row, where: str) -> list[Encoded]:
         if row.get("messages") is not None:
             return self._chat(row["messages"], where)
         if row.get("completion") is not None:
             prompt = self._tokens(row.get("prompt") or "", begins=True)
             answer = self._tokens(row["completion"], ends=True)
-            return prompt + answer, [IGNORED] * len(prompt) + answer
+            return [(prompt + answer, [IGNORED] * len(prompt) + answer)]
         if row.get("text") is None:
             raise ValueError(
                 f"{where}: expected a column text, or prompt and completion, or messages, but got {list(row)}"
             )
         ids = self._tokens(row["text"], begins=True, ends=True)
-        return ids, list(ids)
+        return [(ids, list(ids))]
 
     def _tokens(self, text: str, begins: bool = False, ends: bool = False) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return [*([bos] if begins and bos is not None else []), *ids, *([eos] if ends and eos is not None else [])]
 
-    def _chat(self, messages: Sequence[Row], where: str) -> tuple[list[int], list[int]]:
-        """By the tokenizer's own template, turn after turn; an assistant's turn counts, without what announces it."""
+    def _chat(self, messages: Sequence[Row], where: str) -> list[Encoded]:
+        """By the tokenizer's own template; an assistant's turn counts, without what announces it.
+
+        One example, unless the template writes earlier turns otherwise once others follow, as those do that leave out
+        what an assistant thought: then each of its turns ends one, as the model will see it.
+        """
         if self.tokenizer.chat_template is None:
-            return self._plain_chat(messages)
+            return [self._plain_chat(messages)]
+        found: list[Encoded] = []
         ids: list[int] = []
         labels: list[int] = []
         for k, turn in enumerate(messages):
-            if turn["role"] == "assistant":  # what announces it is told, not said
-                ids, labels = self._grown(ids, labels, self._template(messages[:k], True), False, where)
-            ids, labels = self._grown(
-                ids, labels, self._template(messages[: k + 1], False), turn["role"] == "assistant", where
-            )
-        return ids, labels
+            if turn["role"] != "assistant":
+                continue
+            told, said = self._template(messages[:k], True, where), self._template(messages[: k + 1], False, where)
+            if said[: len(told)] != told:
+                raise ValueError(
+                    f"{where}, column 'messages': the tokenizer's chat template does not put an answer behind what "
+                    "announces it, so that nobody can tell whose tokens are whose"
+                )
+            if told[: len(ids)] != ids:
+                found.append((ids, labels))
+                ids, labels = [], []
+            labels = labels + [IGNORED] * (len(told) - len(ids)) + said[len(told) :]
+            ids = said
+        return [*found, (ids, labels)]
 
-    def _template(self, messages: Sequence[Row], announce: bool) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=announce)
+    def _template(self, messages: Sequence[Row], announce: bool, where: str = "messages") -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=announce)
+        except TemplateError as error:
+            raise ValueError(
+                f"{where}, column 'messages': the tokenizer's chat template refuses it: {error}"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    @staticmethod
-    def _grown(
-        ids: list[int], labels: list[int], longer: list[int], counts: bool, where: str
-    ) -> tuple[list[int], list[int]]:
-        if longer[: len(ids)] != ids:
-            raise ValueError(
-                f"{where}, column 'messages': the tokenizer's chat template changes earlier turns when another "
-                "follows, so that nobody can tell whose tokens are whose"
-            )
-        new = longer[len(ids) :]
-        return longer, labels + (new if counts else [IGNORED] * len(new))
-
-    def _plain_chat(self, messages: Sequence[Row]) -> tuple[list[int], list[int]]:
+    def _plain_chat(self, messages: Sequence[Row]) -> Encoded:
         """Without a template: a line with the role, one with the content, and the end of text behind an answer."""
         ids = self._tokens("", begins=True)
         labels = [IGNORED] * len(ids)
@@ -178,7 +186,7 @@ class CausalLM(Task):
             if self.tokenizer.chat_template is not None:
                 return self._template(turns, True)
             return self._plain_chat(turns)[0] + self._tokens("assistant:\n")
-        return self._tokens(row.get("prompt") if row.get("completion") is not None else row["text"], begins=True)
+        return self._tokens(row["text"] if row.get("text") is not None else row.get("prompt") or "", begins=True)
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:

@@ -24,6 +24,8 @@ def _is_answers(value: Any) -> bool:
     if not isinstance(value, dict) or not {"text", "answer_start"} <= set(value):
         return False
     texts, starts = value["text"], value["answer_start"]
+    if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple):
+        return False
     return len(texts) == len(starts) and all(isinstance(t, str) for t in texts) and all(type(k) is int for k in starts)
 
 
@@ -43,6 +45,15 @@ class QuestionAnswering(Task):
 
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         questions = [row["question"].strip() for row in rows]
+        marks = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = self.max_length - self.max_length // 4 - marks - 1  # windows overlap by a quarter, and must move on
+        lengths = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
+        for number, ids in enumerate(lengths, 1):
+            if len(ids) > room:
+                raise ValueError(
+                    f"{source}, row {number}, column 'question': expected at most {room} tokens, which leave room for "
+                    f"the context in {self.max_length}, but got {len(ids)}"
+                )
         encoding = self.tokenizer(
             questions, [row["context"] for row in rows], truncation="only_second", max_length=self.max_length,
             stride=self.max_length // 4, return_overflowing_tokens=True, return_offsets_mapping=True,

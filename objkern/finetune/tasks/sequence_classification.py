@@ -50,10 +50,15 @@ class SequenceClassification(Task):
         if self.problem == SEVERAL:
             return sorted({label for row in rows for label in row["label"]})
         labels = {row["label"] for row in rows}
-        return [str(label) for label in sorted(labels, key=lambda label: (isinstance(label, str), label))]
+        in_order = sorted(labels, key=lambda label: (isinstance(label, str), label))
+        return list(dict.fromkeys(map(str, in_order)))  # 1 and "1" are one class
 
     def formula(self) -> str:
         return {CLASS: "CrossEntropy()", SEVERAL: "BinaryCrossEntropy()", NUMBER: "MeanSquaredError()"}[self.problem]
+
+    @property
+    def elementwise(self) -> bool:
+        return self.problem != CLASS
 
     def model_options(self) -> dict[str, Any]:
         return super().model_options() | {"problem_type": self.problem}
@@ -127,7 +132,8 @@ class SequenceClassification(Task):
                      "r2": metrics.r2_score(truth, predicted)}  # fmt: skip
             return Evaluation({name: float(value) for name, value in found.items()})
         if self.problem == SEVERAL:
-            truth = [[label in row["label"] for label in self.labels] for row in rows]
+            given = [row["label"] if is_texts(row["label"]) else [str(row["label"])] for row in rows]
+            truth = [[label in some for label in self.labels] for some in given]
             answers = [[label in some for label in self.labels] for some in predicted]
             exact = metrics.accuracy_score(truth, answers)
         else:

@@ -107,6 +107,11 @@ class Task(ABC):
         """The objective that is taken unless another is asked for."""
         return "CrossEntropy()"
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether the loss compares element by element, and not a class with all others."""
+        return False
+
     def model_options(self) -> dict[str, Any]:
         """For the configuration of the model."""
         if not self.labels:
