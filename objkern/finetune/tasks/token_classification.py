@@ -26,9 +26,12 @@ class TokenClassification(Task):
     metric = "f1"
 
     def labels_of(self, rows: Sequence[Row]) -> list[str]:
-        found = {tag for row in rows for tag in row["tags"]}
+        """The tags of training, and both of a kind of which only one occurs: B- and I-."""
+        tags = {tag for row in rows for tag in row["tags"]}
+        kinds = {tag[2:] for tag in tags if tag[:2] in ("B-", "I-")}
+        tags |= {f"{prefix}-{kind}" for kind in kinds for prefix in "BI"}
         # O first, then the kinds, B- before I-: the order in which tables are read.
-        return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag))
+        return sorted(tags, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag))
 
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         for number, row in enumerate(rows, 1):
