@@ -323,6 +323,9 @@ def test_bad_braces(word: str, message: str) -> None:
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("optuna")
     data = written(tmp_path, "sequence-classification", 40)
+    missing = ["sequence-classification", tmp_path / "no.jsonl", *QUICK, "--output", tmp_path / "refused"]
+    assert finetune(*missing, "--learning-rate", "{1e-4..1e-2:log}", "--search", "2") == 2
+    assert "no.jsonl' does not exist" in capsys.readouterr().err
     words = ["sequence-classification", data, *QUICK, "--output", tmp_path / "search", "--learning-rate", "{1e-4..1e-2:log}",
              "--objective", "CrossEntropy(label_smoothing={0..0.3})"]  # fmt: skip
     assert finetune(*words, "--search", "2") == 0

@@ -33,6 +33,7 @@ from .record import Recorder, check_writable, provenance, write_json
 from .reports import write_curves, write_report
 from .schedules import Schedule
 from .small import SmallModel, make
+from .tables import first_line
 from .tasks import TASKS, Example, Task
 from .training import TrainingOptions, train
 
@@ -288,7 +289,7 @@ def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"model: {name!r} has no fast tokenizer, which tells where in a text a token stands")
     if tokenizer.pad_token is None:
@@ -315,7 +316,7 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
                 dtype=torch.float32,  # `precision` says in what it runs
             )
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: {name!r} can't be loaded for {task.name}: {_first_line(error)}") from error
+        raise ValueError(f"model: {name!r} can't be loaded for {task.name}: {first_line(error)}") from error
 
 
 def device_of(name: str) -> torch.device:
@@ -325,7 +326,7 @@ def device_of(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # an AssertionError from a torch built without CUDA
-        raise ValueError(f"device: {name!r} can't be used: {_first_line(error)}") from error
+        raise ValueError(f"device: {name!r} can't be used: {first_line(error)}") from error
     return torch.device(name)
 
 
@@ -350,7 +351,7 @@ def _try(
         try:
             task.loss(model, batch, objective, batch.count, **others)
         except (TypeError, NotImplementedError) as error:
-            raise ValueError(f"objective: {objective} does not go with {task.name}: {_first_line(error)}") from error
+            raise ValueError(f"objective: {objective} does not go with {task.name}: {first_line(error)}") from error
 
 
 def _score(ready: Run, split: str) -> Evaluation:
@@ -423,10 +424,6 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 def _must_exist(name: str) -> None:
     if (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1) and not Path(name).is_dir():
         raise ValueError(f"model: folder {name!r} does not exist")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from ..transformers import detach
 from .data import Row, checked
 from .record import write_json
 from .reports import RUN, data_in_words, facts_of, number, terms_of
+from .tables import first_line
 from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[PreTra
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # of many kinds, the Rust library's own among them
-        raise ValueError(f"model: the tokenizer of {folder} can't be read: {_first_line(error)}") from error
+        raise ValueError(f"model: the tokenizer of {folder} can't be read: {first_line(error)}") from error
     options = {name: about[name] for name in _OPTIONS if name in about}
     task = kind(tokenizer, max_length=about["max_length"], labels=about["labels"], **options)
     if (folder / "adapter_config.json").exists():
@@ -178,7 +179,7 @@ def _model(name: str, task: Task, whole: bool) -> PreTrainedModel:
             name, use_safetensors=True, weights_only=True, dtype="auto", output_loading_info=True, **options
         )
     except Exception as error:  # of many kinds: no such name, a file cut short, another architecture
-        raise ValueError(f"model: {name} can't be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model: {name} can't be loaded: {first_line(error)}") from error
     if whole and found["missing_keys"]:
         raise ValueError(f"model: {name} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}")
     return model
@@ -197,15 +198,11 @@ def _with_adapter(folder: Path, task: Task) -> Any:
     try:
         return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     except Exception as error:  # of many kinds, as above
-        raise ValueError(f"model: the adapters of {folder} can't be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model: the adapters of {folder} can't be loaded: {first_line(error)}") from error
 
 
 def _adapted(folder: Path) -> str:
     return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] or ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -417,4 +414,4 @@ def _write_onnx(folder: Path) -> None:
             external_data=size > 2**30, verbose=False,  # a file of ONNX holds no more than 2 GiB
         )  # fmt: skip
     except Exception as error:  # of many kinds: whatever torch can't trace
-        raise ValueError(f"onnx: {type(model).__name__} can't be written: {_first_line(error)}") from error
+        raise ValueError(f"onnx: {type(model).__name__} can't be written: {first_line(error)}") from error

@@ -203,6 +203,9 @@ def _run_trial(
         print(f"    pruned after {pruned}", flush=True)
         study.tell(trial, state=states.PRUNED)
     except Exception as error:  # a loss that is not finite, memory that runs out: the others go on
+        if isinstance(error, ValueError) and not _counted(study):  # what the first run is refused for, all are
+            study.tell(trial, state=states.FAIL)
+            raise
         _failed(study, trial, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     else:
         if result["how"] == "interrupted":
@@ -219,9 +222,11 @@ def _run_trial(
 
 
 def _failed(study: optuna.Study, trial: optuna.Trial, why: str) -> None:
+    import optuna
+
     print(f"    failed: {why}", flush=True)
     trial.set_user_attr("error", why)
-    study.tell(trial, state=type(study.trials[-1].state).FAIL)
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
 def _counted(study: optuna.Study) -> int:

@@ -54,3 +54,8 @@ def percent(share: float) -> str:
 
 def mebibytes(size: float) -> str:
     return "not measured" if math.isnan(size) else f"{size / 2**20:.0f} MiB"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
