@@ -158,8 +158,7 @@ def run(
         untrained = _same_run(options.output / "run.json", described)
     else:
         rows = ready.splits.get("test") or ready.splits["dev"]
-        metric, watched = options.training.metric, _score(ready, "dev").metrics
-        if metric is not None and metric not in watched:
+        if (metric := options.training.metric) is not None and metric not in (watched := _score(ready, "dev").metrics):
             raise ValueError(f"metric: expected one of {', '.join(watched)} but got {metric!r}")
         untrained = ready.task.test(ready.model, rows).metrics
         if first:

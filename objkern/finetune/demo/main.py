@@ -175,8 +175,11 @@ def epochs_table(run: Trained) -> str:
 
 
 def show_predictions(folder: Path, sentences: list[Sentence]) -> None:
+    from transformers.utils import logging
+
     from ..saved import load
 
+    logging.disable_progress_bar()  # it would stand among the sentences
     model, task = load(folder)
     chosen = pick_sentences(sentences, 3)
     for sentence, tags in zip(chosen, task.predict(model, rows_of(chosen)), strict=True):
