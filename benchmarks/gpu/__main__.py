@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--skip", action="append", choices=names(), default=[], metavar="STEP", help="not this step")
     found.add_argument("--quick", action="store_true", help="few shapes and repetitions: does everything run?")
     found.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the file (%(default)s)")
-    found.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="for everything (%(default)s)")
+    found.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for everything (%(default)s)")
     found.add_argument("--commit", help="to be recorded, where git cannot be asked")
     found.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)  # a dry run on the CPU
     return found
