@@ -78,6 +78,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write(f"WARNING: {line}", yellow=True)
     if not entries:
         return
+    record = config.getoption("--record")
+    if record is not None:  # before anything is made of them
+        path = Path(record) if record else results.path(header)
+        results.write(path, header | {"entries": entries})
+        write(f"written to {path}; `make docs` brings docs/performance.md up to date")
     for title, table in tables.every(entries):
         write(f"\n{title}\n", bold=True)
         write(table)
@@ -85,8 +90,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"{len(misses)} missed targets" if misses else "every target met")
     for line in misses:
         write(line, red=True)
-    record = config.getoption("--record")
-    if record is not None:
-        path = Path(record) if record else results.path(header)
-        results.write(path, header | {"entries": entries})
-        write(f"written to {path}; `make docs` brings docs/performance.md up to date")

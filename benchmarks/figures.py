@@ -20,6 +20,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "eager": Target(True, "eager torch's time / objkern's"),
+    "stock": Target(True, "the time of a model's own loss / objkern's"),
     "compiled": Target(True, "torch.compile's time / objkern's"),
     "price": Target(False, "objkern's time regularized / plain"),
     "copy": Target(True, "objkern's bytes per second / a copy's"),

@@ -17,11 +17,12 @@ from .test_elementwise import contest
 from .test_objective import Record
 from .workloads import WORKLOADS, Workload
 
-# What a loss can save is its share of the step: with nine tags it is next to nothing, and must cost nothing either.
+# What a loss can save is its share of the step. With nine tags it is next to nothing, and must cost nothing either: a
+# ratio of 1, from which medians of steps of a second stray by a twentieth.
 TARGETS = {
-    ("causal-lm", "plain"): {"eager": 1.1, "stock": 1.1}, ("causal-lm", "regularized"): {"eager": 1.5},
-    ("token-classification", "plain"): {"eager": 0.95, "stock": 0.95},
-    ("token-classification", "regularized"): {"eager": 0.95},
+    ("causal-lm", "plain"): {"eager": 1.3, "stock": 1.1}, ("causal-lm", "regularized"): {"eager": 2.0},
+    ("token-classification", "plain"): {"eager": 0.92, "stock": 0.92},
+    ("token-classification", "regularized"): {"eager": 0.92},
 }  # fmt: skip
 
 

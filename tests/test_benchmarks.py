@@ -121,6 +121,14 @@ def test_every_shape_states_known_targets() -> None:
     assert large.expected(WORKLOADS["regularized"], keeps_pages=True)["eager"] == 12.0
 
 
+def test_whole_steps_state_known_targets() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import test_steps
+
+    for targets in test_steps.TARGETS.values():
+        assert set(targets) <= set(figures.TARGETS)
+
+
 def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written, read, reported: the page and the plot are functions of the file alone."""
     pytest.importorskip("matplotlib")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -164,7 +163,6 @@ def run(
         if first:
             write_json(options.output / "run.json", {**described, "untrained": untrained, **provenance(command)})
 
-    began = time.perf_counter()
     with Recorder(options.output) if first else nullcontext(lambda record: None) as recorder:
 
         def log(record: dict[str, Any]) -> None:
@@ -175,11 +173,10 @@ def run(
             ready.model, ready.task, ready.examples, lambda: _score(ready, "dev"), ready.objective, options.training,
             options.output, log, resume=resume, schedules=schedules, reference=ready.reference,
         )  # fmt: skip
-    seconds = time.perf_counter() - began
     result: dict[str, Any] = {
         "how": outcome.how, "best_score": outcome.progress.best,
         "best_epoch": outcome.progress.best_epoch, "steps": outcome.progress.step,
-        "seconds": seconds, "device": str(ready.device), "untrained": untrained,
+        "seconds": outcome.progress.seconds, "device": str(ready.device), "untrained": untrained,
         "parameters": sum(p.numel() for p in ready.model.parameters()),
         "peak_bytes": peak_bytes(ready.device),
         "trained_parameters": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),

@@ -99,6 +99,7 @@ class Progress:
     stale: int = 0  # evaluations since the best one
     finished: bool = False
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch's parts
+    seconds: float = field(default=0.0, compare=False)  # for all that is done, in however many sessions
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def train(
     progress = Progress()
     if resume:
         progress = _resumed(places, model, optimizer, options) or progress
+    beginning = time.perf_counter() - progress.seconds
     if options.checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
@@ -158,7 +160,6 @@ def train(
         while not progress.finished and progress.epoch <= options.epochs:
             strategies.begin_epoch(model, options.strategy, progress.epoch)
             model.train()
-            began = time.perf_counter()
             for number, window in enumerate(windows(task, examples, options, progress.epoch)):
                 if number < progress.window:  # done before the run was resumed
                     continue
@@ -166,6 +167,7 @@ def train(
                     scheduled.set(progress.step, total)
                 record = _step(model, task, window, objective, optimizer, options, progress.step, total, reference)
                 progress.step, progress.window = progress.step + 1, number + 1
+                progress.seconds = time.perf_counter() - beginning
                 for name, value in record.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
                 coefficients = {f"coefficient_{k}": float(s.coefficient) for k, s in enumerate(schedules)}
@@ -176,6 +178,7 @@ def train(
                 if options.checkpoint_steps and progress.step % options.checkpoint_steps == 0:
                     _checkpoint(places, model, optimizer, progress, options)
 
+            began = time.perf_counter()
             found = _of_first_rank(score().metrics)
             metric = options.metric or task.metric
             if metric not in found:
@@ -193,7 +196,8 @@ def train(
             means = {name: value / max(1, progress.window) for name, value in progress.sums.items()}
             log({"event": "epoch", "epoch": progress.epoch, "step": progress.step, **means, "score": value,
                  **{f"dev_{name}": value for name, value in found.items()},
-                 "seconds": time.perf_counter() - began})  # fmt: skip
+                 "seconds": progress.sums["seconds"] + time.perf_counter() - began})  # fmt: skip
+            progress.seconds = time.perf_counter() - beginning
             progress.epoch, progress.window, progress.sums = progress.epoch + 1, 0, {}
             progress.finished = progress.stale >= options.patience or progress.epoch > options.epochs
             _checkpoint(places, model, optimizer, progress, options)
