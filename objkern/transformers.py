@@ -242,7 +242,7 @@ class Attached:
         reference: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.objective, self.options, self.reference = objective, options, reference
-        self.forward, self.forward_of_head = owner.forward, head.forward
+        self.forward, self.forward_of_head = (_call_of(module) for module in (owner, head))
         parameters = inspect.signature(type(owner).forward).parameters
         self.names = list(parameters)[1:]
         self.place_of_labels = self.names.index("labels") if "labels" in self.names else len(self.names)
@@ -272,6 +272,35 @@ class Attached:
 
 
 _KEY = "_objkern_attached"
+
+
+def _call_of(module: nn.Module) -> Callable[..., Any]:
+    """Its forward as a function of the module: its class's, or one that somebody has put in the place of that."""
+    own = module.__dict__.get("forward")
+    return type(module).forward if own is None else _Unbound(own)
+
+
+class _Unbound(NamedTuple):
+    """A bound function as one of the module that it is bound to."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class _Bound:
+    """A function as a method of one module; unlike a method it can be pickled, and has the signature of its class's."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self.module = function, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
 
 
 def _must_be_there(weight: Tensor) -> None:
@@ -335,11 +364,9 @@ def attach(
     attached = Attached(owner, head, objective, options, reference)
     for module in (owner, head):
         object.__setattr__(module, _KEY, attached)
-    # Under the signature of the model's own, which Trainer asks for what to pass.
-    forward = functools.wraps(type(owner).forward)(lambda self, *args, **kwargs: _forward(self, *args, **kwargs))
-    owner.forward = MethodType(forward, owner)  # type: ignore[method-assign]
-    head.forward = MethodType(_forward_of_head, head)  # type: ignore[method-assign]
-    owner._loss_function = MethodType(_loss_function, owner)
+    owner.forward = _Bound(_forward, owner)  # type: ignore[method-assign]
+    head.forward = _Bound(_forward_of_head, head)  # type: ignore[method-assign]
+    owner._loss_function = functools.partial(_loss_function, owner)
     owner.accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     return model
 
@@ -420,9 +447,12 @@ def _layer_of(head: nn.Module) -> Layer:
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     attached = self.__dict__[_KEY]
+    if self.get_output_embeddings().__dict__.get(_KEY) is not attached:  # resized or wrapped since: another module
+        attach(self, attached.objective, reference=attached.reference, **attached.options)
+        attached = self.__dict__[_KEY]
     place = attached.place_of_labels
     if kwargs.get("labels") is None and (place >= len(args) or args[place] is None):
-        return attached.forward(*args, **kwargs)
+        return attached.forward(self, *args, **kwargs)
     attached.defers = True
     attached.count = kwargs.get("num_items_in_batch")
     if attached.reference is not None:
@@ -431,7 +461,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not attached.takes_count:
         kwargs.pop("num_items_in_batch", None)
     try:
-        outputs = attached.forward(*args, **kwargs)
+        outputs = attached.forward(self, *args, **kwargs)
     finally:
         attached.defers, attached.count, attached.logits_of_reference = False, None, None
     return outputs if self.training else _materialized(outputs)
@@ -494,7 +524,7 @@ def _materialized(outputs: Any) -> Any:
 def _forward_of_head(self: nn.Module, hidden: Tensor) -> Any:
     attached = self.__dict__[_KEY]
     if not attached.defers:
-        return attached.forward_of_head(hidden)
+        return attached.forward_of_head(self, hidden)
     return DeferredLogits(attached, hidden, _layer_of(self))
 
 

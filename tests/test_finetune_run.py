@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 import objkern  # noqa: E402
 from objkern.__main__ import main as command  # noqa: E402
+from objkern.finetune import checkpoints, cli, saved, search, small  # noqa: E402
 from objkern.finetune import run as runs  # noqa: E402
-from objkern.finetune import saved, search, small  # noqa: E402
+from objkern.finetune.lock import alone_in  # noqa: E402
 from objkern.finetune.run import RunOptions  # noqa: E402
 from objkern.finetune.small import SmallModel  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
@@ -109,6 +113,120 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFi
     assert "clip 1.0 → 2.0" in capsys.readouterr().err
 
 
+def test_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, out = written(tmp_path, "sequence-classification"), tmp_path / "run"
+    out.mkdir()
+    with alone_in(out):
+        assert finetune("sequence-classification", data, *QUICK, "--output", out) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+        words = ["--learning-rate", "{1e-4..1e-2}", "--search", "2"]
+        assert finetune("sequence-classification", data, *QUICK, "--output", out, *words) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+    with alone_in(out):  # it went with the one who had it
+        pass
+
+
+def test_what_is_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, out = written(tmp_path, "sequence-classification"), tmp_path / "run"
+    base = ["sequence-classification", data, *QUICK, "--output", out]
+    (out / "checkpoints" / "step-00000012").mkdir(parents=True)
+    assert finetune(*base) == 2
+    assert "holds checkpoints of something else" in capsys.readouterr().err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000012"]
+    (out / "checkpoints" / "step-00000012").rmdir()
+    (out / "checkpoints").rmdir()
+    pytest.importorskip("optuna")
+    mine = out / "trial-0000" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    searched = [*base, "--learning-rate", "{1e-4..1e-2}", "--search", "1"]
+    assert finetune(*searched) == 2
+    assert "trial-0000 is there already, of something else" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
+    assert finetune(*base) == 2
+    assert "holds study.db of something else" in capsys.readouterr().err
+    (out / "study.db").write_bytes(b"no database")
+    assert finetune(*searched) == 2
+    assert "study.db can't be used as a study" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, out = written(tmp_path, "sequence-classification"), tmp_path / "run"
+    base = ["sequence-classification", data, *QUICK]
+    assert finetune(*base, "--output", tmp_path / "first") == 0
+    words = [*base, "--model", tmp_path / "first" / "model", "--output", out]
+    assert finetune(*words) == 0
+    weights = tmp_path / "first" / "model" / "model.safetensors"
+    tensors = {name: x.neg() for name, x in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert finetune(*words, "--resume") == 2
+    assert "another model or tokenizer" in capsys.readouterr().err
+    options = cli.options_from(cli.parser().parse_args(list(map(str, [*base, "--output", tmp_path / "first"]))))
+    with pytest.raises(ValueError, match=r"objective CrossEntropy\(\) → ZLoss\(\)"):
+        runs.run(options, resume=True, objective=objkern.ZLoss())
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert finetune(*words[:-1], tmp_path / "other") == 2
+    assert "can't be loaded for sequence-classification" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", "{}"), ("run.json", "[]"), ("run.json", '{"a'),
+        ("state.json", "{}"), ("state.json", "[]"), ("state.json", None),
+        ("best", None),
+    ],
+)  # fmt: skip
+def test_an_edited_record_is_refused_when_a_run_is_resumed(
+    file: str, text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data, out = written(tmp_path, "sequence-classification"), tmp_path / "run"
+    words = ["sequence-classification", data, *QUICK, "--output", out]
+    assert finetune(*words) == 0
+    (path,) = [path for path in out.rglob(file) if "best" not in path.parts or file == "best"]
+    if file == "best":
+        shutil.rmtree(path)
+    elif text is None:  # a step that is no number
+        state = json.loads(path.read_text())
+        state["progress"]["step"] = str(state["progress"]["step"])
+        path.write_text(json.dumps(state))
+    else:
+        path.write_text(text)
+    capsys.readouterr()
+    assert finetune(*words, "--resume") == 2
+    error = capsys.readouterr().err
+    assert str(path if file == "run.json" else out / "checkpoints") in error
+    assert "is not what" in error or file == "best"
+    assert error.count("\n") == 1
+
+
+def test_a_checkpoint_without_some_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, "step-00000001", {"a": torch.ones(2), "optimizer.0.exp_avg": torch.ones(2)}, {})
+    path = tmp_path / "step-00000001" / "tensors.safetensors"
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="2 tensors were written, 1 are there"):
+        checkpoints.load(path.parent)
+
+
+def test_words_beyond_what_the_model_has_places_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, out = tmp_path / "long.jsonl", tmp_path / "run"
+    rows = [{"text": f"{'the cat ' * 30}{k}", "label": str(k % 2)} for k in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tmp_path / "model"
+    assert finetune("sequence-classification", data, *QUICK, "--output", out) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    tokenizer.model_max_length = 10**30  # as of many that nobody told
+    tokenizer.save_pretrained(model)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(model)
+    words = ["--model", model, "--max-length", "64", "--output", tmp_path / "other"]
+    assert finetune("sequence-classification", data, *QUICK, *words) == 2
+    assert "model: it can't take these texts, of up to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -125,6 +243,14 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFi
         (["--retain", "l2sp:1", "--strategy", "gradual"], "retain: expected kl beside gradual"),
         (["--retain", "ewc:1"], "retain_data: expected data"),
         (["--metric", "beauty"], "metric: expected one of accuracy"),
+        (["--strategy", "last:7"], "strategy: expected at most last:2, which is all its layers"),
+        (["--strategy", "prompt:3", "--retain", "kl:1"], "retain: expected another strategy than prompt beside kl"),
+        (["--learning-rate", "{1e-4..1e-3}"], "braces are for a search: add --search RUNS"),
+        (["--device", "meta"], "device: 'meta' can't be used"),
+        (["--learning-rate", "1e38"], "learning_rate: expected a positive number below 1e+06 but got 1e+38"),
+        (["--seed", str(10**30)], "seed: expected a whole number in [0, 2**32)"),
+        (["--output", ""], "output: expected the name of a folder"),
+        (["--objective", ""], "python -m objkern finetune: error: "),
     ],
 )  # fmt: skip
 def test_bad_options_fail_before_training(
@@ -345,6 +471,11 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Captur
     page = (tmp_path / "search" / "search.html").read_text()
     assert "trial-0003" in page
     assert "http" not in page.split("<main>")[0]
+    rows = data.read_text()
+    data.write_text(rows.replace("the", "thy"))
+    assert finetune(*words, "--search", "4") == 2
+    assert "or other rows" in capsys.readouterr().err
+    data.write_text(rows)
     for more in (["--clip", "{0.5..2}"], ["--clip", "2"]):
         assert finetune(*words, "--search", "4", *more) == 2
         assert "a search over something else" in capsys.readouterr().err
@@ -352,3 +483,37 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Captur
     assert "clip: expected a positive number but got 0" in capsys.readouterr().err
     assert finetune(*words[:-4], "--search", "4") == 2
     assert "expected something to search for" in capsys.readouterr().err
+
+
+def test_an_interrupted_search_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """Ended by SIGTERM in the midst of a run and before its first step, and by SIGKILL: it goes on with that run."""
+    pytest.importorskip("optuna")
+    data = written(tmp_path, "sequence-classification", 40)
+    words = ["finetune", "sequence-classification", str(data), *QUICK, "--dropout", "0.1", "--search", "3",
+             "--learning-rate", "{1e-4..1e-2:log}", "--output"]  # fmt: skip
+    assert command([*words, str(tmp_path / "whole")]) == 0
+    code = """
+import os, signal, sys
+from objkern.__main__ import main
+from objkern.finetune import record, run
+signals = {"step": signal.SIGTERM, "epoch": signal.SIGKILL}
+called, prepare, when = record.Recorder.__call__, run.prepare, sys.argv[1]
+def recording(self, entry):
+    called(self, entry)
+    if entry["event"] == when and entry["step"] > 2:
+        os.kill(os.getpid(), signals[when])
+def preparing(*args, **options):
+    if when == "start":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return prepare(*args, **options)
+record.Recorder.__call__, run.prepare = recording, preparing
+sys.exit(main(sys.argv[2:]))
+"""
+    for when, status in (("step", 3), ("start", 3), ("epoch", -9), ("never", 0)):
+        done = subprocess.run([sys.executable, "-c", code, when, *words, str(tmp_path / "cut")], capture_output=True,
+                              text=True, timeout=180)  # fmt: skip
+        assert done.returncode == status, done.stderr
+    whole, cut = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("whole", "cut"))
+    assert cut["runs"] == whole["runs"]
+    assert [one["state"] for one in cut["runs"]] == ["complete"] * 3
+    assert sorted(path.name for path in (tmp_path / "cut").glob("trial-*")) == [f"trial-000{k}" for k in range(3)]

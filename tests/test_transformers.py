@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -454,6 +455,41 @@ def test_copies_are_attached_by_themselves() -> None:
     detach(model)
     torch.testing.assert_close(other(**batch).loss, by_hand(detach(copy.deepcopy(other)), OBJECTIVE, batch),
                                rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+def test_an_attached_model_is_pickled() -> None:
+    model, batch = attach(made("llama"), OBJECTIVE), batch_of(made("llama"))
+    other = pickle.loads(pickle.dumps(model))
+    assert isinstance(other(**batch).logits, DeferredLogits)
+    assert torch.equal(other(**batch).loss, model(**batch).loss)
+    assert inspect.signature(other.forward) == inspect.signature(llama().forward)
+    assert "forward" not in detach(other).__dict__
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied"])
+def test_a_head_that_is_resized_after_it_was_attached(name: str) -> None:
+    model = attach(made(name), OBJECTIVE)
+    model.resize_token_embeddings(V + 5)
+    batch = batch_of(model)
+    outputs = model(**batch)
+    assert isinstance(outputs.logits, DeferredLogits)
+    assert outputs.logits.shape[-1] == V + 5
+    torch.testing.assert_close(outputs.loss, by_hand(detach(model), OBJECTIVE, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_peft_wraps_after_it_was_attached() -> None:
+    peft = pytest.importorskip("peft")
+    model = attach(made("llama"), OBJECTIVE)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    batch = batch_of(model)
+    outputs = wrapped.train()(**batch)
+    assert isinstance(outputs.logits, DeferredLogits)
+    outputs.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in wrapped.named_parameters() if "lora" in name)
+    torch.testing.assert_close(outputs.loss, by_hand(detach(wrapped), OBJECTIVE, batch), rtol=1e-5, atol=1e-6)
 
 
 # ---- the stand-in ---------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ written nor read: what safetensors and JSON cannot hold is not in a checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     whole, aliases = _apart(tensors)
-    save_file(whole, str(partial / "tensors.safetensors"))
-    (partial / "state.json").write_text(json.dumps({**state, "aliases": aliases}, indent=1), encoding="utf-8")
+    with _as_os_error(partial):
+        save_file(whole, str(partial / "tensors.safetensors"))
+    about = {**state, "aliases": aliases, "tensors": len(whole)}
+    (partial / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     for path in (partial / "tensors.safetensors", partial / "state.json", partial):
         _flush(path)
     old = folder / f".{name}.old"
@@ -73,9 +77,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found, numbers = load_file(str(tensors)), json.loads(state.read_text(encoding="utf-8"))
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint: {path} can't be read: {error}") from error
-    for name, original in numbers.pop("aliases").items():
-        found[name] = found[original]
-    return found, numbers
+    try:
+        aliases, count = dict(numbers.pop("aliases")), numbers.pop("tensors")
+        if len(found) != count:
+            raise ValueError(f"{count} tensors were written, {len(found)} are there")
+        return found | {name: found[original] for name, original in aliases.items()}, numbers
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {path} is not what a run wrote: {error}") from error
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """A disk that is full, as safetensors says it, in the way of everything else that is written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def newest(folder: Path) -> Path | None:

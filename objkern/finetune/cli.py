@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m objkern finetune", usage="python -m objkern finetune TASK DATA [options]",
         description=DESCRIPTION, epilog=f"{_columns(TASKS)}\n\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
 
     def add(group: Any, name: str, help: str, **options: Any) -> None:
@@ -150,6 +151,8 @@ def options_from(arguments: argparse.Namespace) -> Any:
     if rate is None:
         rate = 5e-5 if arguments.model else 1e-3
     small = SmallModel(**{name: given[name] for name in ("hidden_size", "layers", "heads", "vocabulary")})
+    if arguments.output == Path():
+        raise ValueError("output: expected the name of a folder but got none")
     return of(RunOptions, new_model=small, training=of(TrainingOptions, learning_rate=rate))
 
 
@@ -162,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .search import main as search
 
             return search(argv)
+        if braces := [word for word in argv if re.search(r"\{.*\}", word)]:
+            raise ValueError(f"{braces[0]}: braces are for a search: add --search RUNS, or take a value")
         arguments = parser().parse_args(argv)
         options = options_from(arguments)
         from .run import run
@@ -174,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"python -m objkern finetune: stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a disk that is full by now; what was written before stands
+        print(f"python -m objkern finetune: stopped: {in_words(error)}", file=sys.stderr)
+        return 1
     if os.environ.get("RANK", "0") != "0":
         return 3 if result["how"] == "interrupted" else 0
     if result["how"] == "interrupted":
@@ -183,6 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(metric_table(result))
     print(f"\nWritten to {options.output}: report.html, curves.png, result.json, metrics.jsonl, model/")
     return 0
+
+
+def in_words(error: OSError) -> str:
+    """What could not be written or read, and why."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _show(record: dict[str, Any]) -> None:

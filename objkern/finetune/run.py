@@ -27,6 +27,7 @@ import objkern
 
 from . import retention, saved, strategies
 from .data import Row, checked, read, read_all
+from .lock import alone_in
 from .memory import peak_bytes
 from .record import Recorder, check_writable, provenance, write_json
 from .reports import write_curves, write_report
@@ -96,6 +97,11 @@ class RunOptions:
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name}: expected a whole number of at least {least} but got {value!r}")
         how = None if self.retain is None else retention.parse(self.retain)[0]
+        if how == "kl" and self.training.strategy.startswith("prompt"):
+            raise ValueError(
+                "retain: expected another strategy than prompt beside kl; its vectors are no words that the starting "
+                "model could read"
+            )
         if how in ("l2sp", "ewc") and self.training.strategy == "gradual":
             raise ValueError(
                 f"retain: expected kl beside gradual, which has not said yet what will train, but got {how}"
@@ -116,6 +122,7 @@ class Run:
     objective: Objective
     reference: nn.Module | None
     device: torch.device
+    files: str  # a fingerprint of what the model and its tokenizer were loaded from
 
 
 def run(
@@ -142,8 +149,18 @@ def run(
         FloatingPointError: the loss stopped being finite; the checkpoints stand.
     """
     _check_folder(options.output, resume)
-    if _is_first_rank():
-        check_writable(options.output, 2**24)  # for a model's beginnings; how large it is turns out below
+    if not _is_first_rank():
+        return _run(options, resume, command, schedules, objective, on_record, splits)
+    check_writable(options.output, 2**24)  # for a model's beginnings; how large it is turns out below
+    with alone_in(options.output):
+        _check_folder(options.output, resume)  # again, now that nobody else can change it
+        return _run(options, resume, command, schedules, objective, on_record, splits)
+
+
+def _run(
+    options: RunOptions, resume: bool, command: Sequence[str] | None, schedules: Sequence[Schedule],
+    objective: Objective | None, on_record: Callable[[dict[str, Any]], None], splits: Splits | None,
+) -> dict[str, Any]:  # fmt: skip
     ready = prepare(options, objective, splits)
     weight_bytes = sum(x.numel() * x.element_size() for x in ready.model.state_dict().values())
     moments = 2 * sum(4 * p.numel() for p in ready.model.parameters() if p.requires_grad)
@@ -216,11 +233,12 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
     for name, rows in splits.items():
         if name != "train":
             task.examples(rows, f"{name} data")
-    device = device_of(options.device)
+    device, started_from = device_of(options.device), source
     torch.manual_seed(seed)  # the new head's weights
     model = load_model(source, task, options.dropout)
     model = strategies.apply(model, options.training.strategy, task.name).to(device)
-    built = objkern.parse(options.objective or task.formula()) if objective is None else objective
+    formula = task.formula() if options.objective is None else options.objective
+    built = objkern.parse(formula) if objective is None else objective
     wanted = task.elementwise
     if getattr(built, "_elementwise", wanted) != wanted:
         kind_of = "terms that compare element by element" if wanted else "terms over classes"
@@ -231,7 +249,7 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
         kept = task.examples(checked(read(source), kind.columns, source), source) if source else []
         built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
     _try(model, task, examples, built, reference)
-    return Run(options, task, splits, examples, model, built, reference, device)
+    return Run(options, task, splits, examples, model, built, reference, device, fingerprint(started_from))
 
 
 def splits_of(options: RunOptions) -> Splits:
@@ -296,6 +314,7 @@ def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
 def load_model(name: str, task: Task, dropout: float | None = None) -> PreTrainedModel:
     """The pretrained model with a head for the task, new where it has none that fits; `dropout` for all its rates."""
     import transformers
+    from safetensors import SafetensorError
 
     _must_exist(name)
     try:
@@ -311,8 +330,20 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
                 ignore_mismatched_sizes=True,
                 dtype=torch.float32,  # `precision` says in what it runs
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: {name!r} can't be loaded for {task.name}: {first_line(error)}") from error
+
+
+def fingerprint(source: str) -> str:
+    """Of what a model's folder holds, or of the name that a hub has it by: a run goes on with what it began with."""
+    found = hashlib.sha256()
+    for path in sorted(Path(source).glob("*")) if Path(source).is_dir() else []:
+        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"):
+            found.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    found.update(block)
+    return found.hexdigest()
 
 
 def device_of(name: str) -> torch.device:
@@ -320,8 +351,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError from a torch built without CUDA
+        torch.ones(1, device=name).item()  # a device that computes; "meta" does not
+    # An AssertionError from a torch built without CUDA, an ImportError for one whose package is missing.
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         raise ValueError(f"device: {name!r} can't be used: {first_line(error)}") from error
     return torch.device(name)
 
@@ -348,6 +380,12 @@ def _try(
             task.loss(model, batch, objective, batch.count, **others)
         except (TypeError, NotImplementedError) as error:
             raise ValueError(f"objective: {objective} does not go with {task.name}: {first_line(error)}") from error
+        except (IndexError, RuntimeError) as error:  # a token or a place that it has no vector for; no memory
+            longest_length = max(example.length for example in longest)
+            raise ValueError(
+                f"model: it can't take these texts, of up to {longest_length} tokens (max_length: {task.max_length}, "
+                f"its places: {getattr(model.config, 'max_position_embeddings', 'unknown')}): {first_line(error)}"
+            ) from error
 
 
 def _score(ready: Run, split: str) -> Evaluation:
@@ -375,12 +413,17 @@ def _tested(ready: Run) -> dict[str, Any]:
 _TRUTH = ("label", "tags", "answers", "completion", "target")  # columns that say what is right
 
 
+def fingerprint_of_rows(splits: Splits) -> str:
+    return hashlib.sha256(repr(splits).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _described(options: RunOptions, ready: Run) -> dict[str, Any]:
     asked = json.loads(json.dumps(asdict(options), default=str))
     return {
         "name": options.output.name, "task": options.task, "objective": str(ready.objective),
-        "model": options.model or "from scratch", "data": {name: len(rows) for name, rows in ready.splits.items()},
-        "rows": hashlib.sha256(repr(ready.splits).encode("utf-8", "surrogatepass")).hexdigest(),
+        "model": options.model or "from scratch", "model_files": ready.files,
+        "data": {name: len(rows) for name, rows in ready.splits.items()},
+        "rows": fingerprint_of_rows(ready.splits),
         "options": asked,
     }  # fmt: skip
 
@@ -391,19 +434,33 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"output: {folder} holds a run already: resume it, or name another folder")
     if resume and not there:
         raise ValueError(f"resume: {folder} holds no run")
+    for name in () if there else ("checkpoints", "study.db"):  # of a run whose run.json is gone; of a search
+        if (folder / name).exists():
+            raise ValueError(f"output: {folder} holds {name} of something else: name another folder")
 
 
 def _same_run(path: Path, described: dict[str, Any]) -> dict[str, float]:
     """The untrained model's scores, if the run of that record is the one that is asked for now."""
-    before = json.loads(path.read_text(encoding="utf-8"))
-    was, now = _flat(before["options"]), _flat(described["options"])
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        was, now = _flat(before["options"]), _flat(described["options"])
+        rows, files, objective = before["rows"], before["model_files"], before["objective"]
+        untrained = dict(before["untrained"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"resume: {path} is not what a run of this version wrote: {type(error).__name__}: {error}"
+        ) from error
     changed = [f"{name} {was.get(name)!r} → {value!r}" for name, value in now.items()
                if name not in _MAY_CHANGE and was.get(name) != value]  # fmt: skip
-    if before["rows"] != described["rows"]:
+    if rows != described["rows"]:
         changed.append("other rows in the data")
+    if files != described["model_files"]:
+        changed.append("another model or tokenizer in the folder that it began with")
+    if not changed and objective != described["objective"]:
+        changed.append(f"objective {objective} → {described['objective']}")
     if changed:
         raise ValueError(f"resume: {path.parent} is a run with other options: {', '.join(changed)}")
-    return before["untrained"]
+    return untrained
 
 
 _MAY_CHANGE = ("output", "device", "checkpoint_steps")  # and it is the same run

@@ -18,14 +18,18 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .record import provenance, write_json
-from .tables import cell, table
+from .lock import alone_in
+from .record import check_writable, provenance, write_json
+from .tables import cell, first_line, table
+from .training import interruptions
 
 if TYPE_CHECKING:
+    import argparse
+
     import optuna
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -104,6 +108,7 @@ def filled(argv: Sequence[str], values: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Runs what is left of the trials: 0, or 3 if it was interrupted. ValueErrors name what is wrong before any run."""
     from .cli import options_from, parser
+    from .run import fingerprint_of_rows, splits_of
 
     try:
         import optuna
@@ -116,29 +121,51 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("search: expected one process; each of its runs is one")
     for values in _corners(variables):
         arguments = parser().parse_args(filled(argv, values))
-        options_from(arguments)
+        options = options_from(arguments)
     if arguments.search < 1:
         raise ValueError(f"search: expected a number of runs of at least 1 but got {arguments.search}")
     folder: Path = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    study = _study(optuna, folder, variables, _fixed(argv))
-    while (done := _counted(study)) < arguments.search:
-        study.sampler = optuna.samplers.TPESampler(seed=arguments.seed + len(study.trials))
-        trial = study.ask()
-        values = [variable.suggested(trial) for variable in variables]
-        print(f"run {done + 1} of {arguments.search}: {_assignments(trial.params)}", flush=True)
-        if not _run_trial(optuna, study, trial, filled(argv, values), folder / f"trial-{trial.number:04d}"):
-            study.enqueue_trial(trial.params)  # the next search begins with these again
-            print("\nInterrupted, and saved. The same command goes on.")
-            return 3
-        _keep_the_best_model(study, folder)
-        _write(study, folder, ["python", "-m", "objkern", "finetune", *argv])
+    if (folder / "run.json").exists():
+        raise ValueError(f"output: {folder} holds a run, and a search has many; name another folder")
+    rows = fingerprint_of_rows(splits_of(replace(options, output=folder)))
+    check_writable(folder, 2**24)
+    with alone_in(folder):
+        study = _study(optuna, folder, variables, [*_fixed(argv), rows])
+        return _search(study, variables, arguments, argv, folder)
+
+
+def _search(
+    study: optuna.Study, variables: Sequence[Variable], arguments: argparse.Namespace, argv: Sequence[str], folder: Path
+) -> int:
+    import optuna
+
+    with interruptions() as interrupted:  # also while a run reads its data
+        while (done := _counted(study)) < arguments.search:
+            study.sampler = optuna.samplers.TPESampler(seed=arguments.seed + len(study.trials))
+            trial = _under_way(study) or study.ask()
+            values = [variable.suggested(trial) for variable in variables]
+            print(f"run {done + 1} of {arguments.search}: {_assignments(trial.params)}", flush=True)
+            ended = _run_trial(optuna, study, trial, filled(argv, values), folder / f"trial-{trial.number:04d}")
+            if ended:
+                _keep_the_best_model(study, folder)
+                _write(study, folder, ["python", "-m", "objkern", "finetune", *argv])
+            if not ended or (interrupted() and _counted(study) < arguments.search):
+                print("\nInterrupted, and saved. The same command goes on.")
+                return 3
     if not _finished(study):
         print("search: no run finished; see the messages above", file=sys.stderr)
         return 1
     print(f"\nbest: {_assignments(study.best_params)}: {study.best_value:.4g}\n\n{trial_table(study)}")
     print(f"\nWritten to {folder}: search.html, search.json, study.db, trial-{study.best_trial.number:04d}/model/")
     return 0
+
+
+def _under_way(study: optuna.Study) -> optuna.Trial | None:
+    """A run whose process was interrupted or killed."""
+    import optuna
+
+    found = study.get_trials(states=[optuna.trial.TrialState.RUNNING])
+    return optuna.Trial(study, found[0]._trial_id) if found else None
 
 
 def _corners(variables: Sequence[Variable]) -> Iterator[list[str]]:
@@ -164,17 +191,17 @@ def _fixed(argv: Sequence[str]) -> list[str]:
 
 def _study(optuna: Any, folder: Path, variables: Sequence[Variable], fixed: list[str]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{(folder / 'study.db').resolve()}", study_name="search", load_if_exists=True,
-        direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
-    )  # fmt: skip
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{(folder / 'study.db').resolve()}", study_name="search", load_if_exists=True,
+            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
+        )  # fmt: skip
+    except Exception as error:  # of the database's own kinds
+        raise ValueError(f"search: {folder / 'study.db'} can't be used as a study: {first_line(error)}") from error
     space = [fixed, [asdict(variable) | {"choices": list(variable.choices)} for variable in variables]]
     if study.user_attrs.setdefault("space", space) != space:
-        raise ValueError(f"search: {folder} is a search over something else; name another folder")
+        raise ValueError(f"search: {folder} is a search over something else or other rows; name another folder")
     study.set_user_attr("space", space)
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # of a process that was killed
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params)
     return study
 
 
@@ -182,14 +209,18 @@ def _run_trial(
     optuna: Any, study: optuna.Study, trial: optuna.Trial, command: Sequence[str], folder: Path
 ) -> bool:  # fmt: skip
     """Whether it came to an end: finished, pruned, or failed with a loss that is not finite."""
-    from dataclasses import replace
-
     from .cli import options_from, parser
     from .run import run
 
     states = optuna.trial.TrialState
     options = replace(options_from(parser().parse_args(list(command))), output=folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    resume = (folder / "run.json").exists()
+    if folder.exists() and not trial.user_attrs.get("begun"):  # no run of this study has had this number
+        study.tell(trial, state=states.FAIL)
+        raise ValueError(f"search: {folder} is there already, of something else; move it, or name another folder")
+    trial.set_user_attr("begun", True)
+    if not resume:  # it was killed before it had begun to train
+        shutil.rmtree(folder, ignore_errors=True)
 
     def report(record: dict[str, Any]) -> None:
         if record["event"] == "epoch":
@@ -198,7 +229,7 @@ def _run_trial(
                 raise optuna.TrialPruned(f"epoch {record['epoch']}")
 
     try:
-        result = run(options, command=["python", "-m", "objkern", "finetune", *command], on_record=report)
+        result = run(options, resume, command=["python", "-m", "objkern", "finetune", *command], on_record=report)
     except optuna.TrialPruned as pruned:
         print(f"    pruned after {pruned}", flush=True)
         study.tell(trial, state=states.PRUNED)
@@ -206,10 +237,9 @@ def _run_trial(
         if isinstance(error, ValueError) and not _counted(study):  # what the first run is refused for, all are
             study.tell(trial, state=states.FAIL)
             raise
-        _failed(study, trial, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        _failed(study, trial, f"{type(error).__name__}: {first_line(error)}")
     else:
         if result["how"] == "interrupted":
-            study.tell(trial, state=states.FAIL)
             return False
         if not math.isfinite(result["best_score"]):
             _failed(study, trial, "the dev metric is not defined on these rows")
@@ -285,9 +315,13 @@ def _write(study: optuna.Study, folder: Path, command: Sequence[str]) -> None:
     best = {"run": f"trial-{study.best_trial.number:04d}", "values": study.best_params, "score": study.best_value,
             "dev": study.best_trial.user_attrs["dev"]} if _finished(study) else None  # fmt: skip
     made = provenance(command)
-    write_json(folder / "search.json", {
-        "best": best, "importance": importance, "runs": [dict(zip(header, row, strict=True)) for row in rows], **made,
-    })  # fmt: skip
+    runs = [
+        {"run": f"trial-{trial.number:04d}", "state": trial.state.name.lower(), "values": trial.params,
+         "score": trial.value, "scores": list(trial.intermediate_values.values()),
+         "error": trial.user_attrs.get("error")}
+        for trial in study.trials
+    ]  # fmt: skip
+    write_json(folder / "search.json", {"best": best, "importance": importance, "runs": runs, **made})
     shares = [[name, f"{100 * share:.0f} %"] for name, share in importance.items()]
     write_page(folder / "search.html", f"Search: {folder.name}", "".join((
         f"<h1>{html.escape(folder.name)}</h1><p>{len(rows)} runs; the score is the dev metric, negative where less of "

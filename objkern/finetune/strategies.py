@@ -34,6 +34,8 @@ def parse(strategy: str) -> tuple[str, int]:
 def apply(model: PreTrainedModel, strategy: str, task_name: str) -> nn.Module:
     """Freezes what does not train; returns the model, wrapped by peft where that makes it train."""
     name, number = parse(strategy)
+    if name == "last" and number > (there := len(layers_of(model.base_model))):
+        raise ValueError(f"strategy: expected at most last:{there}, which is all its layers, but got {strategy!r}")
     if name in ("head", "last", "gradual"):
         train_last(model, number)
     elif name in ("lora", "prompt"):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from . import checkpoints, strategies
 from .schedules import Schedule
+from .tables import first_line
 
 if TYPE_CHECKING:
     from objkern import Objective
@@ -74,9 +75,12 @@ class TrainingOptions:
         for name, low, high in (("warmup", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
             if not low <= getattr(self, name) < high:
                 raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}) but got {getattr(self, name)!r}")
-        for name in ("learning_rate", "clip"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number but got {getattr(self, name)!r}")
+        for name, high in (("learning_rate", 1e6), ("clip", math.inf)):
+            if not 0.0 < getattr(self, name) < high:
+                below = "" if high == math.inf else f" below {high:g}"
+                raise ValueError(f"{name}: expected a positive number{below} but got {getattr(self, name)!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a whole number in [0, 2**32) but got {self.seed!r}")
         for name, choices in (("optimizer", OPTIMIZERS), ("schedule", RATES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)} but got {getattr(self, name)!r}")
@@ -100,6 +104,14 @@ class Progress:
     finished: bool = False
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch's parts
     seconds: float = field(default=0.0, compare=False)  # for all that is done, in however many sessions
+
+    def check(self) -> None:
+        """As read from a file, which says nothing of types."""
+        for name in ("epoch", "window", "step", "best_epoch", "stale"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name}: expected a whole number but got {getattr(self, name)!r}")
+        if not all(isinstance(value, int | float) for value in self.sums.values()):
+            raise ValueError(f"sums: expected numbers but got {self.sums!r}")
 
 
 @dataclass(frozen=True)
@@ -427,18 +439,37 @@ def _resumed(
         return None
     tensors, state = checkpoints.load(newest)
     now = json.loads(json.dumps(_of_run(options)))
-    changed = [name for name in now if name != "checkpoint_steps" and now[name] != state["options"].get(name)]
+    try:
+        was, progress = dict(state["options"]), Progress(**state["progress"])
+        progress.check()
+        changed = [name for name in now if name != "checkpoint_steps" and now[name] != was.get(name)]
+        if not changed:
+            load_weights(model, tensors)
+            checkpoints.load_optimizer(optimizer, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {newest} is not what this run wrote: {first_line(error)}") from error
     if changed:
-        differences = ", ".join(f"{name} {state['options'].get(name)!r} → {now[name]!r}" for name in changed)
+        differences = ", ".join(f"{name} {was.get(name)!r} → {now[name]!r}" for name in changed)
         raise ValueError(f"resume: {newest} is of a run with other options: {differences}")
-    load_weights(model, tensors)
-    checkpoints.load_optimizer(optimizer, tensors)
-    return Progress(**state["progress"])
+    if progress.best is not None:  # which the end needs: now, and not after the other epochs
+        checkpoints.load(places / "best")
+    return progress
+
+
+_came: list[int] | None = None  # of the interruptions under way
 
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT has come: the step under way ends, and then the run, with a checkpoint."""
+    """Whether SIGTERM or SIGINT has come: the step under way ends, and then the run, with a checkpoint.
+
+    Within others, such as those of a search around its runs, they are the same.
+    """
+    global _came
+    if _came is not None:
+        outer = _came
+        yield lambda: bool(outer)
+        return
     came: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
@@ -450,8 +481,10 @@ def interruptions() -> Iterator[Callable[[], bool]]:
             previous[number] = signal.signal(number, handler)
     except ValueError:  # not the main thread, which alone may
         pass
+    _came = came
     try:
         yield lambda: bool(came)
     finally:
+        _came = None
         for number, old in previous.items():
             signal.signal(number, old)
