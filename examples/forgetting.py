@@ -61,7 +61,7 @@ def learn(
 ) -> None:  # fmt: skip
     options = TrainingOptions(epochs=1, batch_size=16, learning_rate=learning_rate, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as folder:
-        train(model, task, task.examples(rows), lambda: Evaluation({"f1": 0.0}), objective, options, Path(folder),
+        train(model, task, task.examples(rows), lambda: Evaluation({"accuracy": 0.0}), objective, options, Path(folder),
               reference=reference)  # fmt: skip
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import math
+import resource
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def written(folder: Path, some: list[dict[str, Any]]) -> Path:
         for one in some:
             recorder(one)
     return folder
+
+
+@contextmanager
+def full_disk(size: int = 4096) -> Iterator[None]:
+    """As near as a test gets: no file may be larger, and the error is of the same kind."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
@@ -94,6 +106,31 @@ def test_every_line_is_there_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "{", lines[1]]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
         records_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("null", "line 2: expected an object but got nothing"),
+        ("{}", "line 2, event: expected one of step, epoch but got nothing"),
+        ('{"event": "step"}', "line 2, step: expected a whole number but got nothing"),
+        ('{"event": "epoch", "step": 1}', "line 2, epoch: expected a whole number but got nothing"),
+        ('{"event": "step", "step": "x", "epoch": 1}', "line 2, step: expected a whole number but got 'x'"),
+        ('{"event": "step", "step": 1, "epoch": 1, "a": [1]}', r"line 2, a: expected a number but got \[1\]"),
+        (100_000 * "[", "line 2: "),
+    ],
+)
+def test_records_may_have_been_edited(line: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    written(tmp_path, records(1, 2))
+    path = tmp_path / "metrics.jsonl"
+    kept = path.read_text().splitlines()
+    path.write_text("\n".join([kept[0], line, *kept[1:]]))
+    with pytest.raises(ValueError, match=rf"^.*metrics\.jsonl, {message}") as bad:
+        records_of(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        report_main([str(tmp_path)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"python -m objkern report: error: {bad.value}\n"
 
 
 def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
@@ -174,6 +211,44 @@ def test_files_are_whole_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(record.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match=r"folder: the disk of .* has 1\.5 GiB free, and a run needs about 12\.0 GiB"):
         check_writable(tmp_path, 12 * 2**30)
+
+
+def test_half_of_a_surrogate_pair_is_escaped(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"a": "ä \ud83d \\ud83d"})
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == {"a": "ä \ud83d \\ud83d"}
+
+
+def test_a_record_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says so at once, and not only when the file is closed; by then there may be room again."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    one = {"event": "step", "step": 1, "epoch": 1, "total": 1.0}
+    with Recorder(tmp_path) as recorder:
+        recorder(one)
+        with (
+            full_disk(16),
+            pytest.raises(ValueError, match=r"^output: .*metrics\.jsonl can't be written: File too large$"),
+        ):
+            recorder(one)
+    assert records_of(tmp_path) == [one, one]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing beside it; it says which file can't be written."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    written(tmp_path, records(1, 2))
+    write_json(tmp_path / "run.json", {"command": "before"})
+    reports.write_report(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for write, name in (
+        (lambda: write_json(tmp_path / "run.json", {"command": 9000 * "x"}), "run.json"),
+        (lambda: reports.write_curves(tmp_path), "curves.png"),
+        (lambda: reports.write_page(tmp_path / "report.html", "x", 9000 * "x"), "report.html"),
+        (lambda: written(tmp_path, 40 * records(1, 1)), "metrics.jsonl"),
+    ):
+        with full_disk(), pytest.raises(ValueError, match=rf"^output: .*{name} can't be written: File too large$"):
+            write()
+        if name in before:
+            assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 # ---- the picture and the page ---------------------------------------------------------------------------------------
@@ -275,6 +350,51 @@ def test_a_page_of_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "b" / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run: .*run\.json can't be read"):
         reports.write_report(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("run.json", [], r": expected an object but got \[\]"),
+        ("run.json", {"options": "x"}, ", options: expected an object but got 'x'"),
+        ("run.json", {"untrained": {"f1": "x"}}, ", untrained, f1: expected a number but got 'x'"),
+        ("run.json", {"command": 5}, ", command: expected a text but got 5"),
+        ("run.json", {"git": {"commit": 5}}, ", git, commit: expected a text but got 5"),
+        ("run.json", {"versions": ["x"]}, r", versions: expected an object but got \['x'\]"),
+        ("result.json", [], r": expected an object but got \[\]"),
+        ("result.json", {"dev": [1]}, r", dev: expected an object but got \[1\]"),
+        ("result.json", {"table": 5}, ", table: expected a list but got 5"),
+        ("result.json", {"table": ["x"]}, ", table, item 1: expected a list but got 'x'"),
+        ("result.json", {"confusion": [["x"]]}, ", confusion, item 1, item 1: expected a whole number but got 'x'"),
+        ("result.json", {"samples": [1]}, ", samples, item 1: expected an object but got 1"),
+        ("result.json", {"steps": "x"}, ", steps: expected a whole number but got 'x'"),
+        ("result.json", {"seconds": "x"}, ", seconds: expected a number but got 'x'"),
+    ],
+)
+def test_what_a_run_wrote_may_have_been_edited(
+    name: str, edit: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "run.json", RUN)
+    write_json(tmp_path / "result.json", RESULT)
+    write_json(tmp_path / name, {**(RUN if name == "run.json" else RESULT), **edit} if edit else edit)
+    with pytest.raises(ValueError, match=rf"^run: .*{name}{message}$") as bad:
+        reports.facts_of(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        report_main([str(tmp_path)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"python -m objkern report: error: {bad.value}\n"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_of_what_may_be_in_them(tmp_path: Path) -> None:
+    """Everything may be null or empty, and samples may hold anything."""
+    write_json(tmp_path / "run.json", dict.fromkeys(RUN))
+    odd = [None, 5, [], ["a", 1], {"words": 5}, {"words": [1, None]}, {"text": 5}, {"text": None}, {"text": [1]}]
+    samples = [{"input": a, "truth": b, "predicted": c} for a in odd for b in odd for c in odd]
+    for result in (dict.fromkeys(RESULT), {"table": [[]], "confusion": [], "samples": [{}, *samples]}):
+        write_json(tmp_path / "result.json", result)
+        reports.write_report(tmp_path)
+        Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

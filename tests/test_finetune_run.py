@@ -320,13 +320,16 @@ def test_every_row_is_checked_before_training(tmp_path: Path, capsys: pytest.Cap
     words = ["sequence-classification", data, "--output", tmp_path / "run", *QUICK]
     for name, text, message in (
         ("empty", "", "dev data: there are no rows"),
-        ("other", '{"words": ["a"]}', "dev data, row 1, column 'text'"),
-        ("unlabelled", '{"text": "a"}', "dev data, row 1, column 'label'"),
+        ("other", '{"words": ["a"]}', "other.jsonl, row 1, column 'text'"),
+        ("unlabelled", '{"text": "a"}', "unlabelled.jsonl, row 1, column 'label'"),
         ("unknown", '{"text": "a", "label": "neither"}', "'neither' does not occur in training"),
     ):
         (tmp_path / f"{name}.jsonl").write_text(text)
         assert finetune(*words, "--dev", tmp_path / f"{name}.jsonl") == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "alike.jsonl").write_text('{"text": "a", "label": "x"}\n' * 9)
+    assert finetune(words[0], tmp_path / "alike.jsonl", *words[2:]) == 2
+    assert "column 'label': expected at least two classes but every row has 'x'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -517,3 +520,32 @@ sys.exit(main(sys.argv[2:]))
     assert cut["runs"] == whole["runs"]
     assert [one["state"] for one in cut["runs"]] == ["complete"] * 3
     assert sorted(path.name for path in (tmp_path / "cut").glob("trial-*")) == [f"trial-000{k}" for k in range(3)]
+
+
+def test_a_model_that_sees_what_it_is_to_tell_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = written(tmp_path, "causal-lm")
+    assert finetune("causal-lm", data, *QUICK, "--output", tmp_path / "run") == 0
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )  # fmt: skip
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "bert")
+    words = ["--model", tmp_path / "bert", "--output", tmp_path / "other"]
+    assert finetune("causal-lm", data, *QUICK, *words) == 2
+    assert "reads from left to right but got BertLMHeadModel" in capsys.readouterr().err
+
+
+def test_what_a_model_says_ends_with_its_places(tmp_path: Path) -> None:
+    """GPT-2 has a vector for every place, and none behind them."""
+    data = tmp_path / "long.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": "the cat " * 9, "completion": f" sat {k}"}) + "\n" for k in range(12))
+    )
+    assert finetune("causal-lm", data, *QUICK, "--output", tmp_path / "run") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    words = [*QUICK, "--max-length", "32", "--model", tmp_path / "gpt2", "--output", tmp_path / "other"]
+    assert finetune("causal-lm", data, *words) == 0
+    assert json.loads((tmp_path / "other" / "result.json").read_text())["samples"]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,15 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
-from objkern.finetune import saved  # noqa: E402
+from objkern.finetune import adapters, card, saved  # noqa: E402
 from objkern.finetune.deploy import export_main, predict_main  # noqa: E402
 from objkern.finetune.record import write_json  # noqa: E402
 from objkern.finetune.tasks import Task  # noqa: E402
 from objkern.finetune.training import TrainingOptions  # noqa: E402
+from objkern.finetune.whole import whole_file, whole_folder  # noqa: E402
 from objkern.transformers import is_attached  # noqa: E402
 
+from .test_finetune_reports import full_disk  # noqa: E402
 from .test_finetune_training import NAMES, model_of, rows_of, run, task_of  # noqa: E402
 
 INPUTS = ("text", "words", "question", "context", "prompt", "source")
@@ -124,6 +130,16 @@ def test_prompt_vectors_are_saved_beside_their_model(name: str, tmp_path: Path) 
     assert "PeftModel.from_pretrained(model, folder)" in card
     with pytest.raises(ValueError, match=r"onnx: "):
         saved.export(tmp_path / "run", tmp_path / "other", onnx=True)
+    config = tmp_path / "out" / adapters.CONFIG
+    (tmp_path / "out" / "base").rename(tmp_path / "base")
+    for text, message in (
+        ("[]", ": expected an object but got"),
+        ("{", " can't be read: "),
+        ("{}", " can't be loaded"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=rf"^model: .*{message}"):
+            saved.load(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +182,34 @@ def test_the_card_says_what_the_model_is(finished: Path, tmp_path: Path, capsys:
         exec(code.split("```")[0], names)
 
 
+EVIL = "<script>alert('x')</script>\n\n# a | `b` \\\\| *c* ```d```"
+
+
+def test_nothing_in_a_card_is_taken_for_markdown(finished: Path) -> None:
+    about = {"task": "sequence-classification", "labels": [EVIL, "`", ""], "max_length": 8}
+    run = {"name": EVIL, "model": EVIL, "data": {"train": 8}, "options": {"train": EVIL}, "command": EVIL,
+           "versions": {EVIL: EVIL}, "git": {"commit": EVIL}, "objective": "CrossEntropy()"}  # fmt: skip
+    result = {"dev": {EVIL: 0.5}, "table": [[EVIL, "f1"], [EVIL, 0.5], ["b", EVIL]]}
+    text = card.card_of("x", about, run, result, finished / "model")
+    fenced = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text.partition("\n---\n")[2], flags=re.M | re.S)  # blocks of code
+    assert fenced.count("\n# ") == 1
+    plain = re.sub(r"(?<!\\)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", fenced)  # and code within lines
+    assert "<" not in plain
+    assert not re.search(r"(?<!\\)[*`]", plain)
+    for table in re.findall(r"(?:^\|.*\n?)+", fenced, flags=re.M):
+        cells = [len(re.findall(r"(?:\\.|[^|\\])+", line.strip("|"))) for line in table.splitlines()]
+        assert len(set(cells)) == 1, table
+    assert "Labels: ```` <script>alert('x')</script> # a | `b`" in text
+    assert "&lt;script&gt;alert('x')&lt;/script&gt; # a \\| \\`b\\`" in text
+
+
+def test_a_run_that_knows_little_has_a_card(finished: Path) -> None:
+    about = {"task": "sequence-classification", "labels": ["a"], "max_length": 8}
+    text = card.card_of("x", about, {"git": {}, "versions": {}}, {"table": [[]]}, finished / "model")
+    assert "# x\n\nA model for sequence-classification" in text
+    assert "##" not in text.replace("## How to load it", "")
+
+
 def test_a_destination_is_not_overwritten(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for taken in (tmp_path, tmp_path / "file"):
@@ -179,13 +223,109 @@ def test_saving_again_replaces_the_whole(finished: Path, tmp_path: Path, monkeyp
     saved.save(tmp_path / "model", model, task)
     (tmp_path / "model" / "stale").touch()
     with monkeypatch.context() as patched:  # ended half way
-        patched.setattr(saved, "write_json", lambda path, value: 1 / 0)
+        patched.setattr(saved, "json_text", lambda value: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             saved.save(tmp_path / "model", model, task)
     assert (tmp_path / "model" / "stale").exists()
     saved.save(tmp_path / "model", model, task)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not (tmp_path / "model" / "stale").exists()
+
+
+@pytest.mark.parametrize("name", [".{}.old", ".{}.partial", ".{}.objkern-mynotes1", ".{}.objkern-x"])
+def test_what_lies_beside_stays(name: str, finished: Path, tmp_path: Path) -> None:
+    """Folders of others, whatever they are called, when a model is saved, exported, and when that fails."""
+    for target in ("model", "out"):
+        (tmp_path / name.format(target)).mkdir()
+        (tmp_path / name.format(target) / "precious").write_text("x")
+    pair = saved.load(finished)
+    for _ in range(2):
+        saved.save(tmp_path / "model", *pair)
+    saved.export(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model", "out", name.format("model"), name.format("out")
+    }  # fmt: skip
+    assert all((tmp_path / name.format(target) / "precious").exists() for target in ("model", "out"))
+
+
+def replaced(folder: Path, text: str, kill_after: int | None = None) -> None:
+    """By a process of its own, which is killed after so many renames, 0: in the midst of writing."""
+    child = os.fork()
+    if child == 0:
+        rename, count = Path.rename, 0
+
+        def counted(path: Path, target: Path) -> Path:
+            nonlocal count
+            found, count = rename(path, target), count + 1
+            if count == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        Path.rename = counted  # type: ignore[method-assign]
+        with whole_folder(folder) as new:
+            (new / "a").write_text(text)
+            if kill_after == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            (new / "b").write_text(text)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) if kill_after is not None else status == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")  # of a process with threads, which these children do not use
+@pytest.mark.parametrize(("kill_after", "left"), [(0, "first"), (1, None), (2, "second")])
+def test_killed_while_a_folder_is_replaced(kill_after: int, left: str | None, tmp_path: Path) -> None:
+    """It is whole or not there; the next one knows what the killed one left."""
+    folder = tmp_path / "folder [x]"
+    replaced(folder, "first")
+    for again in (False, True):
+        replaced(folder, "second", kill_after)
+        assert len(list(tmp_path.iterdir())) == (1 if left is None else 2)
+        assert folder.exists() == (left is not None)
+        if left is not None:
+            assert [(folder / name).read_text() for name in "ab"] == [left, left]
+        if again:
+            replaced(folder, "first")
+            continue
+        with pytest.raises(ZeroDivisionError), whole_folder(folder):
+            raise ZeroDivisionError  # what was being replaced when that one was killed is back
+        assert [(folder / name).read_text() for name in "ab"] == [left or "first"] * 2
+        replaced(folder, "first")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert [(folder / name).read_text() for name in "ab"] == ["first", "first"]
+
+
+def test_what_another_one_writes_stays(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "folder") as mine:
+        (mine / "a").write_text("mine")
+        with whole_folder(tmp_path / "folder") as theirs:
+            (theirs / "b").write_text("theirs")
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
+    assert (tmp_path / "folder" / "a").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_full_disk_is_one_line(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    pair = saved.load(finished)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "the cat", "more": 9000 * "x"}))
+    before = rows.read_text()
+    with full_disk():
+        with pytest.raises(ValueError, match=r"^output: .*model can't be written: .*File too large"):
+            saved.save(tmp_path / "model", *pair)
+        for main, arguments, place in (
+            (export_main, [str(finished), str(tmp_path / "out")], f"destination: {tmp_path / 'out'}"),
+            (predict_main, [str(finished), "--input", str(rows), "--output", str(rows)], f"output: {rows}"),
+        ):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                main(arguments)
+            assert stopped.value.code == 2
+            assert capsys.readouterr().err.endswith(f"error: {place} can't be written: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert rows.read_text() == before
 
 
 def test_pickles_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -234,12 +374,80 @@ def test_what_cannot_be_loaded(finished: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"model: the tokenizer of .* can't be read: "):
         saved.load(folder)
-    (folder / "objkern.json").write_text('{"task": "poetry"}')
-    with pytest.raises(ValueError, match=r"objkern\.json: expected one of sequence-classification, .* as task"):
-        saved.load(folder)
     (folder / "objkern.json").write_text("[")
     with pytest.raises(ValueError, match=r"objkern\.json can't be read"):
         saved.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"task": "poetry"}, r", task: expected one of sequence-classification, .* but got 'poetry'"),
+        ({"task": ["x"]}, r", task: expected one of sequence-classification, .* but got \['x'\]"),
+        ({"task": None}, r", task: expected one of sequence-classification, .* but got nothing"),
+        ({"labels": 5}, r", labels: expected a list but got 5"),
+        ({"labels": ["good", 5]}, r", labels, item 2: expected a text but got 5"),
+        ({"labels": ["good"]}, r", labels: expected 2, as the model has, but got 1"),
+        ({"labels": []}, r", labels: expected 2, as the model has, but got 0"),
+        ({"max_length": "x"}, r", max_length: expected a whole number but got 'x'"),
+        ({"max_length": 0}, r", max_length: expected at least 1 but got 0"),
+        ({"problem": "riddle"}, r", problem: expected one of single_label_classification, .* but got 'riddle'"),
+        ({"metrics": [1]}, r", metrics: expected an object but got \[1\]"),
+        ([], r": expected an object but got \[\]"),
+    ],
+)
+def test_what_the_task_knows_may_have_been_edited(edit: Any, message: str, finished: Path, tmp_path: Path) -> None:
+    model, task = saved.load(finished)
+    saved.save(tmp_path / "model", model, task)
+    path = tmp_path / "model" / "objkern.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit} if edit else edit))
+    for use in (saved.load, lambda folder: saved.export(folder, tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"^model: .*objkern\.json" + message + "$"):
+            use(tmp_path / "model")
+    assert not (tmp_path / "out").exists()
+
+
+def broken(folder: Path) -> dict[str, Callable[[], Any]]:
+    """What may have happened to a model's folder."""
+    weights = folder / "model.safetensors"
+    return {
+        "a pickle alone": lambda: weights.rename(folder / "pytorch_model.bin"),
+        "weights cut short": lambda: weights.write_bytes(weights.read_bytes()[:1000]),
+        "an empty configuration": lambda: (folder / "config.json").write_text("{}"),
+        "an empty tokenizer": lambda: (folder / "tokenizer.json").write_text("{}"),
+        "another head": lambda: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 16')
+        ),
+    }
+
+
+@pytest.mark.parametrize("what", broken(Path()))
+def test_what_does_not_load_is_not_exported(what: str, finished: Path, tmp_path: Path) -> None:
+    model, task = saved.load(finished)
+    saved.save(tmp_path / "model", model, task)
+    broken(tmp_path / "model")[what]()
+    with pytest.raises(ValueError, match="model: ") as loading:
+        saved.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(loading.value))}$"):
+        saved.export(tmp_path / "model", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_loading_does_not_read_is_not_exported(finished: Path, tmp_path: Path) -> None:
+    """Pickles beside the weights, and whatever else lies in the folder; also an export that stands within."""
+    model, task = saved.load(finished)
+    folder = tmp_path / "model"
+    saved.save(folder, model, task)
+    parts = {path.name for path in folder.iterdir()}
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "a.pkl", "notes.md", "tokenizer.joblib"):
+        (folder / name).write_bytes(b"x")
+    (folder / "more").mkdir()
+    (folder / "more" / "secret.json").write_text("{}")
+    (folder / "base.json").mkdir()
+    for destination in (tmp_path / "out", folder / "deploy", folder / "deploy" / "again"):
+        saved.export(folder, destination)
+        assert {path.name for path in destination.iterdir()} - {"again"} == parts | {"README.md"}
+        assert saved.load(destination)[1].labels == task.labels
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -264,6 +472,43 @@ def test_answers_on_the_command_line(
     monkeypatch.setattr(sys, "stdin", io.StringIO(source.read_text() + "\n\n"))
     assert predict_main([str(finished), "--input", "-", "--output", str(tmp_path / "out.jsonl")]) == 0
     assert lines((tmp_path / "out.jsonl").read_text()) == found[:2]
+
+
+def test_answers_may_replace_the_rows(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    """Half of a surrogate pair, which UTF-8 can't hold, is as it was; a link goes on pointing to the file."""
+    path, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    path.write_text('{"text": "the cat", "more": "\\ud83d ä"}\n')
+    path.chmod(0o640)
+    assert predict_main([str(finished), "--input", str(path), "--output", str(link)]) == 0
+    (found,) = lines(path.read_text(encoding="utf-8"))
+    assert found == {"text": "the cat", "more": "\ud83d ä", "predicted": found["predicted"]}
+    assert (link.is_symlink(), path.stat().st_mode & 0o777) == (True, 0o640)
+    assert predict_main([str(finished), "--input", str(path)]) == 0
+    assert lines(capsys.readouterr().out) == [found]
+    assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "link.jsonl"}
+
+
+def test_a_file_that_is_not_finished_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("before")
+    with suppress(ZeroDivisionError), whole_file(tmp_path / "file") as new:
+        new.write_text("half")
+        raise ZeroDivisionError
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As a device is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with whole_file(pipe) as new:
+            new.write_text("x")
+        assert pipe.is_fifo()
+        assert os.read(reader, 9) == b"x"
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +541,7 @@ def test_a_text_for_every_task(name: str, row: dict[str, Any] | None, tmp_path: 
         ([], "input: expected --input or --text, and got neither"),
         (["--text", "x", "--batch-size", "0"], "batch_size: expected a whole number of at least 1 but got 0"),
         (["--text", "x", "--device", "tpu9"], "device: expected cpu, cuda or cuda:1 but got 'tpu9'"),
+        (["--text", "x", "--device", "meta"], "device: expected cpu, cuda or cuda:1 but got 'meta'"),
         (["--text", "x", "--device", "cuda:99"], "device: cuda:99 is not there; torch sees "),
         (["--text", " "], "text, row 1, column 'text': expected a text but got ' '"),
         (["--input", "nowhere.jsonl"], "data: 'nowhere.jsonl' does not exist"),
@@ -304,6 +550,8 @@ def test_a_text_for_every_task(name: str, row: dict[str, Any] | None, tmp_path: 
             ["--text", "x", "--output", "/nowhere/out.jsonl"],
             "output: /nowhere/out.jsonl can't be written: No such file",
         ),
+        (["--text", "x", "--output", "."], "output: . can't be written: Is a directory"),
+        (["--text", "x", "--output", 300 * "x"], f"output: {300 * 'x'} can't be written: File name too long"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -317,6 +565,52 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m objkern predict: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b'{"text": "\xff"}', "standard input is not UTF-8: "),
+        (b"[1]", "standard input, line 1: expected an object with columns but got '[1]'"),
+        (b"\n" + 100_000 * b"[", "standard input, line 2: "),
+        (b'{"x": 1' + 5000 * b"0" + b"}", "standard input, line 1: "),
+    ],
+)
+def test_bad_lines_of_standard_input(
+    given: bytes, message: str, finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        predict_main([str(finished), "--input", "-"])
+    assert stopped.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"python -m objkern predict: error: {message}")
+
+
+def test_a_name_that_is_too_long(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        predict_main([300 * "x", "--text", "x"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("x/objkern.json: File name too long\n")
+
+
+def test_missing_weights_are_one_line(finished: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    """Without the table that transformers prints of them."""
+    from safetensors.torch import load_file, save_file
+
+    saved.save(tmp_path / "model", *saved.load(finished))
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: x for key, x in tensors.items() if key != "classifier.weight"}, weights, {"format": "pt"})
+    transformers.logging.set_verbosity_warning()
+    capsys.readouterr()
+    caplog.clear()
+    with pytest.raises(SystemExit):
+        predict_main([str(tmp_path / "model"), "--text", "x"])
+    assert caplog.records == []
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith("model lacks weights: classifier.weight")
 
 
 def test_a_language_model_needs_something_to_continue(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
-from objkern.finetune import data  # noqa: E402
+from objkern.finetune import data, small  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
 from objkern.finetune.tasks.task import IGNORED  # noqa: E402
 
@@ -64,13 +66,43 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
     written(tmp_path, "train.jsonl", json.dumps(ROWS[0]))
-    written(tmp_path, "validation.csv", "text,label\nx,1\ny,2.5\nz,1_0\n")
+    written(tmp_path, "validation.csv", "text,label\nx,good\n")
     assert data.read(tmp_path) == ROWS[:1]
-    assert [row["label"] for row in data.read(tmp_path, "dev")] == [1, 2.5, "1_0"]
+    assert data.read_all(tmp_path) == {"train": ROWS[:1], "dev": [{"text": "x", "label": "good"}]}
     with pytest.raises(
-        ValueError, match="has no test split: expected one called test or testing but found train, validation"
+        ValueError,
+        match=r"has no test split: expected one called test or testing \(\.jsonl, .* found train\.jsonl, validation\.csv",
     ):
         data.read(tmp_path, "test")
+
+
+def test_a_split_in_pieces(tmp_path: Path) -> None:
+    for k, row in enumerate(ROWS):
+        written(tmp_path, f"train-{k:05}-of-00002.jsonl", json.dumps(row))
+    assert data.read(tmp_path) == ROWS
+    (tmp_path / "train-00001-of-00002.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"expected one file for a split, or all of its pieces, but got train-00000-of"
+    ):
+        data.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train.csv", "train.jsonl"), r"expected one file for a split, .* but got train\.csv and train\.jsonl"),
+        (("train.jsonl", "dev.jsonl", "validation.jsonl"), r"expected one dev split but got validation and dev"),
+        (("Train.jsonl", "train.jsonl.gz"), r"called train or training .* but found Train\.jsonl, train\.jsonl\.gz"),
+        (("dataset_dict.json",), r"can't be loaded by datasets\.load_from_disk: \w+: .*"),
+        ((), r"has no train split: .* but found nothing"),
+    ],
+)
+def test_a_folder_that_does_not_say_what_to_read(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for name in names:
+        written(tmp_path, name, "{}")
+    with pytest.raises(ValueError, match=message):
+        data.read_all(tmp_path)
 
 
 def test_a_folder_of_datasets(tmp_path: Path) -> None:
@@ -96,16 +128,60 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
         ("a.csv", "text,label\nx,1,2\n", r"a\.csv, line 2: expected the 2 columns of the first line but got 3"),
         ("a.txt", "x", r"a\.txt: expected a file ending in"),
         ("a.parquet", "no parquet", r"a\.parquet: "),
+        ("a.jsonl", '\n{"label": 1, "label": 2}', r"a\.jsonl, line 2: expected one 'label' but got 2"),
+        ("a.csv", "label,text,label\n", r"a\.csv, line 1: expected one 'label' but got 2"),
+        (
+            "a.jsonl",
+            f'{{}}\n{{"label": {"[" * 99999}\n',
+            r"a\.jsonl, line 2: expected brackets less deep within each other",
+        ),
+        ("a.jsonl", f'{{}}\n{{"label": {"1" * 5000}}}', r"a\.jsonl, line 2: expected a number of .* but got 5000"),
+        ("a.json", f'[{{"label": {"1" * 5000}}}]', r"a\.json, line 1: expected a number of .* but got 5000"),
+        ("a.json", "7", r"a\.json: expected a list of rows but got 7"),
+        (
+            "a.csv",
+            f"label\n1.5\n{'1' * 5000}\n",
+            r"a\.csv, row 2, column 'label': expected a class or a finite number but",
+        ),
+        (
+            "a.csv",
+            "label\npos\nnan\n",
+            r"a\.csv, row 2, column 'label': expected a class or a finite number but got 'nan'",
+        ),
+        (
+            "a.csv",
+            "label\n1\n-Inf\n",
+            r"a\.csv, row 2, column 'label': expected a class or a finite number but got '-Inf'",
+        ),
     ],
 )
 def test_a_bad_file_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         data.read(written(tmp_path, name, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_with_its_rows_as_data(tmp_path: Path) -> None:
+    assert data.read(written(tmp_path, "a.json", json.dumps({"version": 1, "data": ROWS}, indent=1))) == ROWS
+    assert data.read(written(tmp_path, "b.json", json.dumps(ROWS[0], indent=1))) == ROWS[:1]
+    assert data.read(written(tmp_path, "c.json", "\n".join(map(json.dumps, ROWS)))) == ROWS
 
 
 def test_what_does_not_exist(tmp_path: Path) -> None:
     for source in (tmp_path / "no.jsonl", "./nowhere", "missing.csv"):
         with pytest.raises(ValueError, match="does not exist"):
+            data.read(source)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("nowhere.jsonl")
+    for source, message in (
+        (tmp_path / "pipe.jsonl", "expected a file or a folder but got a pipe or a device"),
+        (tmp_path / "link.jsonl", "is a link to 'nowhere.jsonl', which does not exist"),
+        ("x" * 300, "can't be read: File name too long"),
+    ):
+        with pytest.raises(ValueError, match=message):
             data.read(source)
 
 
@@ -134,8 +210,69 @@ def test_the_first_bad_row_and_field_are_named(name: str) -> None:
         data.checked([], TASKS[name].columns, "corpus")
     needed = [column.name for column in TASKS[name].columns if column.needed]
     if needed:
-        with pytest.raises(ValueError, match=rf"row 1, column '{needed[0]}': expected .* but there are only other"):
-            TASKS[name](tokenizer_of_words(), [{"other": 1}])
+        with pytest.raises(
+            ValueError, match=rf"row 1, column '{needed[0]}': expected .* but there are only \['a\\nb'\]"
+        ):
+            TASKS[name](tokenizer_of_words(), [{"a\nb": 1}])
+
+
+def test_rows_keep_their_numbers(tmp_path: Path) -> None:
+    """Whichever of them are left: errors name the row of the file, and so do batches."""
+    rows = data.read(
+        written(tmp_path, "a.jsonl", "".join(json.dumps({"text": "cat", "label": str(k)}) + "\n" for k in range(9)))
+    )
+    kept = pickle.loads(pickle.dumps(rows[::2]))  # rows 1, 3, 5, 7, 9
+    task = classification(kept)
+    assert task.collate(task.examples(kept[1:3])).rows == [3, 5]
+    assert task.collate(task.examples([dict(row) for row in kept[1:3]])).rows == [1, 2]
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 8, column 'label': '7' does not occur in training"):
+        task.examples([rows[2], rows[7]], "dev data")
+    kept[3]["text"] = " "
+    with pytest.raises(ValueError, match=r"^[^ ]*a\.jsonl, row 7, column 'text': expected a text but got ' '"):
+        data.checked(kept, task.columns, "dev data")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_names_rows_by_their_own_numbers(name: str) -> None:
+    row = data.FoundRow(GOOD[name], "a.jsonl", 7)
+    task = TASKS[name](tokenizer_of_words(), [row])
+    assert task.collate(task.examples([row])).rows == [7]
+
+
+def test_texts_in_a_packed_sequence_are_all_named() -> None:
+    task = causal(max_length=12, pack=True)
+    examples = task.examples([{"text": "the cat sat"}, {"text": "yes"}])
+    assert sorted(task.collate(examples).rows) == [1, 2]
+
+
+HALF = "cat \ud83d"  # the first half of a character that has two in UTF-16
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        ("sequence-classification", "text", HALF),
+        ("sequence-classification", "label", HALF),
+        ("sequence-classification", "label", ["x", HALF]),
+        ("token-classification", "words", ["the", HALF]),
+        ("question-answering", "answers", {"text": [HALF], "answer_start": [4]}),
+        ("causal-lm", "messages", [{"role": "user", "content": HALF}]),
+        ("seq2seq", "target", HALF),
+    ],
+)
+def test_half_a_character_is_no_text(name: str, column: str, value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"row 2, column '{column}': expected whole characters but got half of one in 'cat \\ud83d'"
+    ):
+        data.checked([GOOD[name], {**GOOD[name], column: value}], TASKS[name].columns)
+    data.checked([{**GOOD[name], "note": HALF}], TASKS[name].columns)  # which nobody reads
+
+
+def test_a_small_model_reads_what_its_task_reads(tmp_path: Path) -> None:
+    rows = [{**GOOD["seq2seq"], "note": HALF}, {**GOOD["seq2seq"], "note": "dog " * 99}]
+    folder = small.make(tmp_path, TASKS["seq2seq"], rows, small.SmallModel(16, 1, 2), 32, 0)
+    assert "dog" in transformers.AutoTokenizer.from_pretrained(folder).decode([*range(3, 400)])  # of the target, once
+    assert "note" not in (folder / "tokenizer.json").read_text()
 
 
 # ---- sequence classification ----------------------------------------------------------------------------------------
@@ -159,8 +296,19 @@ def test_the_labels_decide_what_is_learned() -> None:
 
 
 def test_labels_that_do_not_fit_the_others() -> None:
-    with pytest.raises(ValueError, match=r"row 2, column 'label': expected a list of labels, as other rows have"):
-        classification([{"text": "a", "label": ["x"]}, {"text": "b", "label": "x"}])
+    for labels, message in (
+        ((["x"], "x"), "row 2, column 'label': expected a list of labels, as row 1 has, but got 'x'"),
+        (("x", 1.5), "row 1, column 'label': expected a number, as row 2 has, but got 'x'"),
+        ((0, True), "row 1, column 'label': expected true or false, as row 2 has, but got 0"),
+        (([], []), "data, column 'label': expected a label in some row but every list is empty"),
+        ((1.5, float("nan")), "row 2, column 'label': expected a class .* but got nan"),
+        (("x", float("-inf")), "row 2, column 'label': expected a class .* but got -inf"),
+        ((1.5, 10**400), "row 2, column 'label': expected a class .* but got 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classification([{"text": "a", "label": label} for label in labels])
+    with pytest.raises(ValueError, match=r"row 1, column 'label': expected a number, as training has, but got nan"):
+        classification([{"text": "a", "label": 0.5}]).examples([{"text": "a", "label": float("nan")}])
     task = classification([{"text": "a", "label": "x"}])
     with pytest.raises(ValueError, match=r"dev, row 1, column 'label': 'z' does not occur in training, which has x"):
         task.examples([{"text": "a", "label": "z"}], "dev")
@@ -179,8 +327,37 @@ def test_scores_of_classes_labels_and_numbers() -> None:
     found = classification(rows).evaluate(rows, [["x"], ["y"], ["x"]])
     assert found.metrics["accuracy"] == pytest.approx(1 / 3)
     assert found.metrics["micro_f1"] == pytest.approx(2 * 2 / (3 + 3))
+    rows = [{"text": "a", "label": label} for label in (["spam"], [], [], [])]  # one label: not its complement
+    found = classification(rows).evaluate(rows, [[], [], ["spam"], []])
+    assert found.table[1:] == [["spam", 0.0, 0.0, 0.0, 1]]
+    assert found.metrics == {"accuracy": 0.5, "micro_f1": 0.0, "macro_f1": 0.0}
+    found = classification(rows).evaluate(rows, [["spam"], [], ["spam"], []])
+    assert found.table[1:] == [["spam", 0.5, 1.0, pytest.approx(2 / 3), 1]]
     rows = [{"text": "a", "label": label} for label in (1.0, 2.5, 4.0)]
     assert classification(rows).evaluate(rows, [1.0, 2.5, 3.0]).metrics["mse"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_scores_are_those_of_sklearn(several: bool) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    names, generator = ["a", "b", "c", "d"], torch.Generator().manual_seed(1)
+
+    def labels() -> list[Any]:
+        if several:
+            marks = torch.rand(40, 4, generator=generator) < 0.4
+            return [[name for name, mark in zip(names, row, strict=True) if mark] for row in marks.tolist()]
+        return [names[k] for k in torch.randint(4, (40,), generator=generator).tolist()]
+
+    truth, answers = labels(), labels()
+    rows = [{"text": "x", "label": label} for label in truth]
+    found = classification(rows).evaluate(rows, answers)
+    if several:
+        truth, answers = ([[name in some for name in names] for some in labels] for labels in (truth, answers))
+    for kind in ("micro", "macro"):
+        assert found.metrics[f"{kind}_f1"] == pytest.approx(metrics.f1_score(truth, answers, average=kind))
+    assert found.metrics["accuracy"] == pytest.approx(metrics.accuracy_score(truth, answers))
+    by_class = zip(*metrics.precision_recall_fscore_support(truth, answers), strict=True)
+    assert [row[1:] for row in found.table[1:]] == [pytest.approx(list(map(float, scores))) for scores in by_class]
 
 
 # ---- token classification -------------------------------------------------------------------------------------------
@@ -219,6 +396,28 @@ def test_entities_are_scored_as_seqeval_scores_them(seed: int) -> None:
     assert found["accuracy"] == pytest.approx(seqeval.accuracy_score(truth, noise))
 
 
+def test_tags_that_mark_no_entities_are_scored_one_by_one() -> None:
+    rows = [{"words": ["the", "cat", "sat"], "tags": ["DET", "NOUN", "VERB"]},
+            {"words": ["a", "dog"], "tags": ["DET", "NOUN"]}]  # fmt: skip
+    task = TASKS["token-classification"](tokenizer_of_words(), rows)
+    found = task.evaluate(rows, [["DET", "NOUN", "NOUN"], ["DET", "VERB"]])
+    assert (task.metric, found.metrics) == ("accuracy", {"accuracy": 0.6})
+    assert found.table == [["tag", "precision", "recall", "f1", "words"], ["DET", 1.0, 1.0, 1.0, 2],
+                           ["NOUN", 0.5, 0.5, 0.5, 2], ["VERB", 0.0, 0.0, 0.0, 1]]  # fmt: skip
+    for tags in (["B-x", "I-x"], ["B", "I"], ["O", "I-x"]):
+        row = {"words": ["the", "cat"], "tags": tags}
+        assert TASKS["token-classification"](tokenizer_of_words(), [row]).metric == "f1"
+
+
+def test_words_without_a_token() -> None:
+    rows = [{"words": ["", " "], "tags": ["O", "B-x"]}]
+    task = TASKS["token-classification"](tokenizer_of_words(), rows)
+    with pytest.raises(ValueError, match="corpus: nothing is left to learn: no word has a token"):
+        task.examples(rows, "corpus")
+    assert len(task.examples([{"words": rows[0]["words"]}])) == 1  # to be predicted: O, O
+    assert len(task.examples([*rows, {"words": ["cat"], "tags": ["O"]}])) == 2
+
+
 # ---- question answering ---------------------------------------------------------------------------------------------
 
 
@@ -238,9 +437,17 @@ def test_windows_and_their_answers() -> None:
             assert context[example.about[first][0] : example.about[last][1]] == "a dog"
     assert [example.label != (0, 0) for example in examples].count(True) >= 1
     assert examples[0].label == (0, 0)
-    wrong = {**row, "answers": {"text": ["a cat"], "answer_start": [4]}}
-    with pytest.raises(ValueError, match=r"row 1, column 'answers': expected 'a cat' at place 4 of the context, where"):
-        task.examples([wrong])
+    for texts, starts in ((["a cat"], [4]), (["cat", "a cat"], [4, 4]), (["cat"], [10**30])):
+        wrong = {**row, "answers": {"text": texts, "answer_start": starts}}
+        with pytest.raises(
+            ValueError,
+            match=rf"row 2, column 'answers': expected '{texts[-1]}' at place {starts[-1]} of the context but",
+        ):
+            task.examples([row, wrong])
+    for text, start in (("dog", -3), ("", 4), (" ", 3)):
+        wrong = {**row, "answers": {"text": [text], "answer_start": [start]}}
+        with pytest.raises(ValueError, match=r"row 2, column 'answers': expected .* but got"):
+            data.checked([row, wrong], task.columns)
 
 
 def test_answers_are_compared_as_squad_compares_them() -> None:
@@ -384,6 +591,29 @@ def test_cells_that_look_like_numbers(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("cells", "labels"),
+    [
+        (["3", "-2", "0"], [3, -2, 0]),
+        (["3", "2.5", "1e-05"], [3, 2.5, 1e-05]),
+        (["007", "7", "07", "8"], ["007", "7", "07", "8"]),
+        (["1e5", "2E3"], ["1e5", "2E3"]),
+        (["1", "1_0"], ["1", "1_0"]),
+        (["1", "two"], ["1", "two"]),
+        (["1", ""], [1, None]),
+    ],
+)
+def test_a_column_is_numbers_or_texts(cells: list[str], labels: list[Any], tmp_path: Path) -> None:
+    path = written(tmp_path, "rows.csv", "text,label\n" + "".join(f"x,{cell}\n" for cell in cells))
+    found = [row["label"] for row in data.read(path)]
+    assert (found, list(map(type, found))) == (labels, list(map(type, labels)))
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    text = "cat " * 50_000
+    assert data.read(written(tmp_path, "rows.csv", f'text\n"{text}"\n')) == [{"text": text}]
+
+
 def test_answers_and_questions_that_do_not_fit() -> None:
     task = TASKS["question-answering"](tokenizer_of_words(), max_length=32)
     row = {"question": "who ?", "context": "the cat", "answers": {"text": "cat", "answer_start": 4}}
@@ -413,3 +643,20 @@ def test_a_template_that_refuses_a_chat_names_the_row() -> None:
     task = causal(tokenizer=tokenizer_of_words(chat_template="{{ raise_exception('no system turns') }}"))
     with pytest.raises(ValueError, match=r"row 1, column 'messages': .* no system turns"):
         task.examples([{"messages": CHAT}])
+
+
+def test_a_chat_is_saved_with_the_template_that_it_was_learned_by() -> None:
+    """Piece by piece in training, by the template where others serve the model: the same tokens."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"},
+                {"role": "assistant", "content": "Four, I think."}, {"role": "user", "content": "naïve 東京"},
+                {"role": "assistant", "content": "Yes."}]  # fmt: skip
+    tokenizer = small.byte_pairs([turn["content"] for turn in messages], 300, 256, ends=False)
+    task = TASKS["causal-lm"](tokenizer, [{"messages": messages}])
+    (example,) = task.examples([{"messages": messages}])
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == example.inputs["input_ids"]
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer(asked, add_special_tokens=False)["input_ids"] == task._prompt({"messages": messages})
+    plain = small.byte_pairs(["the cat"], 300, 256, ends=False)
+    TASKS["causal-lm"](plain, [{"text": "the cat"}])
+    assert plain.chat_template is None

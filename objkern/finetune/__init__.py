@@ -6,7 +6,8 @@
     retention.py    what keeps the starting model in mind
     run.py          one run from start to end;  cli.py: `python -m objkern finetune`
     record.py       what a run writes while it trains;  reports.py, tables.py: what one looks at
-    saved.py        models on disk;  deploy.py: `predict`, `export`, `report`
+    saved.py        models on disk, with adapters.py, card.py, onnx.py;  deploy.py: `predict`, `export`, `report`
+    whole.py        files and folders that are there whole or not at all;  lock.py: one process at a time in a folder
     metrics.py      spans and their scores;  memory.py: peak memory
     demo/           `make demo`
 

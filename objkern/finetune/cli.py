@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import require_finetune_extra
-from .tables import epoch_table, metric_table
+from .tables import epoch_table, first_line, metric_table
 
 DESCRIPTION = """\
 Fine-tunes a Hugging Face model on your data with any objective, and leaves a folder with the model, everything that
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m objkern finetune: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk that is full by now; what was written before stands
-        print(f"python -m objkern finetune: stopped: {in_words(error)}", file=sys.stderr)
+        print(f"python -m objkern finetune: stopped: {first_line(error)}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") != "0":
         return 3 if result["how"] == "interrupted" else 0
@@ -191,11 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(metric_table(result))
     print(f"\nWritten to {options.output}: report.html, curves.png, result.json, metrics.jsonl, model/")
     return 0
-
-
-def in_words(error: OSError) -> str:
-    """What could not be written or read, and why."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _show(record: dict[str, Any]) -> None:

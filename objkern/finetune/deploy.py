@@ -20,6 +20,9 @@ import torch
 
 from .data import Row, read
 from .extras import require_finetune_extra
+from .record import encodable
+from .tables import first_line
+from .whole import whole_file
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -61,26 +64,31 @@ def _predict(arguments: argparse.Namespace) -> None:
     rows += [_row_of(text, task) for text in arguments.text]
     source = "standard input" if arguments.input == "-" else arguments.input or "text"
     answers = saved.predict((model, task), rows, arguments.batch_size, source)
-    lines = [json.dumps({**row, "predicted": answer}, ensure_ascii=False, default=str) + "\n"
-             for row, answer in zip(rows, answers, strict=True)]  # fmt: skip
+    text = "".join(_line({**row, "predicted": answer}) for row, answer in zip(rows, answers, strict=True))
     if arguments.output is None:
-        sys.stdout.writelines(lines)
+        sys.stdout.write(text)
         return
-    try:
-        arguments.output.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"output: {arguments.output} can't be written: {error.strerror}") from error
+    with whole_file(arguments.output) as new:  # which may be where the rows come from
+        new.write_text(text, encoding="utf-8")
+
+
+def _line(row: Row) -> str:
+    return encodable(json.dumps(row, ensure_ascii=False, default=str)) + "\n"
 
 
 def _lines_of(file: Any) -> list[Row]:
+    try:
+        lines = list(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}") from error
     rows = []
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"standard input, line {number}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"standard input, line {number}: {getattr(error, 'msg', error)}") from error
         if not isinstance(row, dict):
             raise ValueError(f"standard input, line {number}: expected an object with columns but got {line[:60]!r}")
         rows.append(row)
@@ -97,10 +105,11 @@ def _row_of(text: str, task: Task) -> Row:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device: {name} is not there; torch sees {torch.cuda.device_count()} GPUs")
+        torch.zeros(1, device=device).item()  # "meta" and others are devices that compute nothing
+    except (RuntimeError, AssertionError) as error:  # an AssertionError from a torch built without it
         raise ValueError(f"device: expected cpu, cuda or cuda:1 but got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} is not there; torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -146,7 +155,8 @@ def _run(
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what is wrong is said in one line
         command(arguments)
     except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {first_line(error)}\n")
     return 0

@@ -7,6 +7,7 @@ The lock is the kernel's: it goes with the process that has it, however that end
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process does.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
     descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -1,13 +1,15 @@
-"""Span-level precision, recall and F1 of BIO tags, as the CoNLL script and seqeval's default mode count them.
+"""Precision, recall and F1: of labels, and of the entities that BIO tags mark.
 
-A predicted entity is right when its kind, its first word and its last word are all right; half an entity is nothing.
+Entities are counted as the CoNLL script and seqeval's default mode count them: a predicted one is right when its kind,
+its first word and its last word are all right; half an entity is nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Span(NamedTuple):
@@ -20,7 +22,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """Precision, recall and F1 (0 where there is nothing to divide by) and the number of true entities."""
+    """Precision, recall and F1 (0 where there is nothing to divide by) and the number of true ones."""
 
     precision: float
     recall: float
@@ -53,19 +55,33 @@ def count_entities(sentences: Iterable[Sequence[str]]) -> int:
 
 def score_spans(truth: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]]) -> dict[str, Score]:
     """Scores by kind, sorted, then `"micro"`: all entities pooled. Both arguments hold one tag list per sentence."""
-    found: dict[str, list[int]] = {}  # kind → [right, predicted, true]
+    true_spans, predicted_spans = [], []
     for sentence, (true_tags, predicted_tags) in enumerate(zip(truth, predicted, strict=True)):
         if len(true_tags) != len(predicted_tags):
             raise ValueError(
                 f"sentence {sentence} has {len(true_tags)} true tags and {len(predicted_tags)} predicted ones"
             )
-        true_spans, predicted_spans = set(extract_spans(true_tags)), set(extract_spans(predicted_tags))
-        for column, spans in enumerate((true_spans & predicted_spans, predicted_spans, true_spans)):
-            for span in spans:
-                found.setdefault(span.kind, [0, 0, 0])[column] += 1
-    scores = {kind: _score(*found[kind]) for kind in sorted(found)}
-    scores["micro"] = _score(*(sum(counts[column] for counts in found.values()) for column in range(3)))
-    return scores
+        true_spans.append(set(extract_spans(true_tags)))
+        predicted_spans.append(set(extract_spans(predicted_tags)))
+    scores, pooled = score_sets(true_spans, predicted_spans, lambda span: span.kind)
+    return {**{kind: scores[kind] for kind in sorted(scores)}, "micro": pooled}
+
+
+def score_sets(
+    truth: Iterable[set[Any]], predicted: Iterable[set[Any]], kind_of: Callable[[Any], Hashable] = lambda found: found
+) -> tuple[dict[Any, Score], Score]:
+    """Scores by kind, and of all kinds pooled. Both arguments hold one set per row: of labels, of spans."""
+    right: Counter[Any] = Counter()
+    told: Counter[Any] = Counter()
+    true: Counter[Any] = Counter()
+    for a, b in zip(truth, predicted, strict=True):
+        for counter, found in ((right, a & b), (told, b), (true, a)):
+            counter.update(map(kind_of, found))
+    scores = {kind: _score(right[kind], told[kind], true[kind]) for kind in (told | true)}
+    return scores, _score(right.total(), told.total(), true.total())
+
+
+NOTHING = Score(0.0, 0.0, 0.0, 0)  # of a kind that neither occurs nor is predicted
 
 
 def _score(right: int, predicted: int, true: int) -> Score:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +30,13 @@ import torch
 
 import objkern
 
-METRICS = "metrics.jsonl"
+from .tables import first_line
+from .whole import whole_file, writing
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+NUMBER = int | float  # shapes of what files hold, as `check` takes them
+SCORE = int | float | None  # null where it's not defined
+_RECORD = {"event": ("step", "epoch"), "step": int, "epoch": int}
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "accelerate", "scikit-learn", "sacrebleu",
              "numpy", "triton")  # fmt: skip
 
@@ -109,28 +116,37 @@ class Recorder:
         if self._file is None:
             self._begin(record)
         assert self._file is not None
-        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.folder / METRICS):
+            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    self._board.add_scalar(f"{record['event']}/{name}", value, record["step"])
-            if record["event"] == "epoch":
-                self._board.flush()
+            with writing(self.folder / TENSORBOARD):
+                self._show(record)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+        if record["event"] == "epoch":
+            self._board.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for part in (self._file, self._board):
-            if part is not None:
-                part.close()
+        with ExitStack() as both:  # the second one too if the first can't be
+            for part, name in ((self._board, TENSORBOARD), (self._file, METRICS)):
+                if part is not None:
+                    both.enter_context(writing(self.folder / name))
+                    both.callback(part.close)
         self._file = self._board = None
 
     def _begin(self, first: Mapping[str, Any]) -> None:
         path = self.folder / METRICS
         kept = [json.dumps(record) + "\n" for record in records_of(self.folder) if _place(record) < _place(first)]
-        _write(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        with whole_file(path) as new:
+            new.write_text("".join(kept), encoding="utf-8")
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -138,7 +154,8 @@ class Recorder:
         # TensorBoard hides what earlier files have of this step and later ones, of all curves. Epochs stand at their
         # last step and not at their number, or the steps of that number would be hidden instead.
         step, is_epoch = _place(first)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + is_epoch)
+        with writing(self.folder / TENSORBOARD):
+            self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=step + is_epoch)
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
@@ -148,10 +165,14 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: {error.msg}") from error
+                raise ValueError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from error
+            break
+        check(record, _RECORD, f"{path}, line {number}", needed=tuple(_RECORD))
+        check({name: record[name] for name in record if name not in _RECORD}, {str: SCORE}, f"{path}, line {number}")
+        found.append(record)
     return found
 
 
@@ -164,17 +185,79 @@ def _place(record: Mapping[str, Any]) -> tuple[int, bool]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes all of it or nothing; what is not finite is null, for JSON has neither NaN nor infinity."""
-    _write(path, json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Writes all of it or nothing."""
+    text = json_text(value)
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def json_text(value: Any) -> str:
+    """What is not finite is null, for JSON has neither NaN nor infinity."""
+    return encodable(json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False)) + "\n"
+
+
+def encodable(text: str) -> str:
+    """JSON that UTF-8 can hold: halves of surrogate pairs, which it can't, are escaped as JSON has them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_json(path: Path, what: str, shape: Any, needed: Sequence[str] = ()) -> Any:
+    """The value in a file, if it is as `check` wants it.
+
+    Raises:
+        ValueError: it is not, or the file can't be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {path} can't be read: {first_line(error)}") from error
+    check(value, shape, f"{what}: {path}", needed)
+    return value
+
+
+def check(value: Any, shape: Any, where: str, needed: Sequence[str] = ()) -> None:
+    """Holds a value of JSON, which anybody may have edited, against its shape.
+
+    Args:
+        shape: a type, a tuple of choices, `[the shape of every item]`, `{str: the shape of every value}`, or
+            `{"name": the shape of what is called that}`, where names may be missing or null, and others be there too.
+        needed: names that must be there.
+
+    Raises:
+        ValueError: something in it has another shape; it says where.
+    """
+    if isinstance(shape, tuple):
+        fits = value in shape
+    else:
+        fits = isinstance(value, type(shape) if isinstance(shape, list | dict) else shape)
+    if not fits:
+        raise ValueError(f"{where}: expected {_in_words(shape)} but got {_short(value)}")
+    for name, part, its_shape in _parts(value, shape, needed):
+        check(part, its_shape, f"{where}, {name}")
+
+
+def _parts(value: Any, shape: Any, needed: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Name, value and shape of all that is in a value and has a shape."""
+    if isinstance(shape, list):
+        return [(f"item {place}", part, shape[0]) for place, part in enumerate(value, 1)]
+    if not isinstance(shape, dict):
+        return []
+    if str in shape:
+        return [(name, part, shape[str]) for name, part in value.items()]
+    return [(name, value.get(name), of) for name, of in shape.items() if name in needed or value.get(name) is not None]
+
+
+def _in_words(shape: Any) -> str:
+    if isinstance(shape, tuple):
+        return f"one of {', '.join(shape)}"
+    if isinstance(shape, list | dict):
+        return "a list" if isinstance(shape, list) else "an object"
+    return {str: "a text", int: "a whole number", bool: "true or false"}.get(shape, "a number")
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def finite(value: Any) -> Any:

@@ -17,10 +17,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .record import METRICS, records_of
+from .record import METRICS, NUMBER, SCORE, read_json, records_of
+from .whole import whole_file
 
 Record = dict[str, Any]
 RUN, RESULT, CURVES, REPORT = "run.json", "result.json", "curves.png", "report.html"
+_SCORES = {str: SCORE}
+_RUN = {
+    **dict.fromkeys(("name", "task", "model", "objective", "command"), str), "options": {}, "untrained": _SCORES,
+    "versions": {}, "git": {"commit": str, "dirty": bool},
+}  # fmt: skip
+_RESULT = {
+    "how": str, "best_epoch": int, "steps": int, "seconds": NUMBER, "device": str, "parameters": int,
+    "trained_parameters": int, "untrained": _SCORES, "dev": _SCORES, "test": _SCORES, "table": [[object]],
+    "confusion": [[int]], "classes": [object], "samples": [{}],
+}  # fmt: skip
 _NO_SHARES = ("loss", "perplexity", "mse", "mae")  # metrics that need an axis of their own
 
 
@@ -28,18 +39,14 @@ def facts_of(folder: Path) -> tuple[Record, Record]:
     """run.json and result.json of a run's folder; empty where it has none.
 
     Raises:
-        ValueError: there is no run in this folder, or one of the two can't be read.
+        ValueError: there is no run in this folder, or one of the two can't be read, or is not what a run writes.
     """
     if not (folder / RUN).exists() and not (folder / METRICS).exists():
         raise ValueError(f"run: expected a run's folder, with {RUN}, but {folder} has none")
-    found = []
-    for name in (RUN, RESULT):
-        path = folder / name
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-        except (OSError, ValueError) as error:
-            raise ValueError(f"run: {path} can't be read: {error}") from error
-    run, result = found
+    run, result = (
+        read_json(folder / name, "run", shape) if (folder / name).exists() else {}
+        for name, shape in ((RUN, _RUN), (RESULT, _RESULT))
+    )
     return run, {"untrained": run.get("untrained"), **result}
 
 
@@ -140,10 +147,11 @@ def write_curves(folder: Path) -> Path:
         if len(names) > 1:
             axis.legend(fontsize=8)
     path = folder / CURVES
-    partial = path.with_name(f".{CURVES}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    try:
+        with whole_file(path) as new:
+            figure.savefig(new, dpi=110, format="png")
+    finally:
+        pyplot.close(figure)
     return path
 
 
@@ -214,9 +222,8 @@ def write_page(path: Path, title: str, body: str) -> None:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in the data is no reason to fail
-    partial.replace(path)
+    with whole_file(path) as new:
+        new.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in the data is no reason to fail
 
 
 def section(title: str, body: str) -> str:
@@ -238,7 +245,7 @@ def table_of(head: Sequence[Any], rows: Iterable[Sequence[Any]], kind: str = "")
 
 def _by_class(table: Sequence[Sequence[Any]] | None) -> str:
     """By class or entity, as the table's first head says."""
-    return section(f"By {table[0][0]}", table_of(table[0], table[1:])) if table else ""
+    return section(f"By {table[0][0]}", table_of(table[0], table[1:])) if table and table[0] else ""
 
 
 def _head(name: str, run: Record, result: Record) -> str:
@@ -326,7 +333,9 @@ def _samples(samples: Sequence[Record]) -> str:
         given = sample.get("input", "")
         words = given.get("words") if isinstance(given, Mapping) else None
         truth, answer = sample.get("truth"), sample.get("predicted")
-        if words and isinstance(truth, list) and len(answer) == len(truth) == len(words):
+        if words and all(isinstance(part, list) for part in (words, truth, answer)) and (
+            len(words) == len(truth) == len(answer)
+        ):  # fmt: skip
             cells = [_tagged(words, truth, truth), _tagged(words, answer, truth)]
             lines.append(f"<tr><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
             continue
@@ -343,10 +352,14 @@ def _judged(truth: Any, answer: Any) -> str:
     """Whether an answer is right; nothing of numbers, which are only near, and where no truth is known."""
     if truth is None or isinstance(answer, float):
         return ""
-    rights = (truth["text"] or [""]) if isinstance(truth, Mapping) and "text" in truth else [truth]
-    if isinstance(answer, list):  # of labels, in any order
-        answer, rights = sorted(answer), [sorted(right) if isinstance(right, list) else right for right in rights]
-    return "good" if str(answer) in map(str, rights) else "bad"
+    texts = truth.get("text") if isinstance(truth, Mapping) else None
+    rights = (texts or [""]) if isinstance(texts, list) else [truth]
+    return "good" if _in_order(answer) in map(_in_order, rights) else "bad"
+
+
+def _in_order(answer: Any) -> str:
+    """An answer to be compared; labels in any order are the same ones."""
+    return str(sorted(map(str, answer)) if isinstance(answer, list) else answer)
 
 
 def _tagged(words: Sequence[str], tags: Sequence[Any], truth: Sequence[Any]) -> str:
@@ -355,7 +368,7 @@ def _tagged(words: Sequence[str], tags: Sequence[Any], truth: Sequence[Any]) -> 
     for word, tag, right in zip(words, tags, truth, strict=True):
         kind = "good" if tag == right else "bad"
         mark = "" if tag == right == "O" else f'<sub class="{kind}">{escape(str(tag))}</sub>'
-        found.append(f'<span class="word">{escape(word)}{mark}</span>')
+        found.append(f'<span class="word">{escape(str(word))}{mark}</span>')
     return "".join(found)
 
 

@@ -216,6 +216,8 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
     logging.disable_progress_bar()  # a small model is read and written in milliseconds
     kind = TASKS[options.task]
     splits = splits_of(options) if splits is None else {name: rows[: options.limit] for name, rows in splits.items()}
+    for name, rows in splits.items():  # all of them before anything is made
+        checked(rows, kind.columns, options.train if name == "train" else f"{name} data")
     seed = options.training.seed
     source = options.model
     if source is None:
@@ -224,9 +226,6 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
             make(options.output / "start", kind, splits["train"], options.new_model, options.max_length, seed)
         _wait_for_all_ranks()
     tokenizer = load_tokenizer(source, options.task)
-    for name, rows in splits.items():
-        # All of them before anything is trained.
-        checked(rows, kind.columns, options.train if name == "train" else f"{name} data")
     task = kind(tokenizer, splits["train"], max_length=options.max_length, source=options.train,
                 **({"pack": True} if options.pack else {}))  # fmt: skip
     examples = task.examples(splits["train"], options.train)
@@ -248,6 +247,7 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
         source = options.retain_data
         kept = task.examples(checked(read(source), kind.columns, source), source) if source else []
         built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
+    task.check(model)
     _try(model, task, examples, built, reference)
     return Run(options, task, splits, examples, model, built, reference, device, fingerprint(started_from))
 
@@ -255,8 +255,6 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
 def splits_of(options: RunOptions) -> Splits:
     """The rows of train, dev and, if there are any, test."""
     found = read_all(options.train)
-    if "train" not in found:
-        raise ValueError(f"train: {options.train!r} has no split for training, but only {', '.join(found) or 'none'}")
     for name, source in (("dev", options.dev), ("test", options.test)):
         if source is not None:
             found[name] = read(source, name)

@@ -5,40 +5,44 @@
     predict(folder, rows)          ──▶ an answer for every row
     export(run, destination)       the model with a card that the hub understands; as ONNX too, if asked for
 
-LoRA adapters are merged into the weights. Prompt vectors can't be, so they are saved as peft has them, beside the name
-of their model, or beside the model itself in `base/` if it has none that others could load. Pickle is neither written
-nor read.
+Pickle is neither written nor read.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..transformers import detach
+from . import adapters
+from .card import README, card_of
 from .data import Row, checked
-from .record import write_json
-from .reports import RUN, data_in_words, facts_of, number, terms_of
+from .onnx import ONNX, require_onnx, write_onnx
+from .record import SCORE, json_text, read_json
+from .reports import RUN, facts_of
 from .tables import first_line
 from .tasks import TASKS, Task
+from .tasks.sequence_classification import CLASS, NUMBER, SEVERAL
+from .whole import whole_folder, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Record = dict[str, Any]
 ABOUT = "objkern.json"
 _OPTIONS = ("problem", "pack", "prefix")  # of some tasks
+_SHAPE = {
+    "task": tuple(TASKS), "labels": [str], "max_length": int, "metrics": {str: SCORE},
+    "problem": (CLASS, SEVERAL, NUMBER), "pack": bool, "prefix": str,
+}  # fmt: skip
+_NEEDED = ("task", "labels", "max_length")
 _TRUTH = ("label", "tags", "answers", "completion", "target")  # columns that rows to be answered do without
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_PLACES = ("", "base", "additional_chat_templates")  # folders of a model's parts
+_PARTS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # weights, configurations, templates, vocabularies
 
 
 def save(folder: Path, model: nn.Module, task: Task, metrics: Mapping[str, float] | None = None) -> None:
@@ -47,60 +51,27 @@ def save(folder: Path, model: nn.Module, task: Task, metrics: Mapping[str, float
     Args:
         folder: appears when all of it is written, in the place of one of that name.
         metrics: of the model, to be kept with it.
+
+    Raises:
+        ValueError: it can't be written.
     """
     about = {
         "task": task.name, "labels": task.labels, "max_length": task.max_length,
         **{name: getattr(task, name) for name in _OPTIONS if hasattr(task, name)},
         **({} if metrics is None else {"metrics": dict(metrics)}),
     }  # fmt: skip
-
-    def write(partial: Path) -> None:
-        _save_model(partial, model, task)
-        task.tokenizer.save_pretrained(str(partial))
-        write_json(partial / ABOUT, about)
-
-    _whole(folder, write)
+    with whole_folder(folder) as new:
+        with writing(folder, kind=Exception):  # the Rust libraries have errors of their own
+            _save_model(new, model, task)
+            task.tokenizer.save_pretrained(str(new))
+        (new / ABOUT).write_text(json_text(about), encoding="utf-8")
 
 
-def _save_model(folder: Path, model: nn.Module, task: Task) -> None:
-    if not hasattr(model, "peft_config"):
+def _save_model(folder: Path, model: Any, task: Task) -> None:
+    if hasattr(model, "peft_config"):
+        adapters.save(folder, model, task)
+    else:
         model.save_pretrained(str(folder))  # an objective that is attached is in none of the files
-        return
-    if hasattr(model, "merge_and_unload") and not any(c.is_prompt_learning for c in model.peft_config.values()):
-        merged = copy.deepcopy(model)
-        if task.linear_head:
-            detach(merged)
-        merged.merge_and_unload().save_pretrained(str(folder))
-        return
-    base = model.get_base_model()
-    name = model.peft_config[model.active_adapter].base_model_name_or_path or ""
-    if not _is_hub_name(name):
-        # peft keeps a head twice, as it was and as it is trained; the second one goes with the adapter.
-        state = {key.replace("original_module.", ""): x for key, x in base.state_dict().items()
-                 if "modules_to_save." not in key}  # fmt: skip
-        base.save_pretrained(str(folder / "base"), state_dict=state)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
-
-
-def _whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is written under another name and then renamed, so that one that has its name is complete."""
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    for place in (partial, old):
-        shutil.rmtree(place, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- the way back ---------------------------------------------------------------------------------------------------
@@ -119,22 +90,15 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[PreTra
         ValueError: there is no model that `save` wrote, a part of it is missing or unreadable, or its weights are in a
             format that could run code.
     """
-    from transformers import AutoTokenizer
-
     folder = model_folder(Path(folder))
     about = _about(folder)
-    kind = TASKS[about["task"]]
     _refuse_pickles(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # of many kinds, the Rust library's own among them
-        raise ValueError(f"model: the tokenizer of {folder} can't be read: {first_line(error)}") from error
     options = {name: about[name] for name in _OPTIONS if name in about}
-    task = kind(tokenizer, max_length=about["max_length"], labels=about["labels"], **options)
-    if (folder / "adapter_config.json").exists():
-        model = _with_adapter(folder, task)
-    else:
-        model = _model(str(folder), task, whole=True)
+    task = TASKS[about["task"]](
+        _tokenizer(folder), max_length=about["max_length"], labels=about["labels"], **options
+    )  # fmt: skip
+    model = _with_adapters(folder, task) if adapters.are_in(folder) else _model(str(folder), task, whole=True)
+    _same_labels(folder, model, task)
     return model.to(device).eval(), task
 
 
@@ -144,14 +108,14 @@ def _about(folder: Path) -> dict[str, Any]:
         _refuse_pickles(folder)
         if (folder / RUN).exists():
             raise ValueError(f"model: {folder} is a run that has not finished, and has no model; resume it first")
+        if (folder / "search.json").exists():
+            raise ValueError(
+                f"model: {folder} is a search; its best run is named at the top of {folder / 'search.json'}"
+            )
         raise ValueError(f"model: expected a folder that a run wrote, with {ABOUT}, but {folder} has none")
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in ("task", "labels", "max_length") if name not in about]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"model: {path} can't be read: {error}") from error
-    if missing or about["task"] not in TASKS:
-        raise ValueError(f"model: {path}: expected one of {', '.join(TASKS)} as task, labels and max_length")
+    about = read_json(path, "model", _SHAPE, _NEEDED)
+    if about["max_length"] < 1:
+        raise ValueError(f"model: {path}, max_length: expected at least 1 but got {about['max_length']}")
     return about
 
 
@@ -166,6 +130,15 @@ def _refuse_pickles(folder: Path) -> None:
             )
         if (folder / ABOUT).exists():
             raise ValueError(f"model: {folder} has no model.safetensors")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # of many kinds, the Rust library's own among them
+        raise ValueError(f"model: the tokenizer of {folder} can't be read: {first_line(error)}") from error
 
 
 def _model(name: str, task: Task, whole: bool) -> PreTrainedModel:
@@ -185,24 +158,25 @@ def _model(name: str, task: Task, whole: bool) -> PreTrainedModel:
     return model
 
 
-def _with_adapter(folder: Path, task: Task) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(f"model: {folder} holds adapters, which need peft: pip install peft") from error
-    own = folder / "base"
-    name = str(own) if own.is_dir() else _adapted(folder)
-    if own.is_dir():
-        _refuse_pickles(own)
-    base = _model(name, task, whole=own.is_dir())
-    try:
-        return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-    except Exception as error:  # of many kinds, as above
-        raise ValueError(f"model: the adapters of {folder} can't be loaded: {first_line(error)}") from error
+def _with_adapters(folder: Path, task: Task) -> Any:
+    from importlib.util import find_spec
+
+    if find_spec("peft") is None:
+        raise ValueError(f"model: {folder} holds adapters, which need peft: pip install peft")
+    own = (folder / "base").is_dir()
+    if own:
+        _refuse_pickles(folder / "base")
+    return adapters.load(folder, _model(adapters.base_of(folder), task, whole=own))
 
 
-def _adapted(folder: Path) -> str:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"] or ""
+def _same_labels(folder: Path, model: Any, task: Task) -> None:
+    """A head without a name for each of its logits has answers that nobody could name."""
+    has_labels = any(column.name in ("label", "tags") for column in task.columns)
+    count = model.config.num_labels if has_labels else 0
+    if len(task.labels) != count:
+        raise ValueError(
+            f"model: {folder / ABOUT}, labels: expected {count}, as the model has, but got {len(task.labels)}"
+        )
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
@@ -242,10 +216,6 @@ def _prompt(row: Row, where: str) -> Row:
 
 # ---- to give away ---------------------------------------------------------------------------------------------------
 
-PIPELINES = {"sequence-classification": "text-classification", "token-classification": "token-classification",
-             "question-answering": "question-answering", "causal-lm": "text-generation",
-             "seq2seq": "text2text-generation"}  # fmt: skip
-
 
 def export(run: Path | str, destination: Path | str, onnx: bool = False) -> Path:
     """Writes a folder to deploy: the model, its tokenizer, a card (README.md), and model.onnx if asked for.
@@ -256,7 +226,8 @@ def export(run: Path | str, destination: Path | str, onnx: bool = False) -> Path
         onnx: of one forward pass, from token numbers to logits, for any number of rows and tokens.
 
     Raises:
-        ValueError: there is no model, the destination is taken, or a package is missing.
+        ValueError: there is no model that `load` loads, the destination is taken or can't be written, or a package is
+            missing.
     """
     run, destination = Path(run), Path(destination)
     folder = model_folder(run)
@@ -264,154 +235,23 @@ def export(run: Path | str, destination: Path | str, onnx: bool = False) -> Path
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"destination: {destination} is there already; name a new folder")
     if onnx:
-        _require_onnx(folder)
+        require_onnx(folder)
     facts, result = facts_of(run) if (run / RUN).exists() else ({}, {})  # a model alone is enough
-
-    def write(partial: Path) -> None:
-        shutil.copytree(folder, partial, dirs_exist_ok=True)
-        (partial / "README.md").write_text(_card(run.name, about, facts, result, partial), encoding="utf-8")
+    model, task = load(folder)
+    text = card_of(run.resolve().name, about, facts, result, folder)
+    with whole_folder(destination.resolve(), "destination") as new:
+        for part in _parts_of(folder):
+            (new / part).parent.mkdir(exist_ok=True)
+            copyfile(folder / part, new / part)
+        (new / README).write_text(text, encoding="utf-8", errors="replace")
         if onnx:
-            _write_onnx(partial)
-
-    _whole(destination.resolve(), write)
+            write_onnx(new / ONNX, model, task)
     return destination
 
 
-def _card(name: str, about: Record, run: Record, result: Record, folder: Path) -> str:
-    """The text of README.md: what the hub reads, then what people read."""
-    from huggingface_hub import ModelCardData
-
-    name = str(run.get("name") or name)
-    adapted = _adapted(folder) if (folder / "adapter_config.json").exists() else str(run.get("model") or "")
-    scores = result.get("test") or result.get("dev") or about.get("metrics") or {}
-    head = ModelCardData(
-        library_name="peft" if (folder / "adapter_config.json").exists() else "transformers",
-        pipeline_tag=PIPELINES[about["task"]], base_model=adapted if _is_hub_name(adapted) else None,
-        metrics=list(dict.fromkeys(re.sub("^(micro|macro)_", "", metric) for metric in scores)) or None,
-        tags=["objkern"],
-    )  # fmt: skip
-    return "\n\n".join(part for part in (
-        f"---\n{head.to_yaml()}\n---", f"# {name}", _origin(about, run), _terms(run), _scores(about, result),
-        _by_class(result), _how_to_load(about, folder), _provenance(run)) if part) + "\n"  # fmt: skip
-
-
-def _origin(about: Record, run: Record) -> str:
-    model, data = run.get("model"), data_in_words(run)
-    text = f"A model for {about['task']}: {TASKS[about['task']].about}."
-    text += f" It was trained from `{model}`." if model and _is_hub_name(str(model)) else ""
-    text += f" Data: {data}." if data else ""
-    if about["labels"]:
-        shown = [f"`{label}`" for label in about["labels"][:50]]
-        text += f"\n\nLabels: {', '.join(shown)}{', ...' if len(about['labels']) > 50 else ''}."
-    return text
-
-
-def _terms(run: Record) -> str:
-    if not run.get("objective"):
-        return ""
-    text = f"## Objective\n\n```\n{run['objective']}\n```"
-    rows = [(c, f"`{term}`", f"`{equals}`" if equals else "") for c, term, equals in terms_of(run["objective"])]
-    return f"{text}\n\n{_table(('coefficient', 'term', 'equals'), rows)}" if rows else text
-
-
-def _scores(about: Record, result: Record) -> str:
-    by_split = {split: result.get(split) for split in ("untrained", "dev", "test")}
-    by_split = {split: found for split, found in by_split.items() if found}
-    if not by_split and about.get("metrics"):
-        by_split = {"value": about["metrics"]}
-    if not by_split:
-        return ""
-    names = dict.fromkeys(name for found in by_split.values() for name in found)
-    rows = [(name.replace("_", " "), *(number(found.get(name)) for found in by_split.values())) for name in names]
-    return f"## Metrics\n\n{_table(('metric', *by_split), rows)}"
-
-
-def _by_class(result: Record) -> str:
-    if not result.get("table"):
-        return ""
-    head, *rows = result["table"]
-    return f"## By {head[0]}\n\n{_table(head, [[number(value) for value in row] for row in rows])}"
-
-
-def _table(head: Sequence[Any], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-_ROWS = {"sequence-classification": {"text": "..."}, "token-classification": {"words": ["..."]},
-         "question-answering": {"question": "...", "context": "..."}, "causal-lm": {"text": "..."},
-         "seq2seq": {"source": "..."}}  # fmt: skip
-
-
-def _how_to_load(about: Record, folder: Path) -> str:
-    auto = TASKS[about["task"]].auto_model
-    plain = f"model = {auto}.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
-    imports = f"from transformers import {auto}, AutoTokenizer"
-    if (folder / "adapter_config.json").exists():
-        base = "folder + '/base'" if (folder / "base").is_dir() else repr(_adapted(folder))
-        imports += "\nfrom peft import PeftModel"
-        plain = plain.replace("from_pretrained(folder)", f"from_pretrained({base})", 1)
-        plain = plain.replace("\n", "\nmodel = PeftModel.from_pretrained(model, folder)\n", 1)
-    rows = json.dumps([_ROWS[about["task"]]])
-    ours = f"from objkern.finetune import saved\n\nsaved.predict(folder, {rows})"
-    return (
-        "## How to load it\n\nWith `folder` where this file stands, by transformers:\n\n"
-        f"```python\n{imports}\n\n{plain}\n```\n\nWith objkern, from rows to answers:\n\n```python\n{ours}\n```"
-    )
-
-
-def _provenance(run: Record) -> str:
-    lines = [f"```\n{run['command']}\n```"] if run.get("command") else []
-    if run.get("versions"):
-        lines.append(", ".join(f"{package} {version}" for package, version in run["versions"].items()))
-    if run.get("git"):
-        lines.append(f"commit `{run['git']['commit']}`{' with changes' if run['git'].get('dirty') else ''}")
-    return "## How it was made\n\n" + "\n\n".join(lines) if lines else ""
-
-
-# ---- ONNX -----------------------------------------------------------------------------------------------------------
-
-
-class _Logits(nn.Module):
-    """The forward pass as ONNX wants it: tensors in by their places, tensors out."""
-
-    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.inputs, self.outputs = model, list(inputs), list(outputs)
-        self.options = {"use_cache": False} if hasattr(model, "generation_config") else {}
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(**dict(zip(self.inputs, tensors, strict=True)), **self.options)
-        return tuple(getattr(found, name) for name in self.outputs)
-
-
-def _require_onnx(folder: Path) -> None:
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"onnx: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError("onnx: a model with prompt vectors can't be written; train with full or lora instead")
-
-
-def _write_onnx(folder: Path) -> None:
-    model, task = load(folder)
-    outputs = ["start_logits", "end_logits"] if task.name == "question-answering" else ["logits"]
-    ids = torch.tensor([[1, 2, 3], [2, 3, 4]]) % model.config.get_text_config().vocab_size
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "token_type_ids" in task.tokenizer.model_input_names:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, :2]
-    rows, tokens, answer = (torch.export.Dim(name) for name in ("rows", "tokens", "answer_tokens"))
-    sizes = [{0: rows, 1: answer if name.startswith("decoder") else tokens} for name in inputs]
-    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")  # torch can't trace T5's fused attention for every number of tokens
-    try:
-        torch.onnx.export(
-            _Logits(model, list(inputs), outputs), tuple(inputs.values()), str(folder / "model.onnx"), dynamo=True,
-            input_names=list(inputs), output_names=outputs, dynamic_shapes=(tuple(sizes),),
-            external_data=size > 2**30, verbose=False,  # a file of ONNX holds no more than 2 GiB
-        )  # fmt: skip
-    except Exception as error:  # of many kinds: whatever torch can't trace
-        raise ValueError(f"onnx: {type(model).__name__} can't be written: {first_line(error)}") from error
+def _parts_of(folder: Path) -> Iterator[Path]:
+    """Where in the folder the files are that loading reads; what else lies there is nobody else's business."""
+    for place in _PLACES:
+        for path in sorted((folder / place).glob("*")):
+            if path.suffix in _PARTS and path.is_file():
+                yield path.relative_to(folder)

@@ -52,7 +52,8 @@ class SmallModel:
 
 def make(folder: Path, task: type[Task], rows: Sequence[Row], sizes: SmallModel, max_length: int, seed: int) -> Path:
     """Writes a model without a head of the task's own, and a tokenizer that was learned from the rows' texts."""
-    texts = [text for row in rows for text in texts_of(row)]
+    names = [column.name for column in task.columns]  # what else a row has is nobody's business
+    texts = [text for row in rows for text in texts_of({name: row.get(name) for name in names})]
     reads = task.auto_model not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     if reads:
         tokenizer = word_pieces(texts, sizes.vocabulary, max_length)

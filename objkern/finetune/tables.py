@@ -58,4 +58,11 @@ def mebibytes(size: float) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says in one line; its kind where it says nothing."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def reason(error: BaseException) -> str:
+    """The same without the name of a file, for who says that already: "No space left on device"."""
+    return getattr(error, "strerror", None) or first_line(error)

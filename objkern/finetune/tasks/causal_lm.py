@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...transformers import attach, is_attached, parts
-from ..data import Column, Row, is_text
+from ..data import Column, Row, is_text, number_of, where
 from .task import IGNORED, Batch, Evaluation, Example, Task
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ def _is_messages(value: Any) -> bool:
 
 
 Encoded = tuple[list[int], list[int]]  # tokens and labels
+
+# A line with the role, one with the content, and the end of text behind an answer: for tokenizers without a template of
+# their own, with which it is saved.
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
 
 
 class CausalLM(Task):
@@ -52,15 +60,21 @@ class CausalLM(Task):
         super().__init__(*arguments, **options)
         self.pack = pack
 
+    def labels_of(self, rows: Sequence[Row], source: str) -> list[str]:
+        if self.tokenizer.chat_template is None and any(row.get("messages") is not None for row in rows):
+            self.tokenizer.chat_template = PLAIN
+        return []
+
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         found = []
         for k, row in enumerate(rows):
-            for ids, labels in self._encoded(row, f"{source}, row {k + 1}"):
+            for ids, labels in self._encoded(row, where(rows, k, source)):
                 # The first token is no label: nothing precedes it. Long texts go on in further examples.
                 for first in range(0, max(1, len(ids) - 1), self.max_length):
                     part, label = ids[first : first + self.max_length], labels[first : first + self.max_length]
                     if any(y != IGNORED for y in label[1:]):
-                        found.append(Example({"input_ids": part, "attention_mask": [1] * len(part)}, label, k))
+                        inputs = {"input_ids": part, "attention_mask": [1] * len(part)}
+                        found.append(Example(inputs, label, k, [number_of(rows, k)]))
         if not found:
             raise ValueError(f"{source}: nothing is left to learn: every token is a prompt's, or texts have one token")
         return self._packed(found) if self.pack else found
@@ -90,7 +104,7 @@ class CausalLM(Task):
         One example, unless the template writes earlier turns otherwise once others follow, as those do that leave out
         what an assistant thought: then each of its turns ends one, as the model will see it.
         """
-        if self.tokenizer.chat_template is None:
+        if self.tokenizer.chat_template in (None, PLAIN):
             return [self._plain_chat(messages)]
         found: list[Encoded] = []
         ids: list[int] = []
@@ -123,7 +137,7 @@ class CausalLM(Task):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _plain_chat(self, messages: Sequence[Row]) -> Encoded:
-        """Without a template: a line with the role, one with the content, and the end of text behind an answer."""
+        """As the template PLAIN has it, piece by piece: whose tokens are whose needs not be found out."""
         ids = self._tokens("", begins=True)
         labels = [IGNORED] * len(ids)
         for turn in messages:
@@ -151,6 +165,7 @@ class CausalLM(Task):
                 {"input_ids": [token for part in parts for token in part.inputs["input_ids"]],
                  "position_ids": [k for part in parts for k in range(part.length)]},
                 [y for part in parts for y in (IGNORED, *part.label[1:])], parts[0].row,
+                [number for part in parts for number in part.numbers],
             )
             for parts in room
         ]  # fmt: skip
@@ -161,7 +176,7 @@ class CausalLM(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = self.padded([example.label for example in examples], IGNORED)
         inputs = self.padded_inputs(examples)
-        return Batch(inputs, target, int((target[:, 1:] != IGNORED).sum()), [example.row for example in examples])
+        return Batch.of(examples, inputs, target, int((target[:, 1:] != IGNORED).sum()))
 
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
@@ -183,10 +198,27 @@ class CausalLM(Task):
             turns = list(row["messages"])
             if turns[-1]["role"] == "assistant":
                 turns = turns[:-1]
-            if self.tokenizer.chat_template is not None:
+            if self.tokenizer.chat_template not in (None, PLAIN):
                 return self._template(turns, True)
             return self._plain_chat(turns)[0] + self._tokens("assistant:\n")
         return self._tokens(row["text"] if row.get("text") is not None else row.get("prompt") or "", begins=True)
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """Whether what comes later changes what it says of a place: such a model has read what it is to tell."""
+        device = next(model.parameters()).device
+        ids = torch.arange(4, device=device)[None] % model.config.vocab_size
+        later = ids.clone()
+        later[0, -1] = (later[0, -1] + 1) % model.config.vocab_size
+        training = model.training
+        model.eval()
+        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, :-1] for x in (ids, later))
+        model.train(training)
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"model: expected one that reads from left to right but got {type(model).__name__}, which sees the "
+                "words that it is to tell"
+            )
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
@@ -239,11 +271,21 @@ def likelihood(task: Task, model: PreTrainedModel, examples: Sequence[Example], 
     return Evaluation(metrics)
 
 
+def _places(model: PreTrainedModel) -> int | None:
+    """How many tokens it takes, beside the vectors that a prompt strategy puts before them; None: any number."""
+    places = getattr(model.config, "max_position_embeddings", None)
+    vectors = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return None if places is None else places - vectors
+
+
 @torch.no_grad()
 def generated(
     task: Task, model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int, cut: bool, most: int = 64
 ) -> list[str]:
-    """Greedy continuations; `cut`: the prompt stands before them and is taken off."""
+    """Greedy continuations, as far as the model has places; `cut`: the prompt stands before them and is taken off."""
+    if (room := _places(model)) is not None:
+        most = min(most, room // 2 if cut else room - 1)
+        prompts = [prompt[-(room - most) :] for prompt in prompts] if cut else prompts
     training = model.training
     model.eval()
     answers: list[str] = [""] * len(prompts)

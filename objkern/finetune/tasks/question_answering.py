@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import Column, Row, is_text
+from ..data import Column, Row, is_text, number_of, where
 from .task import Batch, Evaluation, Example, Task
 
 if TYPE_CHECKING:
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from objkern import Objective
 
 
+_ANSWERS = '{"text": [...], "answer_start": [...]}, places from 0 on; both empty where there is no answer'
+
+
 def _is_answers(value: Any) -> bool:
     if not isinstance(value, dict) or not {"text", "answer_start"} <= set(value):
         return False
     texts, starts = value["text"], value["answer_start"]
     if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple):
         return False
-    return len(texts) == len(starts) and all(isinstance(t, str) for t in texts) and all(type(k) is int for k in starts)
+    return len(texts) == len(starts) and all(map(is_text, texts)) and all(type(k) is int and k >= 0 for k in starts)
 
 
 class QuestionAnswering(Task):
@@ -37,7 +40,7 @@ class QuestionAnswering(Task):
     columns = (
         Column("question", is_text, "a text"),
         Column("context", is_text, "a text"),
-        Column("answers", _is_answers, '{"text": [...], "answer_start": [...]}, both empty where there is no answer'),
+        Column("answers", _is_answers, _ANSWERS),
     )
     auto_model = "AutoModelForQuestionAnswering"
     metric = "f1"
@@ -48,26 +51,24 @@ class QuestionAnswering(Task):
         marks = self.tokenizer.num_special_tokens_to_add(pair=True)
         room = self.max_length - self.max_length // 4 - marks - 1  # windows overlap by a quarter, and must move on
         lengths = self.tokenizer(questions, add_special_tokens=False)["input_ids"]
-        for number, ids in enumerate(lengths, 1):
-            if len(ids) > room:
+        for k, row in enumerate(rows):
+            if len(lengths[k]) > room:
                 raise ValueError(
-                    f"{source}, row {number}, column 'question': expected at most {room} tokens, which leave room for "
-                    f"the context in {self.max_length}, but got {len(ids)}"
+                    f"{where(rows, k, source)}, column 'question': expected at most {room} tokens, which leave room "
+                    f"for the context in {self.max_length}, but got {len(lengths[k])}"
                 )
+            _check_places(row, where(rows, k, source))
         encoding = self.tokenizer(
             questions, [row["context"] for row in rows], truncation="only_second", max_length=self.max_length,
             stride=self.max_length // 4, return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
         found = []
-        for k, row_number in enumerate(encoding["overflow_to_sample_mapping"]):
-            row = rows[row_number]
+        for k, place in enumerate(encoding["overflow_to_sample_mapping"]):
             of_context = [part == 1 for part in encoding.sequence_ids(k)]
             offsets = [span if inside else None for span, inside in
                        zip(encoding["offset_mapping"][k], of_context, strict=True)]  # fmt: skip
-            label = None
-            if row.get("answers") is not None:
-                label = _places(row, offsets, f"{source}, row {row_number + 1}")
-            found.append(Example(self.inputs_of(encoding, k), label, row_number, offsets))
+            label = None if rows[place].get("answers") is None else _places(rows[place], offsets)
+            found.append(Example(self.inputs_of(encoding, k), label, place, [number_of(rows, place)], offsets))
         return found
 
     def count(self, example: Example) -> int:
@@ -79,7 +80,7 @@ class QuestionAnswering(Task):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = torch.tensor([example.label for example in examples])  # (B, 2)
-        return Batch(self.padded_inputs(examples), target, len(examples), [example.row for example in examples])
+        return Batch.of(examples, self.padded_inputs(examples), target, len(examples))
 
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
@@ -135,17 +136,23 @@ class QuestionAnswering(Task):
         return Evaluation({"exact_match": exact / n, "f1": overlap / n})
 
 
-def _places(row: Row, offsets: Sequence[tuple[int, int] | None], where: str) -> tuple[int, int]:
+def _check_places(row: Row, called: str) -> None:
+    """Holds every answer against the context: training learns the first, and scores count them all."""
+    answers = row.get("answers") or {"text": (), "answer_start": ()}
+    for text, begin in zip(answers["text"], answers["answer_start"], strict=True):
+        found = row["context"][begin : begin + len(text)]
+        if found != text:
+            raise ValueError(
+                f"{called}, column 'answers': expected {text!r} at place {begin} of the context but got {found!r}"
+            )
+
+
+def _places(row: Row, offsets: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
     """First and last token of the answer; the first of all where this window has none."""
     if not row["answers"]["text"]:
         return 0, 0
     text, begin = row["answers"]["text"][0], row["answers"]["answer_start"][0]
     end = begin + len(text)
-    if row["context"][begin:end] != text:
-        raise ValueError(
-            f"{where}, column 'answers': expected {text!r} at place {begin} of the context, where there is "
-            f"{row['context'][begin:end]!r}"
-        )
     of_context = [k for k, span in enumerate(offsets) if span is not None]
     if not of_context or offsets[of_context[0]][0] > begin or offsets[of_context[-1]][1] < end:
         return 0, 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import Column, Row, is_text
+from ..data import Column, Row, is_text, number_of
 from .causal_lm import attached_loss, generated, likelihood
 from .task import Batch, Evaluation, Example, Task
 
@@ -38,7 +38,9 @@ class Seq2Seq(Task):
         labels = self.tokenizer(
             text_target=[row.get("target") or "" for row in rows], truncation=True, max_length=self.max_length
         )["input_ids"]
-        return [Example(self.inputs_of(encoding, k), labels[k], k) for k in range(len(rows))]
+        return [
+            Example(self.inputs_of(encoding, k), labels[k], k, [number_of(rows, k)]) for k in range(len(rows))
+        ]  # fmt: skip
 
     def inputs_of(self, encoding: Any, k: int) -> dict[str, list[int]]:
         return {name: encoding[name][k] for name in ("input_ids", "attention_mask")}

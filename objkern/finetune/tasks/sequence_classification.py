@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data import Column, Row, is_text, is_texts
+from ..data import Column, Row, is_number, is_text, is_texts, number_of, where
+from ..metrics import NOTHING, score_sets
 from .task import Batch, Evaluation, Example, Task
 
 if TYPE_CHECKING:
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 CLASS, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 
 
+_LABEL = "a class (text or whole number), a list of labels, or a fractional number (below 1e308)"
+
+
 def _is_label(value: Any) -> bool:
-    return is_text(value) or isinstance(value, bool | int | float) or is_texts(value)
+    return is_text(value) or isinstance(value, bool) or is_number(value) or is_texts(value)
 
 
 class SequenceClassification(Task):
@@ -31,27 +36,36 @@ class SequenceClassification(Task):
     columns = (
         Column("text", is_text, "a text"),
         Column("text_pair", is_text, "a text", needed=False),
-        Column("label", _is_label, "a class (text or whole number), a list of labels, or a fractional number"),
+        Column("label", _is_label, _LABEL),
     )
     auto_model = "AutoModelForSequenceClassification"
 
     def __init__(self, *arguments: Any, problem: str | None = None, **options: Any) -> None:
-        rows = options.get("rows") or (arguments[1] if len(arguments) > 1 else ())
-        self.problem = problem or _problem(rows, options.get("source", "data"))
+        self.problem = problem
         super().__init__(*arguments, **options)
+        self.problem = self.problem or CLASS
 
     @property
     def metric(self) -> str:  # type: ignore[override]
         return {CLASS: "accuracy", SEVERAL: "micro_f1", NUMBER: "r2"}[self.problem]
 
-    def labels_of(self, rows: Sequence[Row]) -> list[str]:
+    def labels_of(self, rows: Sequence[Row], source: str) -> list[str]:
+        """The labels, which say what the problem is where nobody has said it."""
+        self.problem = self.problem or _problem(rows, source)
         if self.problem == NUMBER:
             return ["value"]
         if self.problem == SEVERAL:
-            return sorted({label for row in rows for label in row["label"]})
+            names = sorted({label for row in rows for label in row["label"]})
+            if not names:
+                raise ValueError(f"{source}, column 'label': expected a label in some row but every list is empty")
+            return names
         labels = {row["label"] for row in rows}
         in_order = sorted(labels, key=lambda label: (isinstance(label, str), label))
         return list(dict.fromkeys(map(str, in_order)))  # 1 and "1" are one class
+
+    def check(self, model: PreTrainedModel) -> None:
+        if self.problem == CLASS and len(self.labels) < 2:
+            raise ValueError(f"column 'label': expected at least two classes but every row has {self.labels[0]!r}")
 
     def formula(self) -> str:
         return {CLASS: "CrossEntropy()", SEVERAL: "BinaryCrossEntropy()", NUMBER: "MeanSquaredError()"}[self.problem]
@@ -66,27 +80,28 @@ class SequenceClassification(Task):
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         pairs = [row.get("text_pair") for row in rows]
         if any(pairs) and not all(pairs):
-            number = next(k for k, pair in enumerate(pairs, 1) if not pair)
-            raise ValueError(f"{source}, row {number}, column 'text_pair': expected a text, as other rows have one")
+            row = where(rows, next(k for k, pair in enumerate(pairs) if not pair), source)
+            raise ValueError(f"{row}, column 'text_pair': expected a text, as other rows have one")
         texts = [row["text"] for row in rows]
         encoding = self.tokenizer(texts, *([pairs] if any(pairs) else []), truncation=True, max_length=self.max_length)
         return [
-            Example(self.inputs_of(encoding, k), self._label(row.get("label"), f"{source}, row {k + 1}"), k)
+            Example(self.inputs_of(encoding, k), self._label(row.get("label"), where(rows, k, source)), k,
+                    [number_of(rows, k)])
             for k, row in enumerate(rows)
-        ]
+        ]  # fmt: skip
 
-    def _label(self, label: Any, where: str) -> Any:
+    def _label(self, label: Any, row: str) -> Any:
         if label is None:  # a row to be predicted
             return None
         if self.problem == NUMBER:
-            if isinstance(label, bool) or not isinstance(label, int | float):
-                raise ValueError(f"{where}, column 'label': expected a number, as training has, but got {label!r}")
+            if not is_number(label):
+                raise ValueError(f"{row}, column 'label': expected a number, as training has, but got {label!r}")
             return float(label)
         names = list(label) if self.problem == SEVERAL and is_texts(label) else [str(label)]
         for name in names:
             if name not in self.labels:
                 raise ValueError(
-                    f"{where}, column 'label': {name!r} does not occur in training, which has {', '.join(self.labels)}"
+                    f"{row}, column 'label': {name!r} does not occur in training, which has {', '.join(self.labels)}"
                 )
         if self.problem == SEVERAL:
             return [float(name in names) for name in self.labels]
@@ -101,7 +116,7 @@ class SequenceClassification(Task):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         target = torch.tensor([example.label for example in examples])
-        return Batch(self.padded_inputs(examples), target, target.numel(), [example.row for example in examples])
+        return Batch.of(examples, self.padded_inputs(examples), target, target.numel())
 
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
@@ -131,41 +146,60 @@ class SequenceClassification(Task):
                      "mae": metrics.mean_absolute_error(truth, predicted),
                      "r2": metrics.r2_score(truth, predicted)}  # fmt: skip
             return Evaluation({name: float(value) for name, value in found.items()})
-        if self.problem == SEVERAL:
-            given = [row["label"] if is_texts(row["label"]) else [str(row["label"])] for row in rows]
-            truth = [[label in some for label in self.labels] for some in given]
-            answers = [[label in some for label in self.labels] for some in predicted]
-            exact = metrics.accuracy_score(truth, answers)
-        else:
-            truth, answers = [str(row["label"]) for row in rows], list(predicted)
-            exact = metrics.accuracy_score(truth, answers)
-        labels = list(range(len(self.labels))) if self.problem == SEVERAL else self.labels
-        by_class = metrics.precision_recall_fscore_support(truth, answers, labels=labels, zero_division=0)
-        average = {
-            f"{kind}_f1": metrics.f1_score(truth, answers, labels=labels, average=kind, zero_division=0)
-            for kind in ("micro", "macro")
-        }
-        found = {"accuracy": exact, **average}
-        table = [["class", "precision", "recall", "f1", "rows"]]
+        truth, answers = [self._names(row["label"]) for row in rows], [self._names(answer) for answer in predicted]
+        by_class, pooled = score_sets(truth, answers)
+        scores = [by_class.get(label, NOTHING) for label in self.labels]
+        found = {"accuracy": sum(map(operator.eq, truth, answers)) / max(1, len(rows)), "micro_f1": pooled.f1,
+                 "macro_f1": sum(score.f1 for score in scores) / len(scores)}  # fmt: skip
+        table: list[list[Any]] = [["class", "precision", "recall", "f1", "rows"]]
         table += [
-            [label, float(p), float(r), float(f), int(n)]
-            for label, p, r, f, n in zip(self.labels, *by_class, strict=True)
+            [label, score.precision, score.recall, score.f1, score.support]
+            for label, score in zip(self.labels, scores, strict=True)
         ]
         confusion = None
         if self.problem == CLASS:
-            confusion = metrics.confusion_matrix(truth, answers, labels=self.labels).tolist()
-        return Evaluation({name: float(value) for name, value in found.items()}, table, confusion, self.labels)
+            confusion = metrics.confusion_matrix(
+                [name for (name,) in truth], [name for (name,) in answers], labels=self.labels
+            ).tolist()
+        return Evaluation(found, table, confusion, self.labels)
+
+    def _names(self, label: Any) -> set[str]:
+        """The classes of a row or an answer: one, or where a row has several labels, some."""
+        return set(label) if self.problem == SEVERAL and is_texts(label) else {str(label)}
 
 
 def _unlabelled(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "label"}
 
 
+class _Kind(NamedTuple):
+    """Labels that must be all of a kind if one of them tells it."""
+
+    problem: str
+    tells: Callable[[Any], bool]
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+_KINDS = (
+    _Kind(SEVERAL, is_texts, is_texts, "a list of labels"),
+    _Kind(NUMBER, lambda label: isinstance(label, float), is_number, "a number"),
+    _Kind(CLASS, lambda label: isinstance(label, bool), lambda label: isinstance(label, bool), "true or false"),
+)
+
+
 def _problem(rows: Sequence[Row], source: str) -> str:
     """What the labels are. One fraction makes all of them numbers; a list, all of them lists."""
-    kinds = {SEVERAL if is_texts(row.get("label")) else NUMBER if isinstance(row.get("label"), float) else CLASS
-             for row in rows}  # fmt: skip
-    if SEVERAL in kinds and len(kinds) > 1:
-        number = next(k for k, row in enumerate(rows, 1) if not is_texts(row.get("label")))
-        raise ValueError(f"{source}, row {number}, column 'label': expected a list of labels, as other rows have")
-    return SEVERAL if SEVERAL in kinds else NUMBER if NUMBER in kinds else CLASS
+    labels = [row["label"] for row in rows]
+    for kind in _KINDS:
+        telling = next((k for k, label in enumerate(labels) if kind.tells(label)), None)
+        if telling is None:
+            continue
+        for k, label in enumerate(labels):
+            if not kind.fits(label):
+                raise ValueError(
+                    f"{where(rows, k, source)}, column 'label': expected {kind.expected}, as row "
+                    f"{number_of(rows, telling)} has, but got {label!r}"
+                )
+        return kind.problem
+    return CLASS

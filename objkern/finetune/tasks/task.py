@@ -33,13 +33,15 @@ class Example:
     Attributes:
         inputs: of the model, by name, a number for every token: input_ids, attention_mask, ...
         label: what the task makes of it: a number, or one for every token, or several.
-        row: its place in the data.
+        row: its place among the rows that were encoded.
+        numbers: what its row is called in its source, or its rows where texts share a sequence: from 1 on.
         about: what turns predictions back into answers, such as where words begin.
     """
 
     inputs: dict[str, list[int]]
     label: Any
     row: int
+    numbers: list[int]
     about: Any = None
 
     @property
@@ -49,7 +51,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of some examples. `target`: the labels as the objective wants them. `count`: how many of them count."""
+    """Tensors of some examples.
+
+    Attributes:
+        target: the labels as the objective wants them.
+        count: how many of them count.
+        rows: their numbers in their source, for errors.
+    """
 
     inputs: dict[str, Tensor]
     target: Any
@@ -61,6 +69,10 @@ class Batch:
             return tuple(map(moved, x)) if isinstance(x, tuple) else x.to(device, non_blocking=True)
 
         return Batch({k: moved(x) for k, x in self.inputs.items()}, moved(self.target), self.count, self.rows)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], inputs: dict[str, Tensor], target: Any, count: int) -> Batch:
+        return cls(inputs, target, count, [number for example in examples for number in example.numbers])
 
 
 @dataclass(frozen=True)
@@ -97,11 +109,14 @@ class Task(ABC):
         self.tokenizer, self.max_length = tokenizer, min(max_length, tokenizer.model_max_length)
         if rows:
             checked(rows, self.columns, source)
-        self.labels = list(labels) if labels is not None else self.labels_of(rows)
+        self.labels = list(labels) if labels is not None else self.labels_of(rows, source)
 
-    def labels_of(self, rows: Sequence[Row]) -> list[str]:
+    def labels_of(self, rows: Sequence[Row], source: str) -> list[str]:
         """The classes that occur in training, in order; none where a task has none."""
         return []
+
+    def check(self, model: PreTrainedModel) -> None:  # noqa: B027  most have nothing against any
+        """Raises a ValueError for a model, or for labels, that no training could mean."""
 
     def formula(self) -> str:
         """The objective that is taken unless another is asked for."""
@@ -127,7 +142,7 @@ class Task(ABC):
         """A batch of them, padded to the longest; here one with a label for every token."""
         target = self.padded([example.label for example in examples], IGNORED)
         count = int((target != IGNORED).sum())
-        return Batch(self.padded_inputs(examples), target, count, [example.row for example in examples])
+        return Batch.of(examples, self.padded_inputs(examples), target, count)
 
     def loss(
         self, model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any

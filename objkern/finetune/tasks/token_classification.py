@@ -1,12 +1,14 @@
-"""A tag for every word: names, parts of speech. Entities are scored as seqeval and the CoNLL script count them."""
+"""A tag for every word. Entities are scored as seqeval and the CoNLL script count them; tags that mark none, such as
+parts of speech, one by one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import Column, Row, is_texts
-from ..metrics import score_spans
+from ..data import Column, Row, is_texts, number_of, where
+from ..metrics import extract_spans, score_sets, score_spans
 from .task import IGNORED, Evaluation, Example, Task
 
 if TYPE_CHECKING:
@@ -23,9 +25,17 @@ class TokenClassification(Task):
         Column("tags", is_texts, "a list of tags, one for every word"),
     )
     auto_model = "AutoModelForTokenClassification"
-    metric = "f1"
 
-    def labels_of(self, rows: Sequence[Row]) -> list[str]:
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        return "f1" if self.marks_entities else "accuracy"
+
+    @property
+    def marks_entities(self) -> bool:
+        """Whether a tag could be part of an entity: B-person, and not NOUN."""
+        return any(extract_spans([tag]) for tag in self.labels)
+
+    def labels_of(self, rows: Sequence[Row], source: str) -> list[str]:
         """The tags of training, and both of a kind of which only one occurs: B- and I-."""
         tags = {tag for row in rows for tag in row["tags"]}
         kinds = {tag[2:] for tag in tags if tag[:2] in ("B-", "I-")}
@@ -34,18 +44,9 @@ class TokenClassification(Task):
         return sorted(tags, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag))
 
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
-        for number, row in enumerate(rows, 1):
-            tags = row.get("tags")
-            if tags is None:
-                continue
-            if len(tags) != len(row["words"]):
-                raise ValueError(
-                    f"{source}, row {number}, column 'tags': expected {len(row['words'])} tags, one for every word, "
-                    f"but got {len(tags)}"
-                )
-            for tag in tags:
-                if tag not in self.labels:
-                    raise ValueError(f"{source}, row {number}, column 'tags': {tag!r} does not occur in training")
+        for k, row in enumerate(rows):
+            if row.get("tags") is not None:
+                self._check_tags(row, f"{where(rows, k, source)}, column 'tags'")
         encoding = self.tokenizer(
             [list(row["words"]) for row in rows], is_split_into_words=True, truncation=True, max_length=self.max_length
         )
@@ -59,8 +60,18 @@ class TokenClassification(Task):
                 if begins:
                     starts.append((word, place))
                 before = word
-            found.append(Example(self.inputs_of(encoding, k), labels, k, starts))
+            found.append(Example(self.inputs_of(encoding, k), labels, k, [number_of(rows, k)], starts))
+        if any(row.get("tags") is not None for row in rows) and not any(map(self.count, found)):
+            raise ValueError(f"{source}: nothing is left to learn: no word has a token")
         return found
+
+    def _check_tags(self, row: Row, field: str) -> None:
+        tags, words = row["tags"], row["words"]
+        if len(tags) != len(words):
+            raise ValueError(f"{field}: expected {len(words)} tags, one for every word, but got {len(tags)}")
+        for tag in tags:
+            if tag not in self.labels:
+                raise ValueError(f"{field}: {tag!r} does not occur in training")
 
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         tags = [["O"] * len(row["words"]) for row in rows]
@@ -74,11 +85,15 @@ class TokenClassification(Task):
 
     def evaluate(self, rows: Sequence[Row], predicted: Sequence[Any]) -> Evaluation:
         truth = [row["tags"] for row in rows]
-        scores = score_spans(truth, predicted)
         pairs = [pair for a, b in zip(truth, predicted, strict=True) for pair in zip(a, b, strict=True)]
-        micro = scores["micro"]
-        metrics = {"f1": micro.f1, "precision": micro.precision, "recall": micro.recall,
-                   "accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}  # fmt: skip
-        table: list[list[Any]] = [["entity", "precision", "recall", "f1", "entities"]]
+        metrics = {"accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
+        if self.marks_entities:
+            scores, heads = score_spans(truth, predicted), ("entity", "entities")
+            micro = scores["micro"]
+            metrics = {"f1": micro.f1, "precision": micro.precision, "recall": micro.recall, **metrics}
+        else:
+            by_tag, _ = score_sets([{a} for a, _ in pairs], [{b} for _, b in pairs])
+            scores, heads = {tag: by_tag[tag] for tag in self.labels if tag in by_tag}, ("tag", "words")
+        table: list[list[Any]] = [[heads[0], "precision", "recall", "f1", heads[1]]]
         table += [[kind, score.precision, score.recall, score.f1, score.support] for kind, score in scores.items()]
         return Evaluation(metrics, table)
