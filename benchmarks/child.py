@@ -69,7 +69,7 @@ def main() -> None:
     """The child's end: one line in, one line of JSON out."""
     from objkern import _C
 
-    from .contestants import step
+    from .contest import step
     from .workloads import SHAPES, WORKLOADS
 
     capability = _C.build_info()["cpu_capability"]
@@ -81,7 +81,7 @@ def main() -> None:
             case ["prepare", shape, workload]:
                 run = None  # before the next logits are made
                 chosen = shapes[shape]
-                run = settled(step(WORKLOADS[workload].objective, *chosen.inputs(), chosen.steps))
+                run = settled(step(WORKLOADS[workload].objective, chosen.inputs(), chosen.steps))
                 answer(None)
             case ["run"]:
                 answer(run())

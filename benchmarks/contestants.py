@@ -1,8 +1,9 @@
-"""Who takes part: eager torch, the same formula compiled, objkern, and objkern's variants."""
+"""Who takes part on logits: eager torch, the same formula compiled, other libraries, objkern and its variants."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -11,24 +12,42 @@ from torch import Tensor
 import objkern
 from objkern import _C
 
+from . import peers
+from .accuracy import Loss
+from .contest import OURS, compiled, step
 from .pairing import Step
-from .workloads import PLAIN, Loss, Shape, Workload
+from .workloads import PLAIN, Shape, Workload
 
-OURS = "objkern"
 PLAIN_OURS = "objkern, plain"  # beside regularized objectives, for what the regularizers cost
 FORWARD = "objkern, forward"  # gradient="forward": one read and one write
 FRESH = "objkern, fresh pages"  # no buffer is kept from step to step
 DROP_IN = "objkern.cross_entropy"
 
 
+@dataclass(frozen=True)
+class Contestant:
+    loss: Loss
+    overwrites: bool = False  # the logits, with the gradient
+
+    def on_a_copy(self) -> Loss:
+        return (lambda logits, target: self.loss(logits.clone(), target)) if self.overwrites else self.loss
+
+
+def contestants(workload: Workload, shape: Shape, compile: bool = True) -> dict[str, Contestant]:
+    found = {name: Contestant(loss) for name, loss in losses(workload, shape, compile).items()}
+    if workload is PLAIN:
+        others = {name: Contestant(peer.loss(), peer.overwrites) for name, peer in peers.on("logits").items()}
+        found = {**others, **found}
+    return found
+
+
 def losses(workload: Workload, shape: Shape, compile: bool = True) -> dict[str, Loss]:
-    """Name -> loss. Compiled ones are compiled here, forward and backward, for this shape alone."""
+    """Of torch and objkern, ours last; compiled ones are compiled when they are called first."""
     found = {"eager": workload.eager}
     if shape.dtype.itemsize < 4:
         found["eager, float32"] = upcast(workload.eager)
     if compile:
-        torch._dynamo.reset()  # or the count of recompilations ends in a silent fall-back to eager
-        found |= {name.replace("eager", "compiled"): compiled(loss, shape) for name, loss in found.items()}
+        found |= {name.replace("eager", "compiled"): compiled(loss) for name, loss in found.items()}
     if workload is not PLAIN:
         found[PLAIN_OURS] = PLAIN.objective
     if shape.vocabulary:
@@ -43,26 +62,6 @@ def upcast(loss: Loss) -> Loss:
     return lambda logits, target: loss(logits.float(), target)
 
 
-def compiled(loss: Loss, shape: Shape) -> Loss:
-    function = torch.compile(loss, dynamic=False, fullgraph=True)
-    logits, target = shape.inputs()
-    function(logits, target).backward()
-    return function
-
-
-def step(loss: Loss, logits: Tensor, target: Tensor, repeat: int = 1) -> Step:
-    """A training step's share: drop the old gradient, forward, backward."""
-
-    def run() -> float:
-        start = perf_counter()
-        for _ in range(repeat):
-            logits.grad = None
-            loss(logits, target).backward()
-        return (perf_counter() - start) / repeat
-
-    return run
-
-
 def within_limit(run: Step, limit: int) -> Step:
     """The step with so many bytes of freed gradients kept (`objkern.set_buffer_limit`)."""
 
@@ -73,15 +72,17 @@ def within_limit(run: Step, limit: int) -> Step:
     return limited
 
 
-def steps(found: dict[str, Loss], workload: Workload, shape: Shape, logits: Tensor, target: Tensor) -> dict[str, Step]:
+def steps(
+    found: dict[str, Contestant], workload: Workload, shape: Shape, logits: Tensor, target: Tensor
+) -> dict[str, Step]:
     """The losses as timed steps, and for large logits: objkern in fresh pages, and a copy, the bandwidth's measure."""
-    timed = {name: step(loss, logits, target, shape.steps) for name, loss in found.items()}
+    timed = {name: step(one.loss, (logits, target), shape.steps, one.overwrites) for name, one in found.items()}
     if not shape.large:
         return timed
     limit = objkern.buffer_limit()
     timed |= {name: within_limit(run, limit) for name, run in timed.items() if name.startswith("objkern")}
     if workload is PLAIN:
-        timed[FRESH] = within_limit(step(found[OURS], logits, target), 0)
+        timed[FRESH] = within_limit(step(found[OURS].loss, (logits, target)), 0)
     return {"copy": copy_step(), **timed}
 
 

@@ -21,6 +21,7 @@ class Target(NamedTuple):
 TARGETS = {
     "eager": Target(True, "eager torch's time / objkern's"),
     "stock": Target(True, "the time of a model's own loss / objkern's"),
+    "torch": Target(True, "the time to import torch alone / that with objkern"),
     "compiled": Target(True, "torch.compile's time / objkern's"),
     "price": Target(False, "objkern's time regularized / plain"),
     "copy": Target(True, "objkern's bytes per second / a copy's"),
@@ -75,24 +76,47 @@ def copy_gb_per_second(entry: Entry) -> float:
     return 2 * entry["copy_bytes"] / entry["seconds"]["copy"][1] / 1e9
 
 
-def misses(entry: Entry, name: str) -> bool:
+def misses(entry: Entry, name: str, surely: bool = False, slack: float = 0.0) -> bool:
+    """Whether the median misses the target; `surely`: the whole interval does, by more than a share `slack`."""
     found, wanted = figure(entry, name), entry.get("targets", {}).get(name)
     if found is None or wanted is None:
         return False
-    return found[1] < wanted if TARGETS[name].at_least else found[1] > wanted
+    low, median, high = found
+    if TARGETS[name].at_least:
+        return (high if surely else median) < wanted * (1 - slack)
+    return (low if surely else median) > wanted * (1 + slack)
 
 
 def bound(entry: Entry, name: str) -> str:
     return f"{'≥' if TARGETS[name].at_least else '≤'} {entry['targets'][name]:.3g}"
 
 
-def missed(entry: Entry) -> list[str]:
+def missed(entry: Entry, surely: bool = False, slack: float = 0.0) -> list[str]:
     """The targets that this entry misses, in words."""
     return [
         f"{label(entry)}: {TARGETS[name].meaning} is {figure(entry, name)[1]:.3g}, expected {bound(entry, name)}"
         for name in entry.get("targets", {})
-        if misses(entry, name)
+        if misses(entry, name, surely, slack)
     ]
+
+
+WIDE = 1.3  # high / low of an interval, from which on it says little
+
+
+def unsteady(entry: Entry) -> list[str]:
+    """Ratios of which the rounds say too little to conclude anything about a target, in words."""
+    found = []
+    for name in entry.get("targets", {}):
+        interval = figure(entry, name)
+        if (
+            interval is not None
+            and interval[2] > WIDE * interval[0]
+            and interval[0] < entry["targets"][name] < interval[2]
+        ):
+            low, _, high = interval
+            found.append(f"{label(entry)}: {TARGETS[name].meaning} is somewhere in [{low:.3g}, {high:.3g}], which is "
+                         f"too wide to tell whether it is {bound(entry, name)}")  # fmt: skip
+    return found
 
 
 def disturbed(entries: list[Entry], cores: float = 0.1) -> list[str]:
@@ -106,7 +130,21 @@ def disturbed(entries: list[Entry], cores: float = 0.1) -> list[str]:
 
 def label(entry: Entry) -> str:
     shape = [entry[name] for name in ("rows", "features", "classes") if name in entry]
-    return f"{entry['kind']}, {' × '.join(map(str, shape))} {entry['dtype']} {entry['workload']}"
+    words = [" × ".join(map(str, shape)), entry.get("dtype", ""), entry["workload"]]
+    return f"{entry['kind']}, {' '.join(filter(None, words))}"
+
+
+def in_a_line(entry: Entry) -> str:
+    """What was measured, as it comes."""
+    times = [f"{name} {1e3 * seconds[1]:.3g} ms" for name, seconds in entry.get("seconds", {}).items()]
+    sizes = (
+        [f"{name} {largest(count) / 1e6:.3g} MB" for name, count in entry.get("bytes", {}).items()] if not times else []
+    )
+    return f"{label(entry)}: {', '.join(times or sizes)}"
+
+
+def largest(count: float | Sequence[float]) -> float:
+    return max(count) if isinstance(count, Sequence) else count
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -17,12 +16,13 @@ from torch import Tensor
 
 import objkern
 
+from . import peers
+from .accuracy import Loss
+from .contest import OURS, step
 from .memory import forget_peak, in_a_process, status
 from .pairing import Step
 from .workloads import PLAIN, WORKLOADS, Targets, Workload
 
-HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels
-OURS = "objkern"
 RECOMPUTE = "objkern, recompute"
 CHUNKED = "torch, chunked"  # F.linear_cross_entropy with its options; since torch 2.13
 GEMMS = "GEMMs alone"
@@ -37,8 +37,8 @@ class Head:
     classes: int
     dtype: torch.dtype
     why: str
-    rounds: int
     targets: dict[str, Targets] = field(default_factory=dict, hash=False)  # by workload
+    quick: bool = False  # `--size quick` has it
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.features}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
@@ -53,23 +53,31 @@ class Head:
 
 
 HEADS = [
-    Head(2048, 768, 32000, torch.float32, "GPT-2's width, T5's vocabulary", 7, {
+    Head(2048, 768, 32000, torch.float32, "GPT-2's width, T5's vocabulary", {
         "plain": {"eager": 1.0, "chunked": 1.0}, "regularized": {"eager": 1.5},
     }),
-    Head(2048, 768, 32000, torch.bfloat16, "the same in bfloat16", 7, {
+    Head(2048, 768, 32000, torch.bfloat16, "the same in bfloat16", {
         "plain": {"eager": 1.0}, "regularized": {"eager": 1.5},
     }),
-    Head(1024, 512, 32000, torch.float32, "small enough to try", 9, {
+    Head(1024, 512, 32000, torch.float32, "small enough to try", {
         "plain": {"eager": 1.0, "chunked": 2.0}, "regularized": {"eager": 1.5},
     }),
+    Head(512, 256, 32000, torch.float32, "smaller still", {
+        "plain": {"eager": 1.0}, "regularized": {"eager": 1.5},
+    }, quick=True),
 ]  # fmt: skip
 MEMORY_HEAD = HEADS[0]
 LAW_FEATURES, LAW_ROWS, LAW_CLASSES = 64, (1024, 2048, 4096, 8192), (8192, 32768, 131072, 262144)
 
 
-def losses(workload: Workload) -> dict[str, HeadLoss]:
+def flops(rows: int, features: int, classes: int) -> int:
+    """Of the three products: logits, the gradient of the hidden states, the gradient of the weight."""
+    return 6 * rows * features * classes
+
+
+def losses(workload: Workload) -> dict[str, Loss]:
     objective, eager = workload.objective, workload.eager
-    found: dict[str, HeadLoss] = {
+    found: dict[str, Loss] = {
         "eager": lambda h, w, y: eager(F.linear(h, w), y),
         RECOMPUTE: lambda h, w, y: objective.linear(h, w, y, mode="recompute"),
         OURS: objective.linear,
@@ -77,26 +85,9 @@ def losses(workload: Workload) -> dict[str, HeadLoss]:
     if workload is PLAIN and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         found[CHUNKED] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    if workload is PLAIN:
+        found |= {name: peer.loss() for name, peer in peers.on("linear").items()}
     return found
-
-
-def compiled(loss: HeadLoss, head: Head) -> HeadLoss:
-    torch._dynamo.reset()
-    function = torch.compile(loss, dynamic=False, fullgraph=True)
-    function(*head.inputs()).backward()
-    return function
-
-
-def step(loss: HeadLoss, hidden: Tensor, weight: Tensor, labels: Tensor) -> Step:
-    """A training step's share: drop the old gradients, forward, backward."""
-
-    def run() -> float:
-        start = perf_counter()
-        hidden.grad = weight.grad = None
-        loss(hidden, weight, labels).backward()
-        return perf_counter() - start
-
-    return run
 
 
 def gemms(hidden: Tensor, weight: Tensor) -> Step:
@@ -115,11 +106,6 @@ def gemms(hidden: Tensor, weight: Tensor) -> Step:
     return run
 
 
-def gradients(loss: HeadLoss, hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
-    value = loss(hidden, weight, labels)
-    return [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,9 +116,9 @@ def measure(workload: str, rows: int, features: int, classes: int, dtype: str, c
 
 def main(workload: str, rows: str, features: str, classes: str, dtype: str, contestant: str) -> None:
     loss = losses(WORKLOADS[workload])[contestant]
-    small = Head(64, int(features), 4096, getattr(torch, dtype), "", 1)
-    step(loss, *small.inputs())()  # brings in code and threads
-    hidden, weight, labels = Head(int(rows), int(features), int(classes), getattr(torch, dtype), "", 1).inputs()
+    small = Head(64, int(features), 4096, getattr(torch, dtype), "")
+    step(loss, small.inputs())()  # brings in code and threads
+    hidden, weight, labels = Head(int(rows), int(features), int(classes), getattr(torch, dtype), "").inputs()
     objkern.release_buffers()
     forget_peak()
     before = status("VmRSS")

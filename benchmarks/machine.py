@@ -65,6 +65,12 @@ def huge_pages() -> str | None:
     return setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else None
 
 
+def available_bytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not tell."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
+
+
 def commit() -> str | None:
     """Of the checkout; "+" marks that it has changes."""
     try:

@@ -49,7 +49,7 @@ def main(workload: str, rows: str, classes: str, dtype: str, *contestants: str) 
     from .contestants import losses
     from .workloads import WORKLOADS, Shape
 
-    shape = Shape(int(rows), int(classes), getattr(torch, dtype), "its memory", 1)
+    shape = Shape(int(rows), int(classes), getattr(torch, dtype), "its memory")
     found = losses(WORKLOADS[workload], shape, compile=any(name.startswith("compiled") for name in contestants))
     logits, target = shape.inputs()
     print(json.dumps({name: growth(found[name], logits, target) for name in contestants}))

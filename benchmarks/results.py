@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3  # benchmarks/README.md says what is in a file
+READ = (2, 3)  # 2: without `times`, so that it can be shown but not compared
 RESULTS = Path(__file__).parent / "results"
 
 
-def path(header: dict[str, Any]) -> Path:
-    """Named by machine, date and what is special about the allocator."""
+def path(header: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Named by machine, date and what is special about the allocator; a number follows where there is one already."""
     machine = header["machine"]
     words = [machine["cpu"], f"{machine['threads']}-threads", *(["kept-pages"] if machine["keeps_pages"] else [])]
     name = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower().replace("(r)", "").replace("(tm)", "")).strip("-")
-    return RESULTS / f"{header['datetime'][:10]}-{name}.json"
+    stem = f"{header['datetime'][:10]}-{name}"
+    names = (f"{stem}{f'-{number}' if number > 1 else ''}.json" for number in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -31,12 +35,33 @@ def load(folder: Path = RESULTS) -> list[tuple[Path, dict[str, Any]]]:
     paths = [path for path in folder.glob("*.json") if not path.name.startswith("gpu-")]
     files = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     for path, result in files:
-        if result.get("schema") != SCHEMA:
-            raise SystemExit(
-                f"{path}: this results file has schema {result.get('schema', 1)} and the report reads {SCHEMA}: "
-                "record it anew with make bench, or delete it"
-            )
+        check(path, result)
     return sorted(files, key=lambda file: (file[1]["datetime"], file[0].name), reverse=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One results file.
+
+    Raises:
+        SystemExit: there is none, or it is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise SystemExit(f"{path}: no results file, for it is not JSON: {error}") from None
+    check(path, result)
+    return result
+
+
+def check(path: Path, result: Any) -> None:
+    schema = result.get("schema", 1) if isinstance(result, dict) else None
+    if schema not in READ or not isinstance(result.get("entries"), list):
+        raise SystemExit(
+            f"{path}: this results file has schema {schema} and the report reads {' and '.join(map(str, READ))}: "
+            "record it anew with make bench, or delete it"
+        )
 
 
 def rounded(value: Any) -> Any:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 import objkern
 from objkern.transformers import attach
 
+from .contest import OURS
 from .memory import forget_peak, in_a_process, status
 from .pairing import Step
 from .workloads import WORKLOADS, Workload
 
-OURS, NATIVE, STOCK = "objkern", "eager", "stock"
+NATIVE, STOCK = "eager", "stock"
 TAGS = 9
 
 
@@ -41,6 +42,7 @@ class Training:
     heads: int
     causal: bool
     tied: bool = False  # the head's weight is that of the embedding
+    quick: bool = False  # `--size quick` has it
 
     def __str__(self) -> str:
         return self.name
@@ -77,6 +79,7 @@ class Training:
 
 TRAININGS = {training.name: training for training in (
     Training("causal-lm", "a small Llama, 24M parameters", 4, 256, 32000, 32000, 320, 4, 5, True),
+    Training("tiny-causal-lm", "a Llama of one layer, 4M parameters", 2, 128, 32000, 32000, 64, 1, 2, True, quick=True),
     Training("token-classification", "a small BERT, 17M parameters", 16, 128, TAGS, 30522, 384, 4, 6, False),
 )}  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import figures
+from . import figures, peers
 from .figures import Entry, Interval
 
 Form = Callable[[float], str]
@@ -18,36 +18,19 @@ def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     for workload in ("plain", "regularized"):
         if chosen := [entry for entry in steps if entry["workload"] == workload]:
             yield workload.capitalize(), times(chosen)
-    if chosen := [entry for entry in steps if "objkern, forward" in entry["ratio"]]:
-        yield "Gradient in the forward pass", forward(chosen)
-    if chosen := [entry for entry in steps if "objkern, fresh pages" in entry["ratio"]]:
-        yield "What reuse of the gradient's memory buys", reuse(chosen)
-    if chosen := [entry for entry in steps if "objkern.cross_entropy" in entry["ratio"]]:
-        yield "The drop-in, objkern.cross_entropy", drop_in(chosen)
-    if chosen := of_kind(entries, "instruction set"):
-        yield "Instruction sets", instruction_sets(chosen)
-    if chosen := of_kind(entries, "memory"):
-        yield "Memory", memory(chosen)
-    if chosen := of_kind(entries, "linearity"):
-        yield "Time over size", linearity(chosen)
-    if chosen := of_kind(entries, "linear"):
-        yield "The fused linear path", linear(chosen)
-    if chosen := of_kind(entries, "linear memory"):
-        yield "Memory of the fused linear path", linear_memory(chosen)
-    if chosen := of_kind(entries, "linear memory law"):
-        yield "Memory of the fused linear path over the number of rows", linear_law(chosen)
-    if chosen := of_kind(entries, "elementwise"):
-        yield "Elementwise objectives", elementwise(chosen)
-    if chosen := of_kind(entries, "divergence"):
-        yield "Divergence from a reference", elementwise(chosen)
-    if chosen := of_kind(entries, "six terms"):
-        yield "Six terms", six_terms(chosen)
-    if chosen := of_kind(entries, "penalty"):
-        yield "Terms on parameters", penalties(chosen)
-    if chosen := of_kind(entries, "finetune step"):
-        yield "Whole steps of fine-tuning", finetune_steps(chosen)
-    if steps:
-        yield "Errors against float64", errors(steps)
+    for title, name, make in (
+        ("Other libraries", None, others),
+        ("Gradient in the forward pass", "objkern, forward", forward),
+        ("What reuse of the gradient's memory buys", "objkern, fresh pages", reuse),
+        ("The drop-in, objkern.cross_entropy", "objkern.cross_entropy", drop_in),
+    ):
+        if chosen := [entry for entry in steps if (name in entry["ratio"] if name else peers_of(entry))]:
+            yield title, make(chosen)
+    for kind, (title, make) in OF_KIND.items():
+        if chosen := of_kind(entries, kind):
+            yield title, make(chosen)
+    if chosen := [entry for entry in entries if entry.get("errors")]:
+        yield "Errors against float64", errors(chosen)
 
 
 def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
@@ -137,31 +120,49 @@ def memory(entries: list[Entry]) -> str:
 
 
 def linearity(entries: list[Entry]) -> str:
-    names = list(entries[0]["seconds"])
-    return table(["logits", *names], [
-        [f"{entry['rows']} × {entry['classes']}", *(time(entry, name) for name in names)]
-        for entry in entries
-    ])  # fmt: skip
+    names = list(dict.fromkeys(name for entry in entries for name in entry["seconds"]))
+    return table(["logits", *names], [[logits(entry), *(time(entry, name) for name in names)] for entry in entries])
 
 
 def errors(entries: list[Entry]) -> str:
-    """Of loss and gradient, a column for each contestant that reads the logits as they are."""
-    names = [name for name in ("eager", "compiled", "objkern", "objkern, forward")]
-    return table(["logits", "objective", *names], [
+    """Of loss and gradient; columns for those who take part everywhere, and one for the others."""
+    names = ["eager", "compiled", "objkern", "objkern, forward"]
+
+    def cell(error: list[float]) -> str:
+        return "{:.0e}, {:.0e}".format(*error)
+
+    return table(["benchmark", "objective", *names, "others"], [
         [
-            logits(entry), entry["workload"],
-            *("{:.0e}, {:.0e}".format(*entry["errors"][name]) if name in entry["errors"] else "" for name in names),
+            f"{entry['kind']}, {place(entry)}", entry["workload"],
+            *(cell(entry["errors"][name]) if name in entry["errors"] else "" for name in names),
+            "; ".join(f"{name}: {cell(error)}" for name, error in entry["errors"].items() if name not in names),
         ]
         for entry in entries
     ])  # fmt: skip
 
 
+def peers_of(entry: Entry) -> list[str]:
+    """Other libraries that took part, or could not."""
+    return [name for name in [*entry["seconds"], *entry.get("failed", {})] if name in peers.NAMES]
+
+
+def others(entries: list[Entry]) -> str:
+    return table(["logits", "library", "its time", "objkern", "its time / objkern's", "why it failed"], [
+        [logits(entry), name, time(entry, name), time(entry, "objkern"), ratio(entry, name),
+         entry.get("failed", {}).get(name, "")]
+        for entry in entries for name in peers_of(entry)
+    ])  # fmt: skip
+
+
 def linear(entries: list[Entry]) -> str:
     names = ["eager", "compiled", "torch, chunked", "objkern", "objkern, recompute", "GEMMs alone"]
-    return table(["rows × features × classes", "objective", *names, "eager / objkern", "chunked / objkern"], [
+    names += sorted({name for entry in entries for name in peers_of(entry)})
+    header = ["rows × features × classes", "objective", *names, "eager / objkern", "chunked / objkern", "of the GEMMs"]
+    return table(header, [
         [
-            layer(entry), entry["workload"], *(time(entry, name) for name in names),
-            ratio(entry, "eager"), ratio(entry, "chunked"),
+            layer(entry), entry["workload"],
+            *(time(entry, name) or entry.get("failed", {}).get(name, "") for name in names),
+            ratio(entry, "eager"), ratio(entry, "chunked"), ratio(entry, "GEMMs alone", percent),
         ]
         for entry in entries
     ])  # fmt: skip
@@ -235,6 +236,68 @@ def finetune_steps(entries: list[Entry]) -> str:
     ])  # fmt: skip
 
 
+def added_terms(entries: list[Entry]) -> str:
+    """Everyone's time for the first term alone is 1."""
+    lines = []
+    for entry in entries:
+        for number, term in enumerate(entry["terms"], 1):
+            names = [f"{who}, {number}" for who in ("eager", "objkern")]
+            price = [entry["seconds"][name][1] / entry["seconds"][name.split(",")[0] + ", 1"][1] for name in names]
+            lines.append([logits(entry), term, *(time(entry, name) for name in names), *map(digits, price)])
+    return table(["logits", "objective", "eager", "objkern", "eager, relative", "objkern, relative"], lines)
+
+
+def overhead(entries: list[Entry]) -> str:
+    """A line for each way to call."""
+    return table(["call", "inputs", "by", "forward and backward", "eager / it"], [
+        [
+            entry["workload"], logits(entry), name, time(entry, name),
+            "" if name == "eager" else ratio(entry, "eager") if name == "objkern"
+            else digits(entry["seconds"]["eager"][1] / entry["seconds"][name][1]),
+        ]
+        for entry in entries for name in entry["seconds"]
+    ])  # fmt: skip
+
+
+def seconds(entries: list[Entry]) -> str:
+    return table(["what", "median", "20 %", "80 %"], [
+        [name, milliseconds(median), milliseconds(low), milliseconds(high)]
+        for entry in entries for name, (low, median, high) in entry["seconds"].items()
+    ])  # fmt: skip
+
+
+def over_classes(entries: list[Entry]) -> str:
+    return table(["logits", "logits alone", "eager", "objkern", "eager / objkern"], [
+        [
+            logits(entry), megabytes(logits_bytes(entry)),
+            *(" / ".join(map(megabytes, entry["bytes"][name])) for name in ("eager", "objkern")),
+            digits(entry["bytes"]["eager"][1] / entry["bytes"]["objkern"][1]),
+        ]
+        for entry in sorted(entries, key=lambda entry: entry["classes"])
+    ])  # fmt: skip
+
+
+OF_KIND: dict[str, tuple[str, Callable[[list[Entry]], str]]] = {
+    "instruction set": ("Instruction sets", instruction_sets),
+    "memory": ("Memory", memory),
+    "memory over classes": ("Memory over the number of classes", over_classes),
+    "linearity": ("Time over size", linearity),
+    "linear": ("The fused linear path", linear),
+    "linear memory": ("Memory of the fused linear path", linear_memory),
+    "linear memory law": ("Memory of the fused linear path over the number of rows", linear_law),
+    "elementwise": ("Elementwise objectives", elementwise),
+    "divergence": ("Divergence from a reference", elementwise),
+    "six terms": ("Six terms", six_terms),
+    "added terms": ("One term more, and one more", added_terms),
+    "penalty": ("Terms on parameters", penalties),
+    "finetune step": ("Whole steps of fine-tuning", finetune_steps),
+    "overhead": ("What a call costs", overhead),
+    "import": ("Importing", seconds),
+    "first call": ("The first call of a process", seconds),
+    "build": ("Building", seconds),
+}
+
+
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +310,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def logits(entry: Entry) -> str:
     return f"{entry['rows']} × {entry['classes']} {entry['dtype']}"
+
+
+def place(entry: Entry) -> str:
+    return layer(entry) if "features" in entry else logits(entry)
 
 
 def layer(entry: Entry) -> str:

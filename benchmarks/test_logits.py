@@ -1,6 +1,6 @@
-"""Forward and backward of an objective on logits: eager torch, torch.compile and objkern in paired rounds.
+"""Forward and backward of an objective on logits: eager torch, torch.compile, other libraries and objkern.
 
-    python -m pytest benchmarks/test_objective.py -k 1024x32000
+    python -m objkern bench logits -k 1024x32000
 
 What pytest-benchmark times is objkern's step (as often as `Shape.steps` says). Its rivals run in the same round, just
 before it; all times, and the ratios round by round, are in the tables at the end. `--benchmark-verbose` shows
@@ -9,22 +9,31 @@ pytest-benchmark's own table too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import machine
-from .accuracy import assert_as_accurate, errors
+from .accuracy import Loss
 from .child import Child
-from .contestants import COPY_BYTES, OURS, kept_bytes, losses, steps
+from .contest import OURS, Record, checked, compiled, contest, described, quick, step
+from .contestants import COPY_BYTES, FORWARD, PLAIN_OURS, contestants, kept_bytes, steps
 from .figures import Entry
-from .pairing import paired_ratio, race, summary
-from .workloads import SHAPES, WORKLOADS, Shape, Workload
+from .workloads import ADDED, DIVERGENCE, PLAIN, SHAPES, SIX, WORKLOADS, Shape, Workload
 
-Record = Callable[[Entry], None]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize("shape", [quick(shape, when=shape.quick) for shape in SHAPES], ids=str)
 every_workload = pytest.mark.parametrize("workload", WORKLOADS.values(), ids=str)
+LARGE = [(1024, 32000), (512, 128256)]
+
+
+def in_dtypes(*sizes: tuple[int, int]) -> pytest.MarkDecorator:
+    """Of each size float32 and bfloat16 logits."""
+    cases = [(*size, dtype) for size in sizes for dtype in (torch.float32, torch.bfloat16)]
+    return pytest.mark.parametrize(("rows", "classes", "dtype"), cases, ids=lambda v: str(v).removeprefix("torch."))
+
+
+def compiles(benchmark: BenchmarkFixture, config: pytest.Config) -> bool:
+    return benchmark.enabled and not config.getoption("--no-compile")
 
 
 @every_workload
@@ -32,75 +41,87 @@ every_workload = pytest.mark.parametrize("workload", WORKLOADS.values(), ids=str
 def test_forward_backward(
     shape: Shape, workload: Workload, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config
 ) -> None:
-    logits, target = shape.inputs()
-    found = losses(workload, shape, compile=benchmark.enabled and not pytestconfig.getoption("--no-compile"))
-    compared = {name: loss for name, loss in found.items() if not name.startswith("objkern, plain")}
-    error = errors(compared, workload.eager, logits, target)
-    for name in error:
-        if name.startswith("objkern"):
-            assert_as_accurate(error[name], error["eager"], shape.dtype)
-    timed = steps(found, workload, shape, logits, target)
-    rounds = pytestconfig.getoption("--rounds") or shape.rounds
-    benchmark.group = str(shape)
-    others = machine.Others()
-    seconds = race(benchmark, timed, OURS, rounds)
-    if benchmark.disabled:  # --benchmark-disable: the accuracy was checked, nothing was timed
-        return
-    record(
-        describe("step", shape, workload)
-        | compare(seconds, OURS)
-        | {
-            "others": others.cores(),
-            "targets": shape.expected(workload, machine.keeps_pages()),
-            "bytes": shape.bytes,
-            "copy_bytes": COPY_BYTES,
-            "kept_bytes": kept_bytes(timed[OURS], logits),
-            "errors": {name: [error[name]["loss"], error[name]["gradient"]] for name in error},
-        }
-    )
+    inputs = shape.inputs()
+    found = contestants(workload, shape, compiles(benchmark, pytestconfig))
+    of_workload = {name: one.on_a_copy() for name, one in found.items() if name != PLAIN_OURS}
+    facts = described("step", shape.rows, shape.classes, shape.dtype, workload.name, why=shape.why)
+    facts |= checked(of_workload, workload.eager, inputs)
+    timed = steps(found, workload, shape, *inputs)
+    facts |= {
+        "targets": shape.expected(workload, machine.keeps_pages()), "bytes": shape.bytes, "copy_bytes": COPY_BYTES,
+        "kept_bytes": kept_bytes(timed[OURS], inputs[0]),
+    }  # fmt: skip
+    contest(benchmark, record, pytestconfig, timed, facts)
 
 
 @every_workload
-@every_shape
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_instruction_sets(
-    shape: Shape,
-    workload: Workload,
-    benchmark: BenchmarkFixture,
-    children: dict[str, Child],
-    record: Record,
+    shape: Shape, workload: Workload, benchmark: BenchmarkFixture, children: dict[str, Child], record: Record,
     pytestconfig: pytest.Config,
-) -> None:
+) -> None:  # fmt: skip
     """The kernels for AVX2, and those for any processor, against AVX-512; each in a process of its own."""
     if "avx512" not in children or len(children) == 1:
         pytest.skip(f"this build on this processor runs {list(children)}: there is nothing to compare AVX-512 with")
     for child in children.values():
         child.prepare(str(shape), workload.name)
-    benchmark.group = f"{shape}, instruction sets"
-    rounds = pytestconfig.getoption("--rounds") or min(shape.rounds, 15)
-    others = machine.Others([child.process.pid for child in children.values()])
-    contestants = {name: child.run for name, child in children.items()}
-    seconds = race(benchmark, contestants, "avx512", rounds, warm=False)
-    if benchmark.disabled:
-        return
-    more = {"others": others.cores(), "targets": {"avx2": 0.6}}
-    record(describe("instruction set", shape, workload) | compare(seconds, "avx512") | more)
+    facts = described("instruction set", shape.rows, shape.classes, shape.dtype, workload.name, why=shape.why)
+    timed = {name: child.run for name, child in children.items()}
+    contest(
+        benchmark, record, pytestconfig, timed, facts | {"targets": {"avx2": 0.6}},
+        children=[child.process.pid for child in children.values()], warm=False, ours="avx512",
+    )  # fmt: skip
 
 
-def describe(kind: str, shape: Shape, workload: Workload) -> Entry:
-    return {
-        "kind": kind,
-        "rows": shape.rows,
-        "classes": shape.classes,
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "workload": workload.name,
-        "why": shape.why,
-    }
+# ---- a reference, and more and more terms ---------------------------------------------------------------------------
 
 
-def compare(seconds: dict[str, list[float]], name: str) -> Entry:
-    """Everyone's seconds, [20 %, median, 80 %], and their ratio to one's, [low, median, high]."""
-    return {
-        "rounds": len(seconds[name]),
-        "seconds": {who: summary(times) for who, times in seconds.items()},
-        "ratio": {who: paired_ratio(times, seconds[name]) for who, times in seconds.items() if who != name},
-    }
+@in_dtypes(*LARGE, (8192, 1000))
+def test_divergence(
+    rows: int, classes: int, dtype: torch.dtype, benchmark: BenchmarkFixture, record: Record,
+    pytestconfig: pytest.Config,
+) -> None:  # fmt: skip
+    """KL divergence from a reference's logits."""
+    generator = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(rows, classes, generator=generator)).to(dtype).requires_grad_()
+    r = (z.detach() + torch.randn(rows, classes, generator=generator)).to(dtype)
+    losses = {"eager": DIVERGENCE.eager}
+    if compiles(benchmark, pytestconfig):
+        losses["compiled"] = compiled(DIVERGENCE.eager)
+    losses |= {FORWARD: lambda z, r: DIVERGENCE.objective(z, r, gradient="forward"), OURS: DIVERGENCE.objective}
+    facts = described("divergence", rows, classes, dtype, "KL, T = 2", targets={"eager": 5.0})
+    facts |= checked(losses, DIVERGENCE.eager, (z, r))
+    contest(benchmark, record, pytestconfig, {name: step(loss, (z, r)) for name, loss in losses.items()}, facts)
+
+
+@in_dtypes(*LARGE)
+def test_six_terms(
+    rows: int, classes: int, dtype: torch.dtype, benchmark: BenchmarkFixture, record: Record,
+    pytestconfig: pytest.Config,
+) -> None:  # fmt: skip
+    inputs = Shape(rows, classes, dtype, "").inputs()
+    losses = {"eager": SIX.eager, OURS: SIX.objective, FORWARD: in_forward(SIX)}
+    facts = described("six terms", rows, classes, dtype, SIX.name, targets={"price": 1.15})
+    facts |= checked(losses, SIX.eager, inputs)
+    losses |= {PLAIN_OURS: PLAIN.objective, f"{PLAIN_OURS}, forward": in_forward(PLAIN)}
+    contest(benchmark, record, pytestconfig, {name: step(loss, inputs) for name, loss in losses.items()}, facts)
+
+
+def in_forward(workload: Workload) -> Loss:
+    return lambda z, y: workload.objective(z, y, gradient="forward")
+
+
+@pytest.mark.quick
+def test_added_terms(benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config) -> None:
+    """What each further term costs: cross-entropy, then one more and one more."""
+    inputs = Shape(128, 32000, torch.float32, "").inputs()
+    facts = described("added terms", 128, 32000, torch.float32, "one by one", terms=[w.name for w in ADDED])
+    timed = {}
+    errors: Entry = {}
+    for number, workload in enumerate(ADDED, 1):
+        losses = {"eager": workload.eager, OURS: workload.objective}
+        errors |= {
+            f"{name}, {number}": error for name, error in checked(losses, workload.eager, inputs)["errors"].items()
+        }
+        timed |= {f"{name}, {number}": step(loss, inputs) for name, loss in losses.items()}
+    contest(benchmark, record, pytestconfig, timed, facts | {"errors": errors}, ours=f"{OURS}, 1")

@@ -25,7 +25,7 @@ from objkern import (
     ZLoss,
 )
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 Targets = dict[str, float]  # what each number means: figures.TARGETS
 
 
@@ -66,13 +66,39 @@ SIX = Workload(
 )  # fmt: skip
 
 
+def eager_focal(nll: Tensor) -> Tensor:
+    return ((1 - (-nll).exp()).square() * nll).mean()
+
+
+def eager_poly(nll: Tensor) -> Tensor:
+    return (nll + 1 - (-nll).exp()).mean()
+
+
 def eager_focal_and_poly(logits: Tensor, target: Tensor) -> Tensor:
     nll = F.cross_entropy(logits, target, reduction="none")
-    p = (-nll).exp()
-    return 0.1 * ((1 - p).square() * nll).mean() + 0.1 * (nll + 1 - p).mean()
+    return 0.1 * eager_focal(nll) + 0.1 * eager_poly(nll)
 
 
 WORKLOADS = {workload.name: workload for workload in (PLAIN, REGULARIZED)}
+
+
+def one_by_one() -> list[Workload]:
+    """Cross-entropy, and then a term more and a term more, as objkern and as the sum of the usual formulas."""
+    objective, eager = CrossEntropy(), [eager_plain]
+    found = [Workload("CrossEntropy", objective, eager_plain)]
+    for term, formula in (
+        (1e-4 * ZLoss(), lambda z, y: 1e-4 * z.logsumexp(-1).square().mean()),
+        (-0.01 * Entropy(), lambda z, y: 0.01 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()),
+        (1e-3 * LogitL2(), lambda z, y: 1e-3 * z.square().mean()),
+        (0.1 * Focal(gamma=2.0), lambda z, y: 0.1 * eager_focal(F.cross_entropy(z, y, reduction="none"))),
+        (0.1 * Poly1(epsilon=1.0), lambda z, y: 0.1 * eager_poly(F.cross_entropy(z, y, reduction="none"))),
+    ):
+        objective, eager = objective + term, [*eager, formula]
+        found.append(Workload(
+            f"+ {type(term.weighted_terms[0][1]).__name__}", objective,
+            lambda z, y, formulas=eager: sum(formula(z, y) for formula in formulas),
+        ))  # fmt: skip
+    return found
 
 
 def eager_binary(z: Tensor, y: Tensor) -> Tensor:
@@ -122,9 +148,9 @@ class Shape:
     classes: int
     dtype: torch.dtype
     why: str
-    rounds: int  # that make a steady median
     targets: dict[str, Targets] = field(default_factory=dict, hash=False)  # by workload; without: no slower than eager
     steps: int = 1  # timed together: the clock and the change of turns would weigh on a single small one
+    quick: bool = False  # `--size quick` has it
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
@@ -164,18 +190,23 @@ VOCABULARY = {"plain": PLAIN_VOCABULARY, "regularized": REGULARIZED_VOCABULARY}
 STREAMING = VOCABULARY | {"plain": {"eager": 6.0, "compiled": 1.5, "copy": 0.55}}
 
 SHAPES = [
-    Shape(1024, 32000, torch.float32, "vocabulary of T5 and LLaMA-2", 15, STREAMING),
-    Shape(1024, 32000, torch.bfloat16, "the same in bfloat16", 9, VOCABULARY),
-    Shape(1024, 32000, torch.float16, "the same in float16", 7),
-    Shape(4096, 32000, torch.float32, "a gradient of 524 MB", 7, VOCABULARY),
-    Shape(512, 128256, torch.float32, "vocabulary of Llama-3", 9, STREAMING),
-    Shape(512, 128256, torch.bfloat16, "the same in bfloat16", 9, VOCABULARY),
-    Shape(8, 128256, torch.float32, "few long rows", 51),
-    Shape(64, 50257, torch.float32, "a small batch, vocabulary of GPT-2", 31),
-    Shape(8192, 1000, torch.float32, "ImageNet", 31, {"plain": {"eager": 4.0}}),
-    Shape(16384, 129, torch.float32, "rows of an odd size", 31),
-    Shape(65536, 10, torch.float32, "many rows of few classes", 51, {"plain": {"eager": 6.0, "compiled": 1.5}}),
-    Shape(4096, 9, torch.float32, "token classification (CoNLL-2003)", 51, {"plain": {"eager": 3.0}}, steps=10),
-    Shape(4096, 9, torch.bfloat16, "the same in bfloat16", 51, steps=10),
-    Shape(32, 9, torch.float32, "the cost of a call", 101, {"plain": {"eager": 1 / 1.1}}, steps=50),
+    Shape(1024, 32000, torch.float32, "T5, Llama-2", STREAMING, quick=True),
+    Shape(1024, 32000, torch.bfloat16, "the same in bfloat16", VOCABULARY),
+    Shape(1024, 32000, torch.float16, "the same in float16"),
+    Shape(4096, 32000, torch.float32, "a gradient of 524 MB", VOCABULARY),
+    Shape(1024, 30522, torch.float32, "BERT: rows that fill no whole vectors", VOCABULARY),
+    Shape(1024, 50257, torch.float32, "GPT-2: an odd number of classes", VOCABULARY),
+    Shape(512, 128256, torch.float32, "Llama-3", STREAMING),
+    Shape(512, 128256, torch.bfloat16, "the same in bfloat16", VOCABULARY),
+    Shape(256, 151936, torch.bfloat16, "Qwen", VOCABULARY),
+    Shape(256, 256000, torch.bfloat16, "Gemma", VOCABULARY),
+    Shape(8, 128256, torch.float32, "few long rows"),
+    Shape(64, 50257, torch.float32, "a small batch of GPT-2"),
+    Shape(8192, 1000, torch.float32, "ImageNet", {"plain": {"eager": 4.0}}),
+    Shape(16384, 129, torch.float32, "rows of an odd size"),
+    Shape(65536, 10, torch.float32, "many rows of few classes", {"plain": {"eager": 6.0, "compiled": 1.5}}),
+    Shape(4096, 9, torch.float32, "token classification (CoNLL-2003)", {"plain": {"eager": 3.0}}, steps=10, quick=True),
+    Shape(4096, 9, torch.bfloat16, "the same in bfloat16", steps=10),
+    Shape(32, 9, torch.float32, "the cost of a call", {"plain": {"eager": 1 / 1.1}}, steps=50),
 ]
+ADDED = one_by_one()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import platform
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ def _cuda_devices(count: int) -> list[str]:
 
 
 def bench(arguments: list[str]) -> int:
-    """``pytest benchmarks`` with these arguments, in the checkout, wherever it is called from."""
+    """The benchmarks of the checkout, wherever it is called from."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "conftest.py").exists():
         print(
@@ -74,11 +73,10 @@ def bench(arguments: list[str]) -> int:
     if missing:
         print(f"objkern bench: needs {' and '.join(missing)} (pip install pytest pytest-benchmark)", file=sys.stderr)
         return 2
-    import pytest
+    sys.path.insert(0, str(checkout))
+    from benchmarks.__main__ import main
 
-    os.chdir(checkout)
-    chosen = any(word.startswith("benchmarks/") for word in arguments)
-    return int(pytest.main([*([] if chosen else ["benchmarks"]), *arguments]))
+    return main(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         from .finetune import deploy
 
         return getattr(deploy, f"{argv[0]}_main")(argv[1:])
-    if argv[:1] == ["bench"]:  # its options are pytest's
+    if argv[:1] == ["bench"]:
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("predict", help="answers of a model that finetune trained; see predict --help")
     commands.add_parser("export", help="a trained model as a folder for the hub or a server; see export --help")
     commands.add_parser("report", help="write a run's report and curves anew")
-    commands.add_parser("bench", help="run the benchmarks that come with the checkout; options are pytest's")
+    commands.add_parser("bench", help="compare with torch and others on this machine; see bench --help")
     parser.parse_args(argv)
     print(info())
     return 0

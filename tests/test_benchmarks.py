@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ from time import perf_counter, sleep
 import pytest
 import torch
 
-from benchmarks import figures, machine, memory, pairing, plot, report, results, tables
+from benchmarks import accuracy, figures, machine, memory, pairing, peers, plot, report, results, tables
 from benchmarks.child import Child
-from benchmarks.workloads import SHAPES, WORKLOADS
+from benchmarks.workloads import ADDED, SHAPES, WORKLOADS
 from objkern.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -123,9 +124,9 @@ def test_every_shape_states_known_targets() -> None:
 
 def test_whole_steps_state_known_targets() -> None:
     pytest.importorskip("transformers")
-    from benchmarks import test_steps
+    from benchmarks import test_finetune_step
 
-    for targets in test_steps.TARGETS.values():
+    for targets in test_finetune_step.TARGETS.values():
         assert set(targets) <= set(figures.TARGETS)
 
 
@@ -134,31 +135,43 @@ def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("matplotlib")
     path = tmp_path / results.path(HEADER).name
     assert path.name == "2030-01-02-a-cpu-family-6-2-threads.json"
+    path.touch()  # a file of that day is not overwritten
+    assert results.path(HEADER, tmp_path).name == "2030-01-02-a-cpu-family-6-2-threads-2.json"
     results.write(path, HEADER | {"entries": [ENTRY, *LINEAR]})
     files = results.load(tmp_path)
     assert files == [(path, results.rounded(HEADER | {"entries": [ENTRY, *LINEAR]}))]
 
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n", encoding="utf-8")
     monkeypatch.setattr(plot, "IMAGES", tmp_path)
     monkeypatch.setattr(results, "load", lambda: files)
     monkeypatch.setattr(sys, "argv", ["report"])
-    assert len(report.problems()) == 2
+    assert len(report.problems()) == 3
     assert report.main() == 0
     assert report.problems() == []
     page = report.PAGE.read_text(encoding="utf-8")
     assert "- step, 25 × 10 float32 regularized: torch.compile's time / objkern's is 1, expected ≥ 1.5" in page
     assert "- objkern, plain: 1.00 where rows grow" in page
+    assert report.README.read_text(encoding="utf-8").startswith(f"before\n{report.BEGIN}")
+    assert report.README.read_text(encoding="utf-8").endswith(f"{report.END}after\n")
     drawn = plot.PLOTS["linearity"]
     assert drawn.draw(files[0][1]["entries"]) == drawn.path.read_text(encoding="utf-8")  # the same, drawn twice
 
     files[0][1]["entries"][-1]["seconds"]["eager"][1] *= 2
     assert [problem.partition(" ")[0] for problem in report.problems()] == ["performance.md", "linearity.svg"]
+    page = report.folder(path, files[0][1], tmp_path / "report").read_text(encoding="utf-8")
+    for image in ("linearity.png", "linearity.svg"):
+        assert (tmp_path / "report" / image).stat().st_size > 1000
+    assert "![time over size](linearity.png)" in page
+    assert f"[{path.name}]({path.name})" in page
+    assert json.loads((tmp_path / "report" / path.name).read_text()) == json.loads(path.read_text())
 
 
 def test_an_old_results_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps({"datetime": "2020", "benchmarks": []}))
     with pytest.raises(
-        SystemExit, match=r"old\.json: this results file has schema 1 and the report reads 2: record it"
+        SystemExit, match=r"old\.json: this results file has schema 1 and the report reads 2 and 3: record it"
     ):
         results.load(tmp_path)
 
@@ -186,28 +199,86 @@ def test_a_forward_pass_needs_no_memory() -> None:
 
 def test_benchmarks_run(tmp_path: Path) -> None:
     """From the command line, on the smallest shape; whether targets are met is not asked, compiling takes too long."""
-    path = tmp_path / "quick.json"
-    arguments = [
-        "--no-compile",
-        "--rounds",
-        "2",
-        "--record",
-        str(path),
-        "-k",
-        "32x9 and plain",
-        "-p",
-        "no:cacheprovider",
-    ]
+    out = tmp_path / "out"
+    arguments = ["logits", "--no-compile", "--rounds", "2", "--out", str(out), "-k", "32x9 and plain", "-p",
+                 "no:cacheprovider"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "objkern", "bench", *arguments], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode in (0, 1), done.stdout + done.stderr
+    path = out / "results.json"
     assert path.exists(), done.stdout + done.stderr
-    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    entries = result["entries"]
+    assert result["absent"].keys() | {"cut-cross-entropy"} >= set(peers.absent())
+    assert {name: len(times) for name, times in entries[0]["times"].items()} == dict.fromkeys(entries[0]["seconds"], 2)
+    assert all(max(error) < 1e-6 for error in entries[0]["errors"].values())
+    assert "| 32 × 9 float32 " in (out / "report.md").read_text(encoding="utf-8")
     assert entries[0]["kind"] == "step"
     assert {"eager", "objkern", "objkern.cross_entropy"} == set(entries[0]["seconds"])
     assert "| 32 × 9 float32 " in done.stdout
-    assert ("missed targets" in done.stdout) == (done.returncode == 1)
+    assert ("no target surely missed" in done.stdout) == (done.returncode == 0)
+    again = subprocess.run(
+        [sys.executable, "-m", "objkern", "bench", "--out", "out"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert again.returncode == 2
+    assert "results are never overwritten" in again.stderr
+
+
+def test_accuracy_is_checked_without_times_too() -> None:
+    words = [sys.executable, "-m", "objkern", "bench", "overhead", "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("....... ")
+
+
+def test_a_wrong_contestant_is_seen() -> None:
+    """A loss of its own scale, and one whose gradient is off: errors as they are, and an AssertionError for ours."""
+    z = torch.randn(50, 7, requires_grad=True)
+    y = torch.randint(7, (50,))
+    eager = WORKLOADS["plain"].eager
+    losses = {"eager": eager, "double": lambda z, y: 2 * eager(z, y), "absent": lambda z, y: z.nothing(),
+              "gradient": lambda z, y: eager(z, y).detach() + 0.9 * (eager(z, y) - eager(z, y).detach())}  # fmt: skip
+    errors, failed = accuracy.errors(losses, eager, (z, y))
+    assert errors["double"] == pytest.approx([1.0, 1.0], rel=1e-5)
+    assert errors["gradient"][0] < 1e-6
+    assert errors["gradient"][1] == pytest.approx(0.1, rel=1e-5)
+    assert failed == {"absent": "AttributeError: 'Tensor' object has no attribute 'nothing'"}
+    with pytest.raises(AssertionError, match=r"objkern, gradient: error 1\.0e-01 exceeds"):
+        accuracy.assert_as_accurate({"eager": errors["eager"], "objkern": errors["gradient"]}, torch.float32)
+
+
+def test_float64_by_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "CHUNK", 20)  # two rows at a time, and one
+    h, w, y = torch.randn(7, 5, requires_grad=True), torch.randn(10, 5, requires_grad=True), torch.randint(10, (7,))
+
+    def truth(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return WORKLOADS["regularized"].eager(h @ w.T, y)
+
+    value, gradients = accuracy.in_float64(truth, (h, w, y), (1,))
+    exact = [x.detach().double().requires_grad_() for x in (h, w)]
+    whole = truth(*exact, y)
+    assert value == pytest.approx(whole.item(), rel=1e-14)
+    for found, expected in zip(gradients, torch.autograd.grad(whole, exact), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_says_too_little_is_said() -> None:
+    lines = figures.unsteady(ENTRY)
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        "eager torch's time / objkern's is somewhere in [4, 6], which is too wide to tell whether it is ≥ 4.5",
+        "objkern's time regularized / plain is somewhere in [1, 2], which is too wide to tell whether it is ≤ 1.08",
+    ]
+    assert figures.missed(ENTRY, surely=True) == figures.missed(ENTRY)[:1]  # the price's interval has the bound in it
+
+
+def test_an_absent_library_is_named() -> None:
+    nobody = peers.Peer("nobody", "no-body", "no_body", "loss", "logits")
+    assert nobody.missing() == "no_body is not installed (pip install no-body)"
+    broken = peers.Peer("broken", "json", "json", "no_such_function", "logits")
+    assert broken.missing() == "AttributeError: module 'json' has no attribute 'no_such_function'"
+    assert torch.equal(peers.Peer("sum", "torch", "torch", "sum", "logits").loss()(torch.ones(3)), torch.tensor(3.0))
 
 
 def test_bench_command_without_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,5 +289,5 @@ def test_bench_command_without_a_checkout(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_eager_formulas_are_the_objectives() -> None:
     logits, target = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, 2, 2, 5])
-    for workload in WORKLOADS.values():
+    for workload in (*WORKLOADS.values(), *ADDED):
         torch.testing.assert_close(workload.objective(logits, target), workload.eager(logits, target))

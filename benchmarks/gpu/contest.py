@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import accuracy, peers
+from ..accuracy import reason
 from ..pairing import paired_ratio, summary
 from ..workloads import PLAIN, Loss, Workload
 from .device import Device
@@ -68,17 +69,9 @@ def rivals(workload: Workload, dtype: torch.dtype, compile: bool = True) -> dict
         torch._dynamo.reset()
         compiled = torch.compile(workload.eager, dynamic=False, fullgraph=True)
         found["compiled"] = Contestant(compiled, compiles=True)
-    if workload is PLAIN and (liger := liger_loss()) is not None:
-        found["liger"] = Contestant(liger, overwrites=True)
+    if workload is PLAIN:
+        found |= {name: Contestant(peer.loss(), peer.overwrites) for name, peer in peers.on("logits").items()}
     return found
-
-
-def liger_loss() -> Loss | None:
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError:
-        return None
-    return liger_cross_entropy
 
 
 class Turn:
@@ -155,10 +148,6 @@ def grown(device: Device, turn: Turn) -> list[int]:
     return [forward, max(both, backward)]
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-
-
 def compared(seconds: dict[str, list[float]]) -> Entry:
     """Medians within [20 %, 80 %], and paired ratios of every rival to each of objkern's contestants."""
     own = [name for name in seconds if name.startswith("objkern") and not name.endswith(", plain")]
@@ -176,22 +165,17 @@ def compared(seconds: dict[str, list[float]]) -> Entry:
 
 def checked(device: Device, contestants: dict[str, Contestant], workload: Workload, x: Tensor, y: Tensor) -> Entry:
     """Relative errors of loss and gradient against float64, on 128 rows: right before fast."""
-    from ..accuracy import errors
-
     part = x.detach()[-128:].clone().requires_grad_()
     found: Entry = {}
-    for name, contestant in contestants.items():
-        loss: Callable[[Tensor, Tensor], Tensor] = contestant.loss
-        if contestant.compiles:
-            continue  # compiled for the whole shape alone
-        if contestant.overwrites:
-            loss = partial(on_a_copy, contestant.loss)
-        truth = PLAIN.eager if name.endswith(", plain") else workload.eager
-        try:
-            error = errors({name: loss}, truth, part, y[-128:])[name]
-            found[name] = [error["loss"], error["gradient"]]
-        except Exception as error:  # a contestant that fails is an entry of the result, and the others go on
-            found[name] = reason(error)
+    for truth, suffix in ((workload.eager, ""), (PLAIN.eager, ", plain")):
+        losses = {
+            name: partial(on_a_copy, one.loss) if one.overwrites else one.loss
+            for name, one in contestants.items()
+            if name.endswith(", plain") == bool(suffix) and not one.compiles  # compiled for the whole shape alone
+        }
+        if losses:
+            errors, failed = accuracy.errors(losses, truth, (part, y[-128:]), fatal=False)
+            found |= errors | failed
     return found
 
 
@@ -218,6 +202,4 @@ def described(kind: str, x: Tensor, workload: Workload) -> Entry:
 
 def record_absences(device: Device, step: Step) -> None:
     why = {name: text for name, text in able(device).items() if text is not None}
-    if liger_loss() is None:
-        why["liger"] = "liger_kernel is not installed"
-    step.record({"kind": "absences", "why": why})
+    step.record({"kind": "absences", "why": why | peers.absent()})

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from objkern import L2SP
 
+from ..accuracy import reason
 from ..workloads import DIVERGENCE, ELEMENTWISE, Workload
-from .contest import Contestant, compared, ours, race, reason, record_absences
+from .contest import Contestant, compared, ours, race, record_absences
 from .device import Device
 from .step import Step, main
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 
 from ..machine import cpu_model
+from ..peers import PEERS
 from .step import Entry, Step, main
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,utilization.gpu,memory.used"
@@ -25,7 +26,7 @@ def facts(stand_in: bool) -> Entry:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "triton": version("triton"),
-        "liger_kernel": version("liger-kernel"),
+        "peers": {package: version(package) for package in dict.fromkeys(peer.package for peer in PEERS)},
         "nvcc": nvcc(),
         "compute_sanitizer": tool("compute-sanitizer"),
         "cpu": cpu_model(),

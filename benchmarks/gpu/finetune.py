@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accuracy import reason
 from ..pairing import summary
 from ..steps import Training, losses, prepared, whole_step
 from ..workloads import PLAIN, WORKLOADS, Workload
-from .contest import compared, reason
+from .contest import compared
 from .device import Device
 from .step import Step, main
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import objkern
 
+from ..accuracy import reason
 from ..pairing import paired_ratio, summary
-from .contest import able, inputs, reason
+from .contest import able, inputs
 from .device import Device
 from .step import Step, main
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import accuracy, peers
+from ..accuracy import Loss, reason
 from ..pairing import summary
 from ..workloads import PLAIN, WORKLOADS, Workload
-from .contest import able, compared, reason, record_absences
+from .contest import able, compared, record_absences
 from .device import Device
 from .step import Entry, Step, main
 
@@ -21,12 +23,10 @@ MODES = ("forward", "recompute")
 # Rows, features, classes: a layer of Llama-3-8B, and one of Gemma-2-2B.
 CASES = [(4096, 4096, 128256), (8192, 2304, 256000)]
 
-HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, weight and labels
 
-
-def contestants(device: Device, workload: Workload, compile: bool) -> dict[str, HeadLoss]:
+def contestants(device: Device, workload: Workload, compile: bool) -> dict[str, Loss]:
     objective, eager = workload.objective, workload.eager
-    found: dict[str, HeadLoss] = {
+    found: dict[str, Loss] = {
         f"objkern {name} {mode}": lambda h, w, y, b=backend, m=mode: objective.linear(h, w, y, backend=b, mode=m)
         for name, backend in device.backends.items()
         if able(device)[name] is None
@@ -39,21 +39,9 @@ def contestants(device: Device, workload: Workload, compile: bool) -> dict[str, 
     return found | (rivals() if workload is PLAIN else {})
 
 
-def rivals() -> dict[str, HeadLoss]:
+def rivals() -> dict[str, Loss]:
     """What is installed of other fused linear losses, and torch's own chunked one (2.13 on)."""
-    found: dict[str, HeadLoss] = {}
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        found["liger"] = liger_fused_linear_cross_entropy
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = linear_cross_entropy
-    except ImportError:
-        pass
+    found = {name: peer.loss() for name, peer in peers.on("linear").items()}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         found["torch, chunked"] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
@@ -139,21 +127,12 @@ def described(case: tuple[int, int, int], workload: Workload) -> Entry:
 
 def errors(device: Device, workload: Workload, h: Tensor, w: Tensor, y: Tensor) -> Entry:
     """Relative errors of loss and hidden gradient against float64, on 64 rows: right before fast."""
-    part, labels = h.detach()[:64], y[:64]
-    exact = part.double().requires_grad_()
-    truth = workload.eager(F.linear(exact, w.detach().double()), labels)
-    (gradient,) = torch.autograd.grad(truth, exact)
-    found: Entry = {}
-    for name, loss in contestants(device, workload, compile=False).items():
-        try:
-            x = part.clone().requires_grad_()
-            value = loss(x, w, labels)
-            (own,) = torch.autograd.grad(value, x)
-            far = (own.double() - gradient).norm() / gradient.norm()
-            found[name] = [abs(value.item() - truth.item()) / abs(truth.item()), far.item()]
-        except Exception as error:  # a contestant that fails is an entry of the result, and the others go on
-            found[name] = reason(error)
-    return found
+    inputs = (h.detach()[:64].clone().requires_grad_(), w.detach(), y[:64])
+    found, failed = accuracy.errors(
+        contestants(device, workload, compile=False), lambda h, w, y: workload.eager(F.linear(h, w), y), inputs,
+        shared=(1,), fatal=False,
+    )  # fmt: skip
+    return {**found, **failed}
 
 
 def run(step: Step) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..accuracy import reason
 from ..workloads import PLAIN, WORKLOADS
-from .contest import checked, compared, described, inputs, ours, race, reason, record_absences, rivals
+from .contest import checked, compared, described, inputs, ours, race, record_absences, rivals
 from .device import Device
 from .step import Step, main
 

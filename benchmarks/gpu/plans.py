@@ -18,9 +18,10 @@ from torch import Tensor
 
 from objkern import _C
 
+from ..accuracy import reason
 from ..pairing import summary
 from ..workloads import PLAIN, WORKLOADS
-from .contest import MODES, able, described, inputs, objkern_loss, reason
+from .contest import MODES, able, described, inputs, objkern_loss
 from .device import Device
 from .step import Step, main
 

@@ -9,8 +9,9 @@ import torch
 
 import objkern
 
+from ..accuracy import reason
 from ..workloads import WORKLOADS
-from .contest import Contestant, able, checked, compared, described, inputs, ours, race, reason, record_absences, rivals
+from .contest import Contestant, able, checked, compared, described, inputs, ours, race, record_absences, rivals
 from .step import Step, main
 
 SHAPES = [(4096, 9), (512, 32), (65536, 10)]

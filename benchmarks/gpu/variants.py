@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accuracy import reason
 from ..pairing import summary
 from ..workloads import WORKLOADS, Loss
-from .contest import able, described, inputs, objkern_loss, reason
+from .contest import able, described, inputs, objkern_loss
 from .device import Device
 from .step import Step, main
 
