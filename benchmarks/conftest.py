@@ -23,7 +23,7 @@ HEADER = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--size", choices=list(SECONDS), default="full", help="quick: what is marked so, in 2 minutes")
+    parser.addoption("--size", choices=list(SECONDS), default="full", help="quick: what is marked so")
     parser.addoption("--seconds", type=float, help="for the rounds of a benchmark (default: by size)")
     parser.addoption("--rounds", type=int, help="paired rounds of every benchmark, in the place of seconds")
     parser.addoption("--slack", type=float, default=0.0, help="share by which a target may be missed (%(default)s)")

@@ -71,8 +71,7 @@ by `make docs` from the files in `benchmarks/results`; `make bench` measures ane
 - Logits are N(0, 3²) and labels random; nobody's work depends on them.
 
 What is expected of each shape stands beside it in `benchmarks/workloads.py`. The tables mark a median that misses its
-target: ✗ with the bound. `make bench` fails if the whole interval misses it; continuous integration runs the quick size
-and fails if that is so by more than three tenths, for its machines are shared.
+target: ✗ with the bound. `make bench` fails if the whole interval misses it.
 """
 
 REMARKS = {
