@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .whole import flush
 
 _STEP = re.compile(r"step-(\d{8})")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -44,13 +45,13 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[
     about = {**state, "aliases": aliases, "tensors": len(whole)}
     (partial / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     for path in (partial / "tensors.safetensors", partial / "state.json", partial):
-        _flush(path)
+        flush(path)
     old = folder / f".{name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # only "best" is ever replaced; between the two renames the old one has another name
         final.rename(old)
     partial.rename(final)
-    _flush(folder)
+    flush(folder)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -150,11 +151,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             _, place, what = name.split(".", 2)
             state.setdefault(int(place), {})[what] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

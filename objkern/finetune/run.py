@@ -333,7 +333,7 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
 
 
 def fingerprint(source: str) -> str:
-    """Of what a model's folder holds, or of the name that a hub has it by: a run goes on with what it began with."""
+    """Of the files of a model's folder, with which a run must go on; of none where it has a name on a hub."""
     found = hashlib.sha256()
     for path in sorted(Path(source).glob("*")) if Path(source).is_dir() else []:
         if path.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja"):

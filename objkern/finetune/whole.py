@@ -49,7 +49,7 @@ def whole_file(path: Path, what: str = "output") -> Iterator[Path]:
             yield place / "new"
             if target.exists():
                 shutil.copymode(target, place / "new")
-            _flush(place / "new")
+            flush(place / "new")
             (place / "new").replace(target)
 
 
@@ -65,6 +65,8 @@ def whole_folder(path: Path, what: str = "output") -> Iterator[Path]:
         with _beside(path) as place:
             (place / "new").mkdir()
             yield place / "new"
+            for part in (*(place / "new").rglob("*"), place / "new"):
+                flush(part)
             if path.exists():
                 path.rename(place / "old")
             (place / "new").rename(path)
@@ -115,7 +117,8 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Brings a file or a folder to the disk, so that a name given to it afterwards is never one of nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
