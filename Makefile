@@ -1,6 +1,6 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
 # make test    set up, build, and run the tests
-# make bench   time against eager torch, torch.compile and others; BENCH="--size quick" takes about five minutes
+# make bench   time against eager torch, torch.compile and others; BENCH="--size quick" takes about two minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean

@@ -1,13 +1,12 @@
 """What became slower from one results file to another: python -m objkern bench compare A.json B.json
 
-A time by itself says as much about the machine's mood as about the kernel, so what is compared is objkern's time over
-the times of everybody else in the same round, whose code is the same in both files:
+A time by itself says as much about the machine's mood as about the kernel. Compared are floors, which the suite `watch`
+measures in several processes of each run: the least time of a kernel, over that of a yardstick which never changes.
 
-    level     the median over the rounds of log(objkern / the geometric mean of the others)
-    change    level in B − level in A, with the error of both medians
-
-Two runs of the same code differ by more than their rounds do: memory lies elsewhere, a neighbour came or went. How much
-is read off the changes themselves, from how they scatter about their median; what all of them share is judged apart.
+    floor     log(the least of all processes' times / the least of the yardstick's)
+    change    floor in B − floor in A
+    error     how much each least time depends on which processes there happened to be: its standard deviation if as
+              many were drawn from these, with replacement (Efron's bootstrap, of which the least value has a formula)
 """
 
 from __future__ import annotations
@@ -15,30 +14,44 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import results, tables
 from .figures import Entry, label
 
-SIGMAS = 4.0  # that a change has to be away from none; of two dozen changes one is so in a thousand comparisons
+KIND, OURS, YARDSTICK = "floor", "objkern", "yardstick"
+
+SIGMAS = 4.0  # that a change has to be away from none
 LEAST = 0.03  # and this much slower: less than that is nobody's business
-SCATTER = 0.01  # between two runs, at the least
+SCATTER = 0.008  # of a change between two runs of the same code, at the least
 
 
 class Change(NamedTuple):
-    """Of one contestant in one benchmark: log of the ratio B / A, and its standard error from the rounds."""
+    """Of one kernel: log of the ratio of B to A, and its standard error."""
 
     where: str
     log_ratio: float
     error: float
 
+    @property
+    def sigmas(self) -> float:
+        return self.log_ratio / self.error
+
+    @property
+    def slower(self) -> bool:
+        return self.sigmas > SIGMAS and self.log_ratio > math.log1p(LEAST)
+
+    @property
+    def quicker(self) -> bool:
+        return self.sigmas < -SIGMAS and self.log_ratio < -math.log1p(LEAST)
+
 
 def main(arguments: Sequence[str]) -> int:
     found = argparse.ArgumentParser(
         prog="python -m objkern bench compare",
-        description="What became slower from one run to another, measured against what both have in common.",
+        description="What became slower from one run to another, by the floors that the suite watch measures.",
         epilog="Exit status: 0 nothing became slower, 1 something did, 2 the files cannot be compared.",
     )
     found.add_argument("before", type=Path, metavar="A.json")
@@ -47,85 +60,46 @@ def main(arguments: Sequence[str]) -> int:
     before, after = results.read(options.before), results.read(options.after)
     if reasons := differences(before, after):
         found.error(f"these runs cannot be compared: {'; '.join(reasons)}")
-    changes = list(changes_of(before["entries"], after["entries"]))
+    changes = changes_of(before["entries"], after["entries"])
     if not changes:
-        found.error("these runs have no benchmark in common that timed objkern beside something else")
+        found.error("these runs have no floors in common: make them with python -m objkern bench watch")
     print(report(changes))
-    return 1 if any(slower(one, changes) for one in [common(changes), *changes]) else 0
+    return 1 if any(one.slower for one in changes) else 0
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What makes ratios to torch's own times another thing in one file than in the other."""
-    names = ("cpu", "threads", "torch", "allocator")
+    """What makes the yardstick another one in one file than in the other."""
+    names = ("cpu", "torch", "allocator")
     return [
         f"{name}: {before['machine'][name]} and {after['machine'][name]}"
         for name in names if before["machine"][name] != after["machine"][name]
     ]  # fmt: skip
 
 
-# ---- changes --------------------------------------------------------------------------------------------------------
-
-
-def changes_of(before: list[Entry], after: list[Entry]) -> Iterator[Change]:
-    then = {label(entry): entry for entry in before if "times" in entry}
+def changes_of(before: list[Entry], after: list[Entry]) -> list[Change]:
+    """An error that happens to be less than most are is taken to be as they are: few processes tell little about it."""
+    then = {label(entry): entry for entry in before if entry["kind"] == KIND}
+    found = []
     for entry in after:
-        earlier = then.get(label(entry))
-        if earlier is None or "times" not in entry:
-            continue
-        both = [name for name in entry["times"] if name in earlier["times"]]
-        others = [name for name in both if not is_ours(name)]
-        for name in both if others else []:
-            if is_ours(name):
-                (a, e), (b, f) = (level(one["times"], name, others) for one in (earlier, entry))
-                yield Change(f"{label(entry)}: {name}", b - a, math.hypot(e, f))
+        if entry["kind"] == KIND and (earlier := then.get(label(entry))):
+            (a, e), (b, f) = floor(earlier["times"]), floor(entry["times"])
+            found.append(Change(label(entry).removeprefix(f"{KIND}, "), b - a, math.hypot(e, f, SCATTER)))
+    usual = statistics.median(one.error for one in found) if found else 0.0
+    return [one._replace(error=max(one.error, usual)) for one in found]
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("objkern") or name in ROUTES
+def floor(times: dict[str, list[float]]) -> tuple[float, float]:
+    """log(least of ours / least of the yardstick's), and its standard error."""
+    (ours, e), (yardstick, f) = least(times[OURS]), least(times[YARDSTICK])
+    return ours - yardstick, math.hypot(e, f)
 
 
-ROUTES = ("C++ autograd", "autograd.Function", "register_autograd")  # to objkern's ops
-
-
-def level(times: dict[str, list[float]], name: str, others: Sequence[str]) -> tuple[float, float]:
-    """The median of the rounds, and its standard error, from how the rounds scatter."""
-    rounds = [
-        math.log(own) - statistics.fmean(math.log(times[other][k]) for other in others)
-        for k, own in enumerate(times[name])
-    ]
-    return statistics.median(rounds), 1.2533 * scale(rounds) / math.sqrt(len(rounds))
-
-
-def scale(values: Sequence[float]) -> float:
-    """Standard deviation as the median tells it, which a few strays do not change."""
-    middle = statistics.median(values)
-    return 1.4826 * statistics.median(abs(value - middle) for value in values)
-
-
-def common(changes: Sequence[Change]) -> Change:
-    """What all have in common: their median, and how well that is known."""
-    logs, rounds = [one.log_ratio for one in changes], statistics.median(one.error for one in changes)
-    error = 1.2533 * math.hypot(scatter(changes), rounds) / math.sqrt(len(logs))
-    return Change("all of them", statistics.median(logs), math.hypot(error, SCATTER / 2))
-
-
-def scatter(changes: Sequence[Change]) -> float:
-    """How much more the changes scatter than their rounds explain: that is from run to run."""
-    rounds = statistics.median(one.error for one in changes)
-    return math.sqrt(max(SCATTER**2, scale([one.log_ratio for one in changes]) ** 2 - rounds**2))
-
-
-def sigmas(change: Change, changes: Sequence[Change]) -> float:
-    spread = 0.0 if change.where == "all of them" else scatter(changes)
-    return change.log_ratio / math.hypot(change.error, spread)
-
-
-def slower(change: Change, changes: Sequence[Change]) -> bool:
-    return sigmas(change, changes) > SIGMAS and change.log_ratio > math.log1p(LEAST)
-
-
-def quicker(change: Change, changes: Sequence[Change]) -> bool:
-    return sigmas(change, changes) < -SIGMAS and change.log_ratio < -math.log1p(LEAST)
+def least(times: Sequence[float]) -> tuple[float, float]:
+    """log of the least, and the standard deviation of that if as many are drawn from these, with replacement."""
+    logs, n = sorted(map(math.log, times)), len(times)
+    chances = [((n - k) / n) ** n - ((n - k - 1) / n) ** n for k in range(n)]  # that the k-th is the least one drawn
+    mean = sum(p * x for p, x in zip(chances, logs, strict=True))
+    return logs[0], math.sqrt(sum(p * (x - mean) ** 2 for p, x in zip(chances, logs, strict=True)))
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------
@@ -133,16 +107,13 @@ def quicker(change: Change, changes: Sequence[Change]) -> bool:
 
 def report(changes: Sequence[Change]) -> str:
     lines = []
-    for one in [common(changes), *sorted(changes, key=lambda one: -one.log_ratio)]:
-        verdict = "SLOWER" if slower(one, changes) else "quicker" if quicker(one, changes) else ""
-        low, high = (one.log_ratio + side * 2 * math.hypot(one.error, scatter(changes)) for side in (-1, 1))
+    for one in sorted(changes, key=lambda one: -one.log_ratio):
+        low, high = (one.log_ratio + side * 2 * one.error for side in (-1, 1))
         lines.append([one.where, percent(one.log_ratio), f"[{percent(low)}, {percent(high)}]",
-                      f"{sigmas(one, changes):+.1f}", verdict])  # fmt: skip
-    count = sum(slower(one, changes) for one in changes)
-    words = f"{count} of {len(changes)} became slower" if count else "nothing by itself became slower"
-    if slower(common(changes), changes):
-        words += f"; all of them together did, by {percent(common(changes).log_ratio)}"
-    return f"{tables.table(['objkern against the others', 'time', '95 %', 'sigmas', ''], lines)}\n\n{words}"
+                      f"{one.sigmas:+.1f}", "SLOWER" if one.slower else "quicker" if one.quicker else ""])  # fmt: skip
+    count = sum(one.slower for one in changes)
+    words = f"{count} of {len(changes)} became slower" if count else "nothing became slower"
+    return f"{tables.table(['kernel, on one core', 'time', '95 %', 'sigmas', ''], lines)}\n\n{words}"
 
 
 def percent(log_ratio: float) -> str:

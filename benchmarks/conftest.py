@@ -16,7 +16,7 @@ from . import machine, peers, results, tables
 from .child import Child
 from .figures import Entry, disturbed, in_a_line, missed, unsteady
 
-SECONDS = {"quick": 3.0, "full": 10.0}  # for the rounds of a benchmark
+SECONDS = {"quick": 2.0, "full": 10.0}  # for the rounds of a benchmark
 
 ENTRIES = pytest.StashKey[list[Entry]]()
 HEADER = pytest.StashKey[dict[str, Any]]()

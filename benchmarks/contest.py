@@ -39,6 +39,12 @@ def compiled(loss: Loss) -> Loss:
     return torch.compile(loss, dynamic=False, fullgraph=True)
 
 
+def compiles(benchmark: BenchmarkFixture, config: pytest.Config, important: bool = False) -> bool:
+    """Whether torch.compile takes part: in a quick run, whose time it would be, only where it is important."""
+    wanted = important or config.getoption("--size") != "quick"
+    return benchmark.enabled and wanted and not config.getoption("--no-compile")
+
+
 def quick(*values: object, when: bool = True) -> object:
     """A parameter of a benchmark, marked if `--size quick` has it."""
     return pytest.param(*values, marks=pytest.mark.quick if when else ())

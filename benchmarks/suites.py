@@ -19,5 +19,6 @@ SUITES = {
     "overhead": Suite(("test_overhead.py",), "what a call costs on next to no data"),
     "compile-time": Suite(("test_compile_time.py",), "building, importing, first calls"),
     "scaling": Suite(("test_scaling.py",), "time over rows and classes, past 2^31 logits"),
+    "watch": Suite(("test_watch.py",), "the least times of kernels, which bench compare compares"),
     "memory": Suite(("test_memory.py",), "what a step adds to the peak, over the number of classes"),
 }

@@ -131,11 +131,18 @@ def errors(entries: list[Entry]) -> str:
     def cell(error: list[float]) -> str:
         return "{:.0e}, {:.0e}".format(*error)
 
+    def of(entry: Entry) -> dict[str, list[float]]:
+        """By contestant; where there is one for each number of terms, the largest."""
+        if "terms" not in entry:
+            return entry["errors"]
+        several = {who: [e for name, e in entry["errors"].items() if name.startswith(f"{who}, ")] for who in names}
+        return {who: [max(column) for column in zip(*some, strict=True)] for who, some in several.items() if some}
+
     return table(["benchmark", "objective", *names, "others"], [
         [
             f"{entry['kind']}, {place(entry)}", entry["workload"],
-            *(cell(entry["errors"][name]) if name in entry["errors"] else "" for name in names),
-            "; ".join(f"{name}: {cell(error)}" for name, error in entry["errors"].items() if name not in names),
+            *(cell(of(entry)[name]) if name in of(entry) else "" for name in names),
+            "; ".join(f"{name}: {cell(error)}" for name, error in of(entry).items() if name not in names),
         ]
         for entry in entries
     ])  # fmt: skip
@@ -230,7 +237,7 @@ def finetune_steps(entries: list[Entry]) -> str:
         [
             f"{entry['training']}: {entry['why']}", str(entry["rows"]), str(entry["classes"]), entry["workload"], name,
             time(entry, name), f"{entry['rows'] / entry['seconds'][name][1]:,.0f}", ratio(entry, name),
-            megabytes(entry["bytes"][name]),
+            megabytes(entry["bytes"][name]) if name in entry["bytes"] else "",
         ]
         for entry in entries for name in ("stock", "eager", "objkern") if name in entry["seconds"]
     ])  # fmt: skip
@@ -266,6 +273,16 @@ def seconds(entries: list[Entry]) -> str:
     ])  # fmt: skip
 
 
+def floors(entries: list[Entry]) -> str:
+    return table(["on one core", "objective", "objkern", "yardstick", "processes"], [
+        [
+            logits(entry), entry["workload"],
+            *(milliseconds(min(entry["times"][name])) for name in ("objkern", "yardstick")), str(entry["rounds"]),
+        ]
+        for entry in entries
+    ])  # fmt: skip
+
+
 def over_classes(entries: list[Entry]) -> str:
     return table(["logits", "logits alone", "eager", "objkern", "eager / objkern"], [
         [
@@ -295,6 +312,7 @@ OF_KIND: dict[str, tuple[str, Callable[[list[Entry]], str]]] = {
     "import": ("Importing", seconds),
     "first call": ("The first call of a process", seconds),
     "build": ("Building", seconds),
+    "floor": ("Least times, for bench compare", floors),
 }
 
 

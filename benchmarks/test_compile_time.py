@@ -31,7 +31,6 @@ def importing(module: str) -> Step:
     return run
 
 
-@pytest.mark.quick
 def test_import(benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config) -> None:
     """objkern brings torch along: what it adds is the difference."""
     facts = {"kind": "import", "workload": "objkern", "targets": {"torch": 0.8}}
@@ -44,7 +43,7 @@ def test_first_calls(record: Record, pytestconfig: pytest.Config) -> None:
     """Of a regularized objective on 64 x 1000 logits, as objkern, eager torch and torch.compile have it."""
     if pytestconfig.getoption("--benchmark-disable"):
         pytest.skip("nothing is measured")
-    rounds = 2 if pytestconfig.getoption("--size") == "quick" else 5
+    rounds = 1 if pytestconfig.getoption("--size") == "quick" else 5
     found = [in_a_process("benchmarks.startup", "first-calls") for _ in range(rounds)]
     record(described("first call", 64, 1000, torch.float32, "regularized", rounds=rounds)
            | {"seconds": {name: summary([one[name] for one in found]) for name in found[0]}})  # fmt: skip

@@ -35,7 +35,9 @@ def test_step(
     names = list(steps.losses(training, workload))
     found = errors(training, workload, names)
     assert_as_accurate(found, torch.float32)
-    measured = {} if benchmark.disabled else {n: steps.measure(training.name, workload.name, n) for n in names}
+    measured = {}
+    if benchmark.enabled and pytestconfig.getoption("--size") != "quick":
+        measured = {name: steps.measure(training.name, workload.name, name) for name in names}
     facts = described(
         "finetune step", training.tokens, training.classes, torch.float32, workload.name, training=training.name,
         why=training.why, targets=TARGETS[training.name, workload.name], errors=found, bytes=measured,

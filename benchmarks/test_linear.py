@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import heads
-from .contest import OURS, Record, checked, compiled, contest, described, quick, step
+from .contest import OURS, Record, checked, compiled, compiles, contest, described, quick, step
 from .heads import CHUNKED, GEMMS, HEADS, LAW_CLASSES, LAW_FEATURES, LAW_ROWS, MEMORY_HEAD, RECOMPUTE, Head
 from .workloads import PLAIN, WORKLOADS, Workload
 
@@ -24,7 +24,7 @@ def test_linear(
 ) -> None:
     inputs = head.inputs()
     found = heads.losses(workload)
-    if benchmark.enabled and not pytestconfig.getoption("--no-compile") and not head.quick:
+    if compiles(benchmark, pytestconfig):
         found = {"compiled": compiled(found["eager"]), **found}
     facts = described(
         "linear", head.rows, head.classes, head.dtype, workload.name, features=head.features, why=head.why

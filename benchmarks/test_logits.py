@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from . import machine
 from .accuracy import Loss
 from .child import Child
-from .contest import OURS, Record, checked, compiled, contest, described, quick, step
+from .contest import OURS, Record, checked, compiled, compiles, contest, described, quick, step
 from .contestants import COPY_BYTES, FORWARD, PLAIN_OURS, contestants, kept_bytes, steps
 from .figures import Entry
 from .workloads import ADDED, DIVERGENCE, PLAIN, SHAPES, SIX, WORKLOADS, Shape, Workload
@@ -32,17 +32,13 @@ def in_dtypes(*sizes: tuple[int, int]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("rows", "classes", "dtype"), cases, ids=lambda v: str(v).removeprefix("torch."))
 
 
-def compiles(benchmark: BenchmarkFixture, config: pytest.Config) -> bool:
-    return benchmark.enabled and not config.getoption("--no-compile")
-
-
 @every_workload
 @every_shape
 def test_forward_backward(
     shape: Shape, workload: Workload, benchmark: BenchmarkFixture, record: Record, pytestconfig: pytest.Config
 ) -> None:
     inputs = shape.inputs()
-    found = contestants(workload, shape, compiles(benchmark, pytestconfig))
+    found = contestants(workload, shape, compiles(benchmark, pytestconfig, shape.large))
     of_workload = {name: one.on_a_copy() for name, one in found.items() if name != PLAIN_OURS}
     facts = described("step", shape.rows, shape.classes, shape.dtype, workload.name, why=shape.why)
     facts |= checked(of_workload, workload.eager, inputs)

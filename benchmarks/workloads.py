@@ -187,10 +187,21 @@ class Shape:
 PLAIN_VOCABULARY = {"eager": 3.0, "compiled": 1.5}
 REGULARIZED_VOCABULARY = {"eager": 12.0, "compiled": 2.5, "price": 1.08}
 VOCABULARY = {"plain": PLAIN_VOCABULARY, "regularized": REGULARIZED_VOCABULARY}
-STREAMING = VOCABULARY | {"plain": {"eager": 6.0, "compiled": 1.5, "copy": 0.55}}
+STREAMING = VOCABULARY | {"plain": {"eager": 5.0, "compiled": 1.5, "copy": 0.35}}
 
 SHAPES = [
-    Shape(1024, 32000, torch.float32, "T5, Llama-2", STREAMING, quick=True),
+    Shape(
+        256,
+        32000,
+        torch.float32,
+        "T5, Llama-2: a small batch",
+        {
+            "plain": {"eager": 2.5},
+            "regularized": {"eager": 10.0, "price": 1.15},
+        },
+        quick=True,
+    ),
+    Shape(1024, 32000, torch.float32, "T5, Llama-2", STREAMING),
     Shape(1024, 32000, torch.bfloat16, "the same in bfloat16", VOCABULARY),
     Shape(1024, 32000, torch.float16, "the same in float16"),
     Shape(4096, 32000, torch.float32, "a gradient of 524 MB", VOCABULARY),
@@ -205,7 +216,7 @@ SHAPES = [
     Shape(8192, 1000, torch.float32, "ImageNet", {"plain": {"eager": 4.0}}),
     Shape(16384, 129, torch.float32, "rows of an odd size"),
     Shape(65536, 10, torch.float32, "many rows of few classes", {"plain": {"eager": 6.0, "compiled": 1.5}}),
-    Shape(4096, 9, torch.float32, "token classification (CoNLL-2003)", {"plain": {"eager": 3.0}}, steps=10, quick=True),
+    Shape(4096, 9, torch.float32, "token classification (CoNLL-2003)", {"plain": {"eager": 1.0}}, steps=10, quick=True),
     Shape(4096, 9, torch.bfloat16, "the same in bfloat16", steps=10),
     Shape(32, 9, torch.float32, "the cost of a call", {"plain": {"eager": 1 / 1.1}}, steps=50),
 ]

@@ -4,10 +4,12 @@ Nothing here says anything about a GPU.
 """
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import benchmarks.gpu.__main__
-from benchmarks.gpu import figures, run, sanitizer, status, suite, summary
+from benchmarks.gpu import figures, run, sanitizer, status, suite, summary, wheels
 from benchmarks.gpu.claims import CLAIMS, NATIVE
 from benchmarks.gpu.run import STEPS, Run, Step
 
@@ -109,6 +111,27 @@ def test_the_sanitizers_verdict(code: int, output: str, expected: dict[str, Any]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_wheels_take_part_and_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "PEERS", tmp_path / "peers")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    with pytest.raises(SystemExit, match=r"there is no \.whl in"):
+        wheels.importable(tmp_path)
+    info = "peer_of_a_test-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "peer_of_a_test-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_a_test.py", "answer = 42\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: peer-of-a-test\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    assert wheels.importable(tmp_path) == ["peer_of_a_test-1.0-py3-none-any.whl"]
+    assert os.environ["PYTHONPATH"].endswith(f"{os.pathsep}elsewhere")
+    command = [sys.executable, "-c", "import peer_of_a_test; print(peer_of_a_test.answer)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "42\n"
+    assert importlib.util.find_spec("peer_of_a_test") is None
+    (tmp_path / "peer_of_a_test-1.0-py3-none-any.whl").write_bytes(b"no wheel")
+    with pytest.raises(SystemExit, match="pip could not install them"):
+        wheels.importable(tmp_path)
+
+
 def test_without_a_device_the_command_says_so() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0

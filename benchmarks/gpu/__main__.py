@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import machine
 from ..results import RESULTS
+from . import wheels
 from .run import STEPS, Run, say, write
 
 SCHEMA = 1
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     chosen = [step for step in STEPS if step.name == "facts" or step.name in (arguments.only or names())]
     chosen = [step for step in chosen if step.name not in arguments.skip]
+    brought = wheels.importable(arguments.wheels) if arguments.wheels else []
     header = {
         "schema": SCHEMA,
         "kind": "gpu",
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if argv is None else argv)]),
         "commit": arguments.commit or machine.commit(),
         "stand_in": arguments.stand_in,
+        "wheels": brought,
     }
     say(f"{len(chosen)} steps, about {sum(step.about for step in chosen):.0f} s, at most {arguments.budget:.0f}")
     run = Run(header, None, arguments.budget, arguments.quick, arguments.stand_in)
@@ -56,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--skip", action="append", choices=names(), default=[], metavar="STEP", help="not this step")
     found.add_argument("--quick", action="store_true", help="few shapes and repetitions: does everything run?")
     found.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the file (%(default)s)")
+    found.add_argument(
+        "--wheels",
+        type=Path,
+        metavar="DIR",
+        help="folder of other libraries' wheels (Liger-Kernel, ...), to take part without being installed",
+    )
     found.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for everything (%(default)s)")
     found.add_argument("--commit", help="to be recorded, where git cannot be asked")
     found.add_argument("--stand-in", action="store_true", help=argparse.SUPPRESS)  # a dry run on the CPU

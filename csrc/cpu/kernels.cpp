@@ -119,9 +119,8 @@ template <class T, class D, class F>
 void collect(const Rows& in, bool keep, const F& consume) {
   if (narrow(in)) {
     over_groups<T, D>(in, [&](auto& kernel, int64_t row, int64_t count) {
-      Tile tile;
-      kernel.collect(row, count, tile);
-      consume(kernel, tile, row, count);
+      kernel.collect(row, count);
+      consume(kernel, kernel.tile, row, count);
     });
   } else {
     collect_wide<Wide<T, D>>(in, keep, consume);

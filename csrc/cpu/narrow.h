@@ -99,6 +99,7 @@ struct Narrow {
   alignas(64) A q[kNarrow][kLanes];                       // its dense target
   alignas(64) A labels[kLanes];                           // −1: no target, or an ignored row
   alignas(64) A wide[kNarrow * kLanes + Walk<T>::kPack];  // rows of a narrower type, converted
+  Tile tile;                                              // what was collected of the group; every lane, every time
   bool any_ignored = false;
 
   explicit Narrow(const Rows& rows)
@@ -144,22 +145,22 @@ struct Narrow {
     }
   }
 
-  void collect(int64_t row, int64_t count, Tile& tile) {
+  void collect(int64_t row, int64_t count) {
     load(row, count);
     switch (depth) {
       case Depth::kPlain:
-        return collect_at<Depth::kPlain>(tile);
+        return collect_at<Depth::kPlain>();
       case Depth::kEntropy:
-        return collect_at<Depth::kEntropy>(tile);
+        return collect_at<Depth::kEntropy>();
       case Depth::kSquare:
-        return collect_at<Depth::kSquare>(tile);
+        return collect_at<Depth::kSquare>();
       case Depth::kFull:
-        return collect_at<Depth::kFull>(tile);
+        return collect_at<Depth::kFull>();
     }
   }
 
   template <Depth kDepth>
-  void collect_at(Tile& tile) const {
+  void collect_at() {
     constexpr bool kCounts = kDepth >= Depth::kEntropy;
     const V zero(A(0)), one(A(1)), low = minus_inf<A>(), y = V::loadu(labels);
     // The maximum of the others, and of those before the target: ties go to the first.
@@ -256,11 +257,8 @@ struct Narrow {
         c.target_weight = c.target_weight * V::loadu(of_labels);
       }
     }
-    alignas(64) A lanes[kLanes];
-    for (int k = 0; k < kCentred; ++k) {
-      (&c.max)[k].store(lanes);
-      for (int64_t lane = 0; lane < kLanes; ++lane) tile.field[k][lane] = static_cast<double>(lanes[lane]);
-    }
+    constexpr int kFields = offsetof(Centred<double>, reference) / sizeof(double);
+    for (int k = 0; k < kFields; ++k) store_as((&c.max)[k], tile.field[k]);
   }
 
   // The gradient of rows [row, row + count), which `load` has in hand.

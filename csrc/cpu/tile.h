@@ -68,13 +68,10 @@ inline int row_gradient_fields(const Rows& in) {
 template <class To>
 void scatter(const Rows& in, const Vec<double>& v, int64_t row, int64_t count, bool some_ignored, To* out) {
   constexpr int64_t kLanes = Vec<double>::size();
+  if (count == kLanes && !some_ignored) return store_as(v, out);
   alignas(64) double lanes[kLanes];
   v.store(lanes);
-  if (count == kLanes && !some_ignored) {
-    for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<To>(lanes[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = ignored(in, row + i) ? To(0) : static_cast<To>(lanes[i]);
-  }
+  for (int64_t i = 0; i < count; ++i) out[i] = ignored(in, row + i) ? To(0) : static_cast<To>(lanes[i]);
 }
 
 template <class A>

@@ -316,6 +316,35 @@ inline void finish_stores() {
 #endif
 }
 
+// In float64, and from there: in registers, for what is read back at once in vectors of another width waits for a detour.
+inline void store_as(const Vec<double>& v, double* to) {
+  v.store(to);
+}
+inline void store_as(const Vec<float>& v, double* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_storeu_pd(to, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+  _mm512_storeu_pd(to + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_storeu_pd(to, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+  _mm256_storeu_pd(to + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+#else
+  alignas(64) float lanes[Vec<float>::size()];
+  v.store(lanes);
+  for (int i = 0; i < Vec<float>::size(); ++i) to[i] = static_cast<double>(lanes[i]);
+#endif
+}
+inline void store_as(const Vec<double>& v, float* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_ps(to, _mm512_cvtpd_ps(v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm_storeu_ps(to, _mm256_cvtpd_ps(v));
+#else
+  alignas(64) double lanes[Vec<double>::size()];
+  v.store(lanes);
+  for (int i = 0; i < Vec<double>::size(); ++i) to[i] = static_cast<float>(lanes[i]);
+#endif
+}
+
 // bfloat16 in vectors of float32, even elements in the first and odd ones in the second: a float32 is a bfloat16 and
 // sixteen bits, so that one shift and one mask convert 2·kLanes of them, where keeping the order takes shuffles.
 struct SplitPairs {
