@@ -66,7 +66,7 @@ class Batch(NamedTuple):
         """(N) class weights of the labels; 1 where there are none or the target is dense."""
         if self.class_weight is None or self.target is None or self.dense:
             return 1.0
-        labels = self.target.clamp(0, self.logits.shape[1] - 1)
+        labels = self.target.clamp(0, self.class_weight.shape[0] - 1)
         return self.class_weight.to(self.result_dtype).gather(0, labels)
 
 
@@ -88,12 +88,16 @@ def flatten(
     masked: bool = True,
     reference: Tensor | None = None,
     temperature: float = 1.0,
+    part: bool = False,
 ) -> Batch:
-    """Check the arguments of a call and flatten them; see `Objective.forward` for their meaning."""
+    """Check the arguments of a call and flatten them; see `Objective.forward` for their meaning.
+
+    part: the classes are some of many, perhaps none, and the class weight is not looked at.
+    """
     logits = _check_logits(logits, class_dim)
     size = logits.shape
     shape, classes = size[:-1], size[-1]
-    if classes == 0:
+    if classes == 0 and not part:
         raise ValueError(f"logits: expected at least one class but got shape {tuple(size)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
@@ -118,7 +122,7 @@ def flatten(
         check_same_device("class weight", class_weight, logits)
         if class_weight.requires_grad:
             raise ValueError("class weight: a constant here, so its gradient would be lost; pass weight.detach()")
-        if class_weight.shape != (classes,):
+        if class_weight.shape != (classes,) and not part:
             raise ValueError(f"class weight: expected shape ({classes},) but got {tuple(class_weight.shape)}")
     if reference is not None:
         reference = _check_reference(reference, logits, class_dim)

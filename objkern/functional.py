@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import elementwise, linear, ops
+from . import distributed, elementwise, linear, ops
 from .batch import DTYPES, Batch, describe, flatten, is_autocast
 from .elementwise import BernoulliEntropy, BinaryCrossEntropy, MeanSquaredError
 from .statistics import Statistics
@@ -27,6 +27,7 @@ def row_statistics(
     temperature: float = 1.0,
     shift: int = 0,
     class_dim: int = -1,
+    process_group: Any = None,
     validate: bool | None = None,
     backend: str = "auto",
 ) -> Statistics:
@@ -40,7 +41,7 @@ def row_statistics(
         ignore_index: rows with this label hold 0 in every field and get a zero gradient.
         reference: logits of the shape of ``logits`` to diverge from, as in `Objective.forward`.
         temperature: T > 0 of `forward_kl` and `reverse_kl` alone.
-        logit_scale, softcap, shift, class_dim, validate, backend: as in `Objective.forward`.
+        logit_scale, softcap, shift, class_dim, process_group, validate, backend: as in `Objective.forward`.
 
     Returns:
         `Statistics` of shape (...), float32 (float64 for float64 logits); the fields that read the target are None
@@ -49,12 +50,17 @@ def row_statistics(
     Raises:
         IndexError: a label outside [0, V) that is not ``ignore_index``.
     """
+    at = None
+    if process_group is not None or distributed.is_dtensor(logits):
+        at, logits, target, reference = distributed.of_logits(logits, target, reference, process_group, class_dim)
     batch = flatten(
         logits, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
         class_dim=class_dim, validate=validate, reduction="none", reference=reference,
-        temperature=checked_temperature(temperature),
+        temperature=checked_temperature(temperature), part=at is not None,
     )  # fmt: skip
-    return _per_row(ops.backend_for(backend, batch.logits).statistics(batch), batch)
+    run = ops.backend_for(backend, batch.logits)
+    found = run.statistics(batch) if at is None else distributed.statistics(run, at, batch)[0]
+    return _per_row(found, batch)
 
 
 def _per_row(found: Statistics, batch: Batch) -> Statistics:
@@ -76,6 +82,7 @@ def linear_row_statistics(
     reference: Tensor | tuple[Tensor, ...] | None = None,
     temperature: float = 1.0,
     shift: int = 0,
+    process_group: Any = None,
     validate: bool | None = None,
     backend: str = "auto",
     chunk_rows: int | None = None,
@@ -97,7 +104,7 @@ def linear_row_statistics(
         temperature: T > 0 of `forward_kl` and `reverse_kl` alone.
         shift: 1 for causal language models: entry t is about label t + 1, and the last entry of a sequence is 0.
         logit_scale, softcap, validate, backend: as in `Objective.forward`.
-        chunk_rows, memory_budget: as in `Objective.linear`.
+        process_group, chunk_rows, memory_budget: as in `Objective.linear`.
 
     Returns:
         `Statistics` of shape (...), float32 (float64 for float64 inputs); the fields that read the target are None
@@ -107,16 +114,25 @@ def linear_row_statistics(
         IndexError: a label outside [0, V) that is not ``ignore_index``.
         ValueError, TypeError: names the argument, what was expected and what came.
     """
-    layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+    at, reduces = None, True
+    if process_group is not None or distributed.is_dtensor(hidden, weight):
+        at, reduces, (hidden, weight, bias), target, reference = distributed.of_layer(
+            hidden, weight, bias, target, reference, process_group
+        )
+    layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget, at is not None)
     of_head = reference is not None and not isinstance(reference, Tensor)
     batch = flatten(
         proxy, target, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, shift=shift,
         validate=validate, reduction="none", reference=None if of_head else reference,
-        temperature=checked_temperature(temperature),
+        temperature=checked_temperature(temperature), part=at is not None,
     )  # fmt: skip
     if of_head:
         layer, batch = linear.with_reference(layer, batch, reference)
-    found, _ = linear.statistics(ops.backend_for(backend, batch.logits), layer, batch)
+    run = ops.backend_for(backend, batch.logits)
+    if at is None:
+        found, _ = linear.statistics(run, layer, batch)
+    else:
+        found, _ = distributed.statistics(run, at, batch, layer, reduces)
     return _per_row(found, batch)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def wide_of(hidden: Tensor) -> torch.dtype:
+    """What sums are made in."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 def _widens(hidden: Tensor) -> bool:
     """Whether half-precision GEMMs run on float32 copies, panel by panel: on a CPU those are faster."""
     return hidden.is_cpu and hidden.element_size() == 2
@@ -132,7 +137,7 @@ class _Head:
         self.hidden, self.weight = hidden, weight
         self.classes, self.features = weight.shape
         self.dtype = hidden.dtype
-        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.wide = wide_of(hidden)
         self.widens = _widens(hidden)
         self.gradient_dtype = self.wide if self.widens else self.dtype
         self.bias = None if bias is None else bias.to(self.wide)
@@ -496,6 +501,14 @@ def _fake_gradients(
     return of_hidden, of_weight, of_bias
 
 
+class Reduction(Protocol):
+    """A sum over processes that is under way between two calls; without rows it is not begun."""
+
+    def begin(self, x: Tensor) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 class _Tile(NamedTuple):
     """Some rows, some classes, and what a kernel takes of them."""
 
@@ -507,6 +520,7 @@ class _Tile(NamedTuple):
 def _gradients(
     head: _Head, rows: _Rows, needs: list[bool], chunk_rows: int, skip_ignored: bool, needs_scale: bool,
     of_rows: Sequence[Tensor], unit: Tensor | None, write: Callable[[list[Tensor], _Tile, Tensor], None],
+    reduction: Reduction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight, bias and logit scale, tile by tile.
 
@@ -514,6 +528,7 @@ def _gradients(
         of_rows: what `write` needs to know of the rows, the last dimension; it gets its tile's.
         unit: what the gradients that `write` writes are to be multiplied by.
         write: puts the gradient of a tile's logits, or of the scaled logits if the scale needs one, in a tensor.
+        reduction: of the gradient of the hidden states; under way while the last product of the weight is made.
     """
     hidden, weight, scale = head.hidden, head.weight, rows.logit_scale
     kept = rows.kept(len(hidden), skip_ignored)
@@ -521,7 +536,7 @@ def _gradients(
         of_rows = [x.index_select(-1, kept) if x.dim() else x for x in of_rows]
     count = len(hidden) if kept is None else len(kept)
     states = head.states(slice(None) if kept is None else kept)
-    tile_rows, tile_classes = tile_of(count, head.classes, chunk_rows)
+    tile_rows, tile_classes = tile_of(count, max(head.classes, 1), chunk_rows)  # a part of the classes may have none
     pieces = list(_pieces(count, tile_rows))
 
     of_states = states.new_zeros(states.shape if needs[0] else (0,), dtype=head.wide)
@@ -550,6 +565,8 @@ def _gradients(
                 g = g.mul_(cast(Tensor, scale).to(g)).to(head.gradient_dtype)
             if needs[0]:
                 _multiply(g, w, of_states[piece], add=columns.start > 0)
+                if reduction is not None and piece.stop == count and columns.stop == head.classes:
+                    reduction.begin(of_states if unit is None else of_states.mul_(unit))  # each rank has its unit
             if needs[1]:
                 _multiply(g.t(), h, weight_sum, add=piece.start > 0)
             if needs[2]:
@@ -561,8 +578,12 @@ def _gradients(
     if not pieces:
         of_weight.zero_()
         of_bias.zero_()
+    if reduction is not None:
+        if head.classes == 0:
+            reduction.begin(of_states)
+        reduction.wait()
     if unit is not None:
-        of_states, of_scale = of_states * unit, of_scale * unit
+        of_states, of_scale = of_states if reduction is not None else of_states * unit, of_scale * unit
     of_hidden = of_states.to(head.dtype)
     if needs[0] and kept is not None:
         of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, of_hidden)
@@ -603,7 +624,8 @@ def _maximum_of(chunk: _Chunk) -> Tensor:
     else:  # the buffer is a chunk's own, and gets back what it held
         own = target.clamp(0, z.shape[1] - 1).unsqueeze(1)
         held = z.gather(1, own)
-        place = _first_maximum(z.scatter_(1, own, -torch.inf))
+        here = target.unsqueeze(1) == own  # or it is elsewhere
+        place = _first_maximum(z.scatter_(1, own, held.masked_fill(here, -torch.inf)))
         z.scatter_(1, own, held)
     return torch.cat([place.to(torch.float64), logits.gather(1, place).to(torch.float64)], 1).t()
 
@@ -664,29 +686,41 @@ def _fake_linear_objective_gradient(
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
 
 
-def _linear_statistics(
+def collect(
     family: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
     logit_scale: Tensor | None, class_weight: Tensor | None, ignore_index: int, softcap: float, masked: bool,
     reference_input: Tensor | None, temperature: float, reference_weight: Tensor | None, reference_bias: Tensor | None,
-    chunk_rows: int, skip_ignored: bool,
+    chunk_rows: int, skip_ignored: bool, part: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(statistics, centred sums, maximum) of every row; the first two as `objkern::statistics` has them"""
+    """(statistics, centred sums, maximum) of every row; the first two as `objkern::statistics` has them
+
+    part: the classes are some of many, and where a label is none of them, the kernels take the first for it.
+    """
     rows = _Rows(
         target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
         reference_weight, reference_bias,
     )  # fmt: skip
     head = _Head(hidden, weight, bias)
-    rows.check_labels(head)
+    if not part:
+        rows.check_labels(head)
     op, n = _family(family).statistics.default, hidden.shape[0]
     statistics = hidden.new_zeros((len(Statistics._fields), n), dtype=torch.float64)
     centred = hidden.new_zeros((ops.CENTRED, n), dtype=torch.float64)
     maximum = hidden.new_zeros((2, n), dtype=torch.float64)
     for chunk in _chunks(head, rows, chunk_rows, skip_ignored, with_gradient=False):
-        found = op(chunk.logits, **chunk.arguments)
+        arguments = chunk.arguments
+        if part and rows.labelled:
+            arguments = arguments | {"target": with_first_elsewhere(arguments["target"], head.classes, ignore_index)}
+        found = op(chunk.logits, **arguments)
         _put(statistics, 1, chunk.rows, found[0])
         _put(centred, 1, chunk.rows, found[1])
         _put(maximum, 1, chunk.rows, _maximum_of(chunk))
     return statistics, centred, maximum
+
+
+def with_first_elsewhere(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Labels, and the first class for those that are none of these classes."""
+    return labels.masked_fill(((labels < 0) | (labels >= classes)) & (labels != ignore_index), 0)
 
 
 def _fake_linear_statistics(
@@ -701,14 +735,17 @@ def _fake_linear_statistics(
     return tuple(hidden.new_empty((size, hidden.shape[0]), dtype=torch.float64) for size in sizes)
 
 
-def _linear_statistics_gradient(
+def gradients_of_statistics(
     partials: Tensor, centred: Tensor, maximum: Tensor, family: str, hidden: Tensor, weight: Tensor,
     bias: Tensor | None, target: Tensor | None, logit_scale: Tensor | None, class_weight: Tensor | None,
     ignore_index: int, softcap: float, masked: bool, reference_input: Tensor | None, temperature: float,
     reference_weight: Tensor | None, reference_bias: Tensor | None, needs: list[bool], chunk_rows: int,
-    skip_ignored: bool, needs_scale: bool,
+    skip_ignored: bool, needs_scale: bool, reduction: Reduction | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale."""
+    """Gradients of hidden, weight and bias, or empty tensors, and that of the logit scale.
+
+    reduction: of the gradient of the hidden states, which is begun as soon as they are all there.
+    """
     rows = _Rows(
         target, logit_scale, class_weight, ignore_index, softcap, masked, reference_input, temperature,
         reference_weight, reference_bias,
@@ -729,7 +766,7 @@ def _linear_statistics_gradient(
         op(f, kept.contiguous(), needs_scale, tile.logits, **tile.arguments, gradient=out)
 
     numbers = (partials if unit is None else partials / unit, centred, maximum)
-    return _gradients(head, rows, needs, chunk_rows, skip_ignored, needs_scale, numbers, unit, write)
+    return _gradients(head, rows, needs, chunk_rows, skip_ignored, needs_scale, numbers, unit, write, reduction)
 
 
 def _fake_linear_statistics_gradient(
@@ -746,7 +783,7 @@ def _fake_linear_statistics_gradient(
     return *_fake_gradients(hidden, weight, needs, hidden.dtype), hidden.new_empty((), dtype=torch.float64)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast chose the dtypes of an op's arguments; inside, they stay what they are."""
 
     def run(*arguments: Any) -> Any:
@@ -772,17 +809,17 @@ _OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "linear_statistics": (
         f"({_HEAD_SCHEMA}, {_ROWS_SCHEMA}, int chunk_rows, bool skip_ignored) -> (Tensor statistics, Tensor centred, "
         "Tensor maximum)",
-        _linear_statistics, _fake_linear_statistics,
+        collect, _fake_linear_statistics,
     ),
     "linear_statistics_gradient": (
         f"(Tensor partials, Tensor centred, Tensor maximum, {_HEAD_SCHEMA}, {_ROWS_SCHEMA}, {_CHUNKS_SCHEMA}, "
         f"bool needs_scale) -> {_GRADIENTS}",
-        _linear_statistics_gradient, _fake_linear_statistics_gradient,
+        gradients_of_statistics, _fake_linear_statistics_gradient,
     ),
 }  # fmt: skip
 for _name, (_schema, _function, _fake) in _OPS.items():
     torch.library.define(f"objkern::{_name}", _schema)
-    torch.library.impl(f"objkern::{_name}", "CompositeExplicitAutograd", _without_autocast(_function))
+    torch.library.impl(f"objkern::{_name}", "CompositeExplicitAutograd", without_autocast(_function))
     torch.library.register_fake(f"objkern::{_name}", _fake)
     torch.library.register_vmap(f"objkern::{_name}", ops.one_by_one(getattr(torch.ops.objkern, _name)))
 
@@ -989,9 +1026,13 @@ class Layer(NamedTuple):
 
 
 def layer(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, memory_budget: int | None
-) -> tuple[Layer, Tensor]:
-    """The layer, and logits without memory: their shape, dtype and device, for `flatten` to check a target against."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, memory_budget: int | None,
+    part: bool = False,
+) -> tuple[Layer, Tensor]:  # fmt: skip
+    """The layer, and logits without memory: their shape, dtype and device, for `flatten` to check a target against.
+
+    part: the classes are some of many, perhaps none.
+    """
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{name}: expected a tensor but got {describe(x)}")
@@ -1009,7 +1050,7 @@ def layer(
         raise TypeError(f"hidden: expected float32, float64, bfloat16 or float16 but got {hidden.dtype}")
     if hidden.dim() == 0:
         raise ValueError("hidden: expected shape (..., D) but got a 0-dim tensor")
-    if weight.numel() == 0 and weight.shape != (weight.shape[0], 0):
+    if weight.numel() == 0 and weight.shape != (weight.shape[0], 0) and not part:
         raise ValueError(
             f"weight: expected shape (V, {hidden.shape[-1]}) with at least one class but got {tuple(weight.shape)}; "
             "one that FSDP or ZeRO-3 has sharded is only there within the forward pass of its module, or gathered"
@@ -1031,7 +1072,7 @@ def layer(
     proxy = hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
     rows = hidden.unsqueeze(0) if hidden.dim() == 1 else hidden.flatten(0, -2)
     if chunk_rows is None:
-        chunk_rows = _chunk_rows(rows, weight, memory_budget)
+        chunk_rows = _chunk_rows(rows, weight, memory_budget) if len(weight) else 1
     elif memory_budget is not None:
         raise ValueError("memory_budget: has no meaning beside chunk_rows; give one of them")
     return Layer(rows, weight, bias, min(chunk_rows, _LARGEST), skip_ignored=hidden.is_cpu), proxy

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import linear, ops
+from . import distributed, linear, ops
 from .batch import Batch, describe, flatten
 from .reference import FREE_STATISTICS, evaluate
 from .statistics import Statistics
@@ -156,6 +156,7 @@ class Objective(nn.Module):
         empty: str = "nan",
         parameter_weight: float | Tensor = 1.0,
         return_parts: bool = False,
+        process_group: Any = None,
         validate: bool | None = None,
         backend: str = "auto",
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -189,6 +190,11 @@ class Objective(nn.Module):
                 (`cross_entropy`, `z_loss`, a second one of a kind `z_loss_2`), `total`, and the means over the rows
                 that count of `lse`, and with class labels `accuracy` and `target_probability`; `rows` is their number.
                 With ``reduction="none"`` each is one number per row.
+            process_group: of torch.distributed, whose ranks hold a part of the classes each, of the same rows: the
+                order of the ranks is that of the classes, and parts may differ in size. Labels and class weights are
+                those of all classes, probabilities and reference those of the rank's own. Every rank returns the same
+                loss, and the gradient of it by its own logits. DTensors that are sharded by class say this by
+                themselves. See `objkern.distributed`.
             validate: whether bad labels raise on devices where finding out costs a synchronisation (on the CPU they
                 always do). Default: see `objkern.set_validation`. Where they do not raise, their rows' loss is NaN.
             backend: "auto" (the kernels of the device: on a GPU "cuda", else "triton"), "cpu", "cuda", "triton", or
@@ -216,10 +222,15 @@ class Objective(nn.Module):
                 return self._result(loss, parts, None, return_parts, penalties)
             class_weight = _class_weight(terms)
             program = ops.Program.of(terms)
-            if class_weight is None:
+            at = None
+            if process_group is not None or distributed.is_dtensor(logits):
+                at, logits, target, reference = distributed.of_logits(
+                    logits, target, reference, process_group, class_dim
+                )
+            if class_weight is None and at is None:
                 loss = ops.default_call(program, logits, target, (
                     reduction, ignore_index, normalizer, logit_scale, softcap, reference, rows, shift, class_dim,
-                    gradient, empty, parameter_weight, return_parts, validate, backend,
+                    gradient, empty, parameter_weight, return_parts, process_group, validate, backend,
                 ), _DEFAULTS)  # fmt: skip
                 if loss is not None:
                     return loss if penalties is None else loss + penalties.total()
@@ -227,21 +238,25 @@ class Objective(nn.Module):
                 logits, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, class_dim=class_dim, empty=empty,
                 validate=validate, class_weight=class_weight, reference=reference, temperature=_temperature(terms),
+                part=at is not None,
             )  # fmt: skip
             if gradient not in GRADIENTS:
                 raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
             built_in = _check_call(
                 terms, batch, return_parts, "gradient" if gradient == "forward" else None, reference is not None
             )
-            run = ops.backend_for(backend, batch.logits)
-            if built_in:
+            run, first_maximum = ops.backend_for(backend, batch.logits), None
+            if at is not None:
+                built_in = False
+                statistics, first_maximum = distributed.statistics(run, at, batch, in_forward=gradient == "forward")
+            elif built_in:
                 loss, parts = run.objective(batch, program, gradient == "forward", return_parts)
             else:
                 statistics = run.statistics(batch)
         except (ValueError, TypeError, NotImplementedError, IndexError) as error:
             raise _located(error, f"{self!r} on logits", logits, shift) from None
         if not built_in:
-            loss, parts = evaluate(statistics, batch, terms)
+            loss, parts = evaluate(statistics, batch, terms, first_maximum)
         return self._result(loss, parts, batch, return_parts, penalties)
 
     def linear(
@@ -263,6 +278,7 @@ class Objective(nn.Module):
         empty: str = "nan",
         parameter_weight: float | Tensor = 1.0,
         return_parts: bool = False,
+        process_group: Any = None,
         validate: bool | None = None,
         backend: str = "auto",
         mode: str = "auto",
@@ -298,6 +314,8 @@ class Objective(nn.Module):
                 pass: three GEMMs in all; for scalar reductions of built-in terms. "recompute" projects each chunk once
                 more in the backward pass: four GEMMs, no memory between the passes, any upstream gradient. "auto" takes
                 "forward" where it can: not for ``reduction="none"``, custom terms, or a logit scale that learns.
+            process_group: of torch.distributed, whose ranks hold the weight and bias of some classes each, and the same
+                hidden states; see `forward`. Every rank's hidden states get the whole gradient. ``mode="recompute"``.
             chunk_rows: rows of a chunk; by default a function of shape and device, `objkern.linear.choose_chunk_rows`.
             memory_budget: bytes that a chunk's logits and their gradient may take, in the place of `chunk_rows`; one
                 row at least. It makes chunks smaller than the default, never larger, and does not count the gradients
@@ -330,13 +348,19 @@ class Objective(nn.Module):
                 terms, penalties = _apart(terms, reduction, parameter_weight)
                 if not terms:
                     return self._result(None, [], None, return_parts, penalties)
-            layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget)
+            at, reduces = None, True
+            if process_group is not None or distributed.is_dtensor(hidden, weight):
+                at, reduces, (hidden, weight, bias), target, reference = distributed.of_layer(
+                    hidden, weight, bias, target, reference, process_group
+                )
+            part = at is not None
+            layer, proxy = linear.layer(hidden, weight, bias, chunk_rows, memory_budget, part)
             of_head = reference is not None and not isinstance(reference, Tensor)
             batch = flatten(
                 proxy, target, reduction=reduction, ignore_index=ignore_index, normalizer=normalizer,
                 logit_scale=logit_scale, softcap=softcap, rows=rows, shift=shift, empty=empty, validate=validate,
                 class_weight=_class_weight(terms), reference=None if of_head else reference,
-                temperature=_temperature(terms),
+                temperature=_temperature(terms), part=part,
             )  # fmt: skip
             if of_head:
                 layer, batch = linear.with_reference(layer, batch, reference)
@@ -346,7 +370,12 @@ class Objective(nn.Module):
                 terms, batch, return_parts, "mode" if mode == "forward" else None, reference is not None
             )
             run = ops.backend_for(backend, proxy)
-            if built_in:
+            if at is not None:
+                built_in = False
+                statistics, first_maximum = distributed.statistics(
+                    run, at, batch, layer, reduces, in_forward=mode == "forward"
+                )
+            elif built_in:
                 linear.check_mode(mode, batch)
                 loss, parts = linear.objective(run, layer, batch, ops.Program.of(terms), mode, return_parts)
             else:
