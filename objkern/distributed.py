@@ -1,7 +1,7 @@
 """Objectives over a vocabulary that is split among ranks: each holds some classes of every row.
 
-    logits of a rank's classes ──kernels──▶ centred sums of its part ──all-gather──▶ those of the whole row, on every rank
-    statistics of the row ──terms──▶ loss ──autograd──▶ partial derivatives ──kernels──▶ gradient of the rank's classes
+    logits of a rank's classes ──kernels──▶ centred sums of its part ──all-gather──▶ those of the row, on every rank
+    statistics of the row ──terms──▶ loss ──autograd──▶ partial derivatives ──kernels──▶ gradient of its classes
 
 Sums over parts of a row merge as sums over its segments do (csrc/objective.h), and a few of them are all that a loss
 knows of a row. So one all-gather of those is all that the forward pass communicates, and the backward pass of logits
@@ -21,7 +21,10 @@ from torch import Tensor
 
 from . import linear, ops, reference
 from .batch import Batch, describe
+from .scale import plan
 from .statistics import Statistics
+
+__all__ = ["Shard", "plan", "shard"]
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -477,7 +480,9 @@ class _Statistics(torch.autograd.Function):
     """(statistics, N) float64 and (N) whether the label is the first maximum, the same on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, work: Any, at: Shard, whole: Callable[[Part], _Whole], *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, work: Any, at: Shard, whole: Callable[[Part], _Whole], *tensors: Any
+    ) -> tuple[Tensor, Tensor]:
         part, maximum = work.collect(*tensors)
         found = whole(_gathered(part, at))
         ctx.work, ctx.at = work, at
@@ -613,7 +618,8 @@ def of_layer(
         ValueError: a placement that cannot be served, by its name.
         TypeError: DTensors beside tensors of which nobody knows how they are spread.
     """
-    from torch.distributed.tensor import Partial, Replicate, Shard as Sharded
+    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor import Shard as Sharded
 
     for name, x in (("hidden", hidden), ("weight", weight)):
         _of_torch(name, x)
@@ -627,9 +633,9 @@ def of_layer(
         return _part_of(group, weight.shape[0], weight.device), True, (hidden, weight, bias), target, reference
     if not is_dtensor(hidden) and group is None:
         raise TypeError(
-            "weight: a DTensor beside hidden states that are none may be split by FSDP, each rank with rows of its own, "
-            "or by class, all with the same rows. Within the forward pass of its module FSDP's is whole; for classes, "
-            "pass process_group, or hidden states as DTensor"
+            "weight: a DTensor beside hidden states that are none may be split by FSDP, each rank with rows of its "
+            "own, or by class, all with the same rows. Within the forward pass of its module FSDP's is whole; for "
+            "classes, pass process_group, or hidden states as DTensor"
         )
     split = _split("weight", weight, 0)
     bias = _beside("bias", bias, weight, 0)

@@ -80,7 +80,11 @@ def _work(pipe: Connection, rank: int, count: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{Path(folder) / 'meet'}", rank=rank, world_size=count, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{Path(folder) / 'meet'}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
     )
     for size in range(1, count + 1):
         made = dist.new_group(list(range(size)))

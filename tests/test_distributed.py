@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import objkern
 from objkern import (
@@ -27,6 +29,7 @@ from objkern import (
     ZLoss,
     custom,
     distributed,
+    scale,
 )
 
 from .ranks import Ranks, group
@@ -199,3 +202,365 @@ def test_a_split_vocabulary_is_a_whole_one(split: tuple[int, ...], kind: str, ra
                      else torch.float32, f"{name}: {key}")  # fmt: skip
                 assert torch.equal(one[name][key], found[0][name][key]), f"{name}: {key}: ranks differ"
         assert set(found[0][name]) == set(expected)
+
+
+# ---- what is communicated -------------------------------------------------------------------------------------------
+
+
+class Counts(TorchDispatchMode):
+    """The collectives within it: by name, bytes of the tensor that the rank hands over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace in ("c10d", "_c10d_functional") and not any(x in op._schema.name for x in ("wait", "wrap")):
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+            own = tensors[-1]  # what is gathered or scattered comes after where it goes
+            self.found.append((op._schema.name.partition("::")[2], own.numel() * own.element_size()))
+        return op(*args, **(kwargs or {}))
+
+    def taken(self) -> list[tuple[str, int]]:
+        found, self.found = self.found, []
+        return found
+
+
+def counted(kind: str, known: bool, learns_scale: bool) -> list[list[tuple[str, int]]] | None:
+    """What the forward and the backward pass send."""
+    of = group(2)
+    if of is None:
+        return None
+    draw = torch.Generator().manual_seed(0)
+    own = 19 if dist.get_rank() == 0 else 18
+    z, y = torch.randn(ROWS, own, generator=draw), torch.randint(37, (ROWS,), generator=draw)
+    hidden, weight = torch.randn(ROWS, FEATURES), torch.randn(own, FEATURES, requires_grad=True)
+    scale = torch.tensor(1.5, requires_grad=learns_scale)
+    objective = CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss()
+    distributed._known.clear()
+
+    def loss() -> Tensor:
+        if kind == "logits":
+            return objective(z.requires_grad_(), y, process_group=of, logit_scale=scale)
+        return objective.linear(hidden.requires_grad_(), weight, y, process_group=of, logit_scale=scale)
+
+    if known:
+        loss()
+    found = []
+    with Counts() as counts:
+        value = loss()
+        found.append(counts.taken())
+        value.backward()
+        found.append(counts.taken())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_one_all_gather_is_all_that_the_forward_pass_sends(kind: str, ranks: Ranks) -> None:
+    """And the backward pass of logits nothing; hidden states are summed once, a scale that learns once."""
+    sums = scale.ROW_BYTES * ROWS
+    hidden = [4 * ROWS * FEATURES] if kind == "linear" else []
+    for known, learns in ((True, False), (True, True), (False, False)):
+        for forward, backward in ranks(counted, kind, known, learns)[:2]:
+            assert [sent for _, sent in forward] == ([] if known else [8]) + [sums]
+            assert all("allgather" in name for name, _ in forward)
+            assert [sent for _, sent in backward] == hidden + ([4] if learns else [])
+            assert all("allreduce" in name for name, _ in backward)
+
+
+PLANNED = (64, 16, 96)  # rows, features, classes
+STRATEGIES = {
+    "data parallel": "data parallel", "sharded weight": "sharded weight", "logits": "vocab-parallel logits",
+    "linear": "vocab-parallel linear", "sequence": "sequence- and vocab-parallel",
+}  # fmt: skip
+
+
+def sent(strategy: str, count: int) -> tuple[int, int] | None:
+    """Bytes that this rank hands to collectives in the forward and in the backward pass of a step, float32."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    of = group(count)
+    if of is None:
+        return None
+    rows, features, classes = PLANNED
+    rank, objective = dist.get_rank(), CrossEntropy(label_smoothing=0.1)
+    draw = torch.Generator().manual_seed(0)
+    hidden, labels = torch.randn(rows, features, generator=draw), torch.randint(classes, (rows,), generator=draw)
+    own = slice(rank * rows // count, (rank + 1) * rows // count)
+    part = torch.randn(classes // count, features, requires_grad=True)
+    buckets: list[int] = []
+    if strategy in ("data parallel", "sharded weight"):
+        head = torch.nn.Linear(features, classes, bias=False)
+        x = hidden[own].requires_grad_()
+        if strategy == "sharded weight":
+            head = fully_shard(head, mesh=DeviceMesh.from_group(of, "cpu"), reshard_after_forward=True)
+        elif count > 1:
+            head = torch.nn.parallel.DistributedDataParallel(head, process_group=of)
+
+            def summed(_, bucket):  # torch looks at annotations
+                buckets.append(bucket.buffer().numel() * bucket.buffer().element_size())
+                return (
+                    dist.all_reduce(bucket.buffer(), group=of, async_op=True).get_future().then(lambda f: f.value()[0])
+                )
+
+            head.register_comm_hook(None, summed)
+
+        def loss() -> Tensor:
+            return objective(head(x), labels[own])
+    elif strategy == "logits":
+        at = distributed.shard(of, len(part))
+
+        def loss() -> Tensor:
+            return objective((hidden @ part.t()), labels, process_group=at)
+    elif strategy == "linear":
+        at = distributed.shard(of, len(part))
+
+        def loss() -> Tensor:
+            return objective.linear(hidden.requires_grad_(), part, labels, process_group=at)
+    else:
+        mesh = DeviceMesh.from_group(of, "cpu")
+        x = DTensor.from_local(hidden[own], mesh, [Shard(0)]).requires_grad_()
+        weight = DTensor.from_local(part.detach(), mesh, [Shard(0)]).requires_grad_()
+
+        def loss() -> Tensor:
+            return objective.linear(x, weight, labels)
+
+    with Counts() as counts:
+        value = loss()
+        forward = sum(size for _, size in counts.taken())
+        value.backward()
+        backward = sum(buckets) or sum(size for _, size in counts.taken())
+    return forward, backward
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_plan_says_what_is_sent(strategy: str, ranks: Ranks) -> None:
+    """Within 5 %, for 1, 2 and 4 ranks; behind logits the sum of the hidden gradients is the caller's."""
+    for count in (1, 2, 4):
+        planned = distributed.plan(*PLANNED, count, torch.float32)[STRATEGIES[strategy]]
+        for forward, backward in ranks(sent, strategy, count)[:count]:
+            assert forward == pytest.approx(planned.sent_forward, rel=0.05), count
+            assert backward == pytest.approx(0 if strategy == "logits" else planned.sent_backward, rel=0.05), count
+
+
+def test_a_plan_by_hand() -> None:
+    found = distributed.plan(8, 4, 100, 4, torch.float32, machine=scale.Machine(flops=1.0, memory=1.0, link=1.0))
+    one = found["data parallel"]
+    assert (one.sent_forward, one.sent_backward, one.wire) == (0, 1600, 2400)  # 3/4 of 1600, to and fro
+    assert one.seconds == 2 * 3 * 2 * 100 * 4 + 2 * 100 * (3 * 8 + 4) + 2400
+    split = found["vocab-parallel linear"]
+    assert (split.sent_forward, split.sent_backward, split.wire) == (8 * 104, 128, 3 * 832 + 192)
+    assert split.memory == 4 * 25 * 4 + 4 * 25 * 4 + 8 * 4 * 8 + 8 * 25 * 8
+    assert "8 rows x 4 features x 100 classes, float32, 4 ranks" in repr(found)
+    with pytest.raises(ValueError, match="ranks: expected a positive int but got 0"):
+        distributed.plan(8, 4, 100, 0)
+
+
+def test_the_plan_in_the_docs_is_current() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- plan -->")[2].partition("<!-- /plan -->")[0]
+    assert shown.strip() == f"```\n{distributed.plan(8192, 4096, 128256, 8)!r}\n```"
+
+
+# ---- labels, padding, empty batches ---------------------------------------------------------------------------------
+
+
+def padded() -> list[Tensor] | None:
+    """Three classes a rank, the last of the second a padding of −inf; a label that is ignored inside the vocabulary."""
+    of, rank = group(2), dist.get_rank()
+    if of is None:
+        return None
+    z = torch.arange(15.0).view(3, 5).sin() * 3
+    z = torch.cat([z, torch.full((3, 1), -torch.inf)], 1)[:, 3 * rank : 3 * rank + 3].requires_grad_()
+    objective = CrossEntropy(label_smoothing=0.1) + 0.1 * Entropy() + 0.1 * LogitL2()
+    loss = objective(z, torch.tensor([4, 2, 0]), process_group=of, ignore_index=2)
+    loss.backward()
+    return [loss.detach(), z.grad]
+
+
+def test_padding_and_an_ignored_label_inside_the_vocabulary(ranks: Ranks) -> None:
+    """14: a padded column is no class, and no row's label."""
+    z = (torch.arange(15.0).view(3, 5).sin() * 3).requires_grad_()
+    objective = CrossEntropy(label_smoothing=0.1) + 0.1 * Entropy() + 0.1 * LogitL2()
+    loss = objective(z, torch.tensor([4, 2, 0]), ignore_index=2)
+    loss.backward()
+    (first, a), (second, b) = ranks(padded)[:2]
+    torch.testing.assert_close(first, loss.detach())
+    assert torch.equal(first, second)
+    assert torch.equal(b[:, 2], torch.zeros(3))
+    torch.testing.assert_close(torch.cat([a, b[:, :2]], 1), z.grad)
+
+
+def all_ignored(kind: str, empty: str) -> list[Tensor] | None:
+    of = group(2)
+    if of is None:
+        return None
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    y = torch.full((3,), -100)
+    objective = CrossEntropy() + 0.1 * ZLoss()
+    if kind == "logits":
+        loss = objective(x, y, process_group=of, empty=empty)
+    else:
+        loss = objective.linear(x, w, y, process_group=of, empty=empty)
+    loss.backward()
+    return [loss.detach(), x.grad, *([w.grad] if kind == "linear" else [])]
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_all_rows_ignored(kind: str, ranks: Ranks) -> None:
+    """12, on all ranks: nobody waits for another, and the graph is kept."""
+    for empty, value in (("nan", torch.tensor(torch.nan)), ("zero", torch.tensor(0.0))):
+        for loss, *gradients in ranks(all_ignored, kind, empty)[:2]:
+            torch.testing.assert_close(loss, value, equal_nan=True)
+            assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def policy(kind: str) -> list[Tensor] | None:
+    """A clipped ratio of probabilities, and the entropy, from row statistics."""
+    of, rank = group(2), dist.get_rank()
+    if of is None:
+        return None
+    return policy_loss(kind, slice(0, 20) if rank == 0 else slice(20, CLASSES), of)
+
+
+def policy_loss(kind: str, own: slice, of: Any) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(ROWS, FEATURES, generator=draw, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(CLASSES, FEATURES, generator=draw, dtype=torch.float64)[own].requires_grad_()
+    y, old = torch.randint(CLASSES, (ROWS,), generator=draw), -3 - torch.rand(ROWS, generator=draw)
+    advantage = torch.randn(ROWS, generator=draw)
+    if kind == "logits":
+        s = objkern.row_statistics(hidden @ weight.t(), y, process_group=of)
+    else:
+        s = objkern.linear_row_statistics(hidden, weight, y, process_group=of)
+    ratio = (s.logprob - old).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean() - 0.1 * s.entropy.mean()
+    loss.backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_a_policy_loss_on_row_statistics(kind: str, ranks: Ranks) -> None:
+    """26: the gradients of classes that another rank holds."""
+    expected = policy_loss(kind, slice(None), None)
+    (loss, of_hidden, first), (other_loss, other, second) = ranks(policy, kind)[:2]
+    assert torch.equal(loss, other_loss)
+    torch.testing.assert_close(loss, expected[0])
+    # Behind logits the caller's own product is split, whose hidden gradients are parts of a sum.
+    torch.testing.assert_close(of_hidden + other if kind == "logits" else of_hidden, expected[1])
+    torch.testing.assert_close(torch.cat([first, second]), expected[2])
+
+
+# ---- DTensors -------------------------------------------------------------------------------------------------------
+
+
+def of_dtensors(hidden_placement: str, kind: str) -> dict[str, Tensor]:
+    """On four ranks, 37 classes as torch splits them: 10, 10, 10, 7."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (4,))
+    call = Call(CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy())
+    given = inputs(call)
+    rows = [Shard(0)] if hidden_placement == "sequence" else [Replicate()]
+    hidden = distribute_tensor(given["hidden"], mesh, rows).requires_grad_()
+    weight = distribute_tensor(given["weight"], mesh, [Shard(0)]).requires_grad_()
+    target = distribute_tensor(given["labels"], mesh, [Replicate()])
+    if kind == "linear":
+        loss = call.objective.linear(hidden, weight, target)
+    else:
+        logits = distribute_tensor(given["logits"], mesh, [Shard(1)]).requires_grad_()
+        loss = call.objective(logits, given["labels"])
+    (loss * 1.7).backward()
+    leaves = {"hidden": hidden, "weight": weight} if kind == "linear" else {"logits": logits}
+    placed = {f"placement of {name}": x.grad.placements for name, x in leaves.items()}
+    return {"loss": loss.detach()} | {name: x.grad.full_tensor() for name, x in leaves.items()} | placed
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden"), [("logits", "replicated"), ("linear", "replicated"), ("linear", "sequence")]
+)
+def test_dtensors_as_they_come(kind: str, hidden: str, ranks: Ranks) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    call = Call(CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy())
+    given = inputs(call)
+    leaves = {
+        name: given[name].requires_grad_() for name in (("hidden", "weight") if kind == "linear" else ("logits",))
+    }
+    if kind == "linear":
+        loss = call.objective.linear(leaves["hidden"], leaves["weight"], given["labels"])
+    else:
+        loss = call.objective(leaves["logits"], given["labels"])
+    (loss * 1.7).backward()
+    for found in ranks(of_dtensors, hidden, kind):
+        same(found["loss"], loss.detach(), torch.float64, "loss")
+        for name, leaf in leaves.items():
+            same(found[name], leaf.grad, torch.float64, name)
+        if kind == "linear":
+            assert found["placement of weight"] == (Shard(0),)
+            assert found["placement of hidden"] == (Shard(0) if hidden == "sequence" else Replicate(),)
+
+
+# ---- what cannot be served ------------------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, str]:
+    """What each call says."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    of = dist.group.WORLD
+    ce, mesh = CrossEntropy(), init_device_mesh("cpu", (4,))
+    z, y, w = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.randn(5, 4)
+    sharded = distribute_tensor(torch.randn(20, 4), mesh, [Shard(0)])
+    summed = DTensor.from_local(z, mesh, [Partial()])
+    calls = {
+        "no group": lambda: ce(z, y, process_group="tp"),
+        "label": lambda: ce(z, torch.tensor([0, 20, 2]), process_group=of),
+        "class weight": lambda: CrossEntropy(torch.ones(5))(z, y, process_group=of),
+        "forward": lambda: ce(z, y, process_group=of, gradient="forward"),
+        "mode": lambda: ce.linear(torch.randn(3, 4), w, y, process_group=of, mode="forward"),
+        "eager": lambda: ce(z, y, process_group=of, backend="reference"),
+        "probabilities that learn": lambda: ce(z, torch.rand(3, 5, requires_grad=True), process_group=of),
+        "rows": lambda: ce(distribute_tensor(torch.randn(4, 5), mesh, [Shard(0)]), y),
+        "partial": lambda: ce(summed, y),
+        "FSDP or classes": lambda: ce.linear(torch.randn(3, 4), sharded, y),
+        "features": lambda: ce.linear(
+            distribute_tensor(torch.randn(3, 4), mesh, [Shard(1)]), sharded, distribute_tensor(y, mesh, [Replicate()])
+        ),
+        "plain beside": lambda: ce(z, distribute_tensor(y, mesh, [Replicate()]), process_group=of),
+        "another size": lambda: ce(torch.randn(3, 6), y, process_group=distributed.shard(of, 5)),
+    }  # fmt: skip
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except (ValueError, TypeError, IndexError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def test_what_cannot_be_served_says_so_on_every_rank(ranks: Ranks) -> None:
+    expected = {
+        "no group": "TypeError: process_group: expected a torch.distributed.ProcessGroup but got 'tp' (str)",
+        "label": "IndexError: target: row 1 holds label 20, which is neither in [0, 20) nor ignore_index",
+        "class weight": "ValueError: class weight: expected shape (20,), that of all ranks' classes, but got (5,)",
+        "forward": 'ValueError: gradient (or mode): "forward" is not for classes that are split among ranks',
+        "mode": 'ValueError: gradient (or mode): "forward" is not for classes that are split among ranks',
+        "eager": 'NotImplementedError: backend: "reference" needs all classes of a row',
+        "probabilities that learn": "NotImplementedError: target: one that requires grad cannot be split among ranks",
+        "rows": "ValueError: logits: S(0) on dimension 0 of the mesh cannot be served: expected Shard(1)",
+        "partial": "ValueError: logits: P(sum) on dimension 0 of the mesh cannot be served: expected Shard(1)",
+        "FSDP or classes": "TypeError: weight: a DTensor beside hidden states that are none may be split by FSDP",
+        "features": "ValueError: hidden: S(1) on dimension 0 of the mesh cannot be served",
+        "plain beside": "TypeError: target: a DTensor beside the logits, a plain tensor",
+        "another size": "ValueError: process_group: the part of rank 0 has 5 classes but got 6",
+    }  # fmt: skip
+    for rank, found in enumerate(ranks(refusals)):
+        for name, message in expected.items():
+            message = message.replace("rank 0", f"rank {rank}")
+            assert found[name].startswith(message), f"{name}: {found[name]}"
