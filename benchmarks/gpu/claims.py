@@ -147,6 +147,13 @@ CLAIMS: dict[str, list[Claim]] = {
                "compile::a_schedule_does_not_recompile", "compile::compiled_with_cuda_graphs")),
         Claim("autocast (19)", ("compile::autocast",), ALL),
     ],
+    "A split vocabulary": [
+        Claim("the parts of a row, collected one after the other on one device, make the whole: values and gradients, "
+              "on logits and linear; nothing waits for the device",
+              ("distributed::parts_make_the_whole",)),
+        Claim("ranks on devices of their own, by NCCL (needs two or more devices)",
+              ("distributed::ranks_on_devices_of_their_own",), WHICHEVER),
+    ],
     "Streams, devices, graphs": [
         Claim("nothing waits for the device (20)",
               ("streams::nothing_waits_for_the_device",)),
