@@ -23,8 +23,8 @@ from .figures import Entry, label
 
 KIND, OURS, YARDSTICK = "floor", "objkern", "yardstick"
 
-SIGMAS = 4.0  # that a change has to be away from none
-LEAST = 0.03  # and this much slower: less than that is nobody's business
+SIGMAS = 2.5  # that a change has to be away from none: of its error, which is twice what changes of nothing scatter by
+LEAST = 0.05  # and this much slower: less than that is nobody's business
 SCATTER = 0.008  # of a change between two runs of the same code, at the least
 
 

@@ -63,10 +63,10 @@ def test_by_hand() -> None:
     assert change.error == pytest.approx(math.hypot(*deviations, compare.SCATTER))
     assert compare.percent(change.log_ratio) == "+10.0 %"
     assert not change.slower  # two processes say nothing
-    assert change._replace(error=0.02).slower
-    assert not change._replace(error=0.03).slower
-    assert change._replace(error=0.02, log_ratio=-0.1).quicker
-    assert not change._replace(error=0.001, log_ratio=0.02).slower  # nobody's business
+    assert change._replace(error=0.035).slower
+    assert not change._replace(error=0.04).slower
+    assert change._replace(error=0.035, log_ratio=-0.1).quicker
+    assert not change._replace(error=0.001, log_ratio=0.04).slower  # nobody's business
     assert compare.changes_of([entry([1.0, 1.0])], [entry([1.0, 1.0]) | {"rows": 3}]) == []
     assert compare.changes_of([entry([1.0, 1.0])], [entry([1.0, 1.0]) | {"kind": "step"}]) == []
 

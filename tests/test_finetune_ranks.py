@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def a_step(options: TrainingOptions, folder: Path, **others: Any) -> dict[str, A
 
 def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     found = {"undisturbed": a_step(RESUMED, folder / "undisturbed")}
+    a_step(RESUMED, folder / "moved", interrupt=2)  # for other numbers of ranks to go on with
     for case, step in (("first", 2), ("second", 4)):  # on rank 1 alone, then on rank 0 alone; in the midst of epochs
         alone = step if rank == (case == "first") else 0
         found[case] = a_step(RESUMED, folder / "resumed", resume=case != "first", interrupt=alone)
@@ -120,6 +122,13 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     found = all_cases(ranks, folder)
     if ranks == 2:
         found |= other_cases(rank, folder)
+    else:  # where two ranks were ended
+        own = folder / "moved"
+        if rank == 0:
+            shutil.copytree(folder.parent / "2" / "moved", own)
+        if ranks > 1:
+            dist.barrier()
+        found["moved"] = a_step(RESUMED, own, resume=True)
     torch.save(found, folder / f"{rank}.pt")
     if ranks > 1:
         dist.barrier()
@@ -130,7 +139,7 @@ def fork_ranks(folder: Path) -> None:
     """In a process that has only imported, which takes longest: no thread of it is lost in a fork."""
     for name in ("LlamaForCausalLM", "T5ForConditionalGeneration", "BertForTokenClassification"):
         getattr(transformers, name)
-    for ranks in CUTS:
+    for ranks in sorted(CUTS, key=lambda ranks: ranks != 2):  # what two leave others take
         children = []
         for rank in range(ranks):
             children.append(os.fork())
@@ -235,8 +244,19 @@ def test_ranks_decide_together(found: Any) -> None:
         assert of_rank["nan"]["error"].startswith("the loss is nan in step 1: {'cross_entropy'")
 
 
-def test_another_number_of_ranks_cannot_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run("token-classification", tmp_path, TrainingOptions(epochs=1))
-    monkeypatch.setattr("objkern.finetune.training._of_run", lambda options: {"ranks": 2})
-    with pytest.raises(ValueError, match=r"is of a run with other options: ranks 1 → 2"):
-        run("token-classification", tmp_path, TrainingOptions(epochs=1), resume=True)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_goes_on(ranks: int, found: Any) -> None:
+    """A run of two ranks, ended after two steps: the windows are what they were, and so is dropout. The first step has
+    the undisturbed run's gradient, but for the order in which it is added up, and the end its loss."""
+    undisturbed = found[2][0]["undisturbed"]
+    for of_rank in found[ranks]:
+        other = of_rank["moved"]
+        assert other["how"] == "finished"
+        assert other["progress"].batches == 2
+        ours, theirs = ([r for r in case["records"] if r["event"] == "step"] for case in (other, undisturbed))
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs[2:]]
+        for name in ("cross_entropy", "gradient_norm", "learning_rate"):
+            assert ours[0][name] == pytest.approx(theirs[2][name], rel=1e-6), name
+        assert ours[-1]["cross_entropy"] == pytest.approx(theirs[-1]["cross_entropy"], abs=1e-3)
+        for key, x in undisturbed["weights"].items():
+            torch.testing.assert_close(other["weights"][key], x, rtol=1e-4, atol=1e-4)

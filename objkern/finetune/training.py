@@ -4,10 +4,11 @@
                              └──────▶ step: clip, rate, optimizer, log
           ──▶ score on dev ──▶ best? stop? ──▶ checkpoint
 
-A window is what one step of the optimizer sees: `accumulation` batches on each of the ranks. Every loss is a sum over
-the rows of its batch divided by the count of the whole window, so gradients add up to that of one big batch, however it
-is cut. Order is a function of the seed and the epoch, rates are functions of the step, dropout is one of seed, step and
-rank; a checkpoint holds the rest. Ranks decide nothing alone: each sees every interruption and every bad loss.
+A window is what one step of the optimizer sees: `accumulation` batches on each of the ranks that a run began with, and
+as many when it goes on with another number of them. Every loss is a sum over the rows of its batch divided by the count
+of the whole window, so gradients add up to that of one big batch, however it is cut. Order is a function of the seed
+and the epoch, rates are functions of the step, dropout is one of seed, step and batch; a checkpoint holds the rest.
+Ranks decide nothing alone: each sees every interruption and every bad loss.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class TrainingOptions:
 class Progress:
     """Where a run stands; all of it is in a checkpoint."""
 
+    batches: int = 1  # of a window: of all the ranks that the run began with
     epoch: int = 1
     window: int = 0  # of the epoch, the next one
     step: int = 0  # that are done
@@ -107,9 +109,11 @@ class Progress:
 
     def check(self) -> None:
         """As read from a file, which says nothing of types."""
-        for name in ("epoch", "window", "step", "best_epoch", "stale"):
+        for name in ("batches", "epoch", "window", "step", "best_epoch", "stale"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name}: expected a whole number but got {getattr(self, name)!r}")
+        if self.batches < 1:
+            raise ValueError(f"batches: expected a positive number but got {self.batches}")
         if not all(isinstance(value, int | float) for value in self.sums.values()):
             raise ValueError(f"sums: expected numbers but got {self.sums!r}")
 
@@ -153,17 +157,16 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since
             the step before, whose checkpoint stands. On all ranks, whichever's loss it was.
-        ValueError: a checkpoint of another run, or of another number of ranks.
+        ValueError: a checkpoint of another run.
     """
     places = folder / "checkpoints"
     # Of all parameters, also those that do not train yet: moments keep their places when more layers do.
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.learning_rate)
-    per_epoch = len(list(windows(task, examples, options, 1)))
-    total = options.epochs * per_epoch
     _same_weights(model)
-    progress = Progress()
+    progress = Progress(batches=options.accumulation * _ranks())
     if resume:
         progress = _resumed(places, model, optimizer, options) or progress
+    total = options.epochs * len(list(windows(examples, options, 1, progress.batches)))
     beginning = time.perf_counter() - progress.seconds
     if options.checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -172,12 +175,12 @@ def train(
         while not progress.finished and progress.epoch <= options.epochs:
             strategies.begin_epoch(model, options.strategy, progress.epoch)
             model.train()
-            for number, window in enumerate(windows(task, examples, options, progress.epoch)):
+            for number, window in enumerate(windows(examples, options, progress.epoch, progress.batches)):
                 if number < progress.window:  # done before the run was resumed
                     continue
                 for scheduled in schedules:
                     scheduled.set(progress.step, total)
-                record = _step(model, task, window, objective, optimizer, options, progress.step, total, reference)
+                record = _step(model, task, window, objective, optimizer, options, progress, total, reference)
                 progress.step, progress.window = progress.step + 1, number + 1
                 progress.seconds = time.perf_counter() - beginning
                 for name, value in record.items():
@@ -223,17 +226,19 @@ LOWER = ("loss", "perplexity", "mse", "mae")  # metrics of which less is better
 
 def _step(
     model: nn.Module, task: Task, window: Sequence[Sequence[Example]], objective: Objective,
-    optimizer: torch.optim.Optimizer, options: TrainingOptions, step: int, total: int, reference: nn.Module | None,
+    optimizer: torch.optim.Optimizer, options: TrainingOptions, progress: Progress, total: int,
+    reference: nn.Module | None,
 ) -> dict[str, float]:  # fmt: skip
     """One step of the optimizer: the window's loss by parts, the norm of its gradient, the rate, seconds."""
-    began = time.perf_counter()
+    began, step = time.perf_counter(), progress.step
     device = next(model.parameters()).device
     count = sum(task.count(example) for batch in window for example in batch)  # of all ranks: each knows the examples
-    torch.manual_seed((options.seed * 1_000_003 + step) * _ranks() + _rank())  # dropout, without a state to be kept
     means = _means(objective)
     sums: dict[str, Tensor] = {}
     problem: str | None = None
-    for examples in window[_rank() :: _ranks()]:
+    for place, examples in [*enumerate(window)][_rank() :: _ranks()]:
+        # Dropout, without a state to be kept, and the same whichever rank has the batch.
+        torch.manual_seed((options.seed * 1_000_003 + step) * progress.batches + place)
         batch = task.collate(examples).to(device)
         if batch.count == 0:  # nothing to learn, and no mean over its rows
             continue
@@ -272,9 +277,10 @@ def _means(objective: Objective) -> set[str]:
 
 
 def windows(
-    task: Task, examples: Sequence[Example], options: TrainingOptions, epoch: int
+    examples: Sequence[Example], options: TrainingOptions, epoch: int, of_step: int
 ) -> Iterator[list[list[Example]]]:
-    """The batches of every step of an epoch: similar lengths together, in an order that seed and epoch decide."""
+    """The batches of every step of an epoch, `of_step` each: similar lengths together, in an order that seed and epoch
+    decide."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator).tolist()
     size = options.batch_size
@@ -284,7 +290,6 @@ def windows(
         some = sorted(order[start : start + pool], key=lambda place: examples[place].length)
         batches += [some[first : first + size] for first in range(0, len(some), size)]
     batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
-    of_step = options.accumulation * _ranks()
     for first in range(0, len(batches), of_step):
         yield [[examples[place] for place in batch] for batch in batches[first : first + of_step]]
 
@@ -417,15 +422,10 @@ def _checkpoint(
 ) -> None:
     if _is_first_rank():
         tensors = {**weights(model), **checkpoints.optimizer_tensors(optimizer)}
-        state = {"progress": asdict(progress), "options": _of_run(options)}
+        state = {"progress": asdict(progress), "options": asdict(options)}
         checkpoints.save(places, checkpoints.name_of(progress.step), tensors, state)
         checkpoints.keep_newest(places)
     _wait()
-
-
-def _of_run(options: TrainingOptions) -> dict[str, Any]:
-    """What must be the same when a run goes on; the ranks too, because they cut an epoch into windows."""
-    return {**asdict(options), "ranks": _ranks()}
 
 
 def _resumed(
@@ -438,7 +438,7 @@ def _resumed(
     if newest is None:
         return None
     tensors, state = checkpoints.load(newest)
-    now = json.loads(json.dumps(_of_run(options)))
+    now = json.loads(json.dumps(asdict(options)))
     try:
         was, progress = dict(state["options"]), Progress(**state["progress"])
         progress.check()
