@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -260,3 +263,72 @@ def test_another_number_of_ranks_goes_on(ranks: int, found: Any) -> None:
         assert ours[-1]["cross_entropy"] == pytest.approx(theirs[-1]["cross_entropy"], abs=1e-3)
         for key, x in undisturbed["weights"].items():
             torch.testing.assert_close(other["weights"][key], x, rtol=1e-4, atol=1e-4)
+
+
+# ---- under torchrun -------------------------------------------------------------------------------------------------
+
+COMMAND = [
+    "-m", "objkern", "finetune", "token-classification", "--hidden-size", "32", "--layers", "2", "--heads", "2",
+    "--vocabulary", "400", "--max-length", "64", "--epochs", "3", "--batch-size", "4", "--device", "cpu",
+    "--checkpoint-steps", "2", "--patience", "9",
+]  # fmt: skip
+
+
+def torchrun(ranks: int, *words: str, kill: int = 0) -> tuple[int, str, float]:
+    """Exit status, what was printed, seconds; `kill`: rank 1 ends itself behind this step, as the kernel would."""
+    code = f"""
+import os, signal, sys
+from objkern.finetune import training
+own = training._step
+def step(*arguments):
+    found = own(*arguments)
+    if os.environ.get("RANK") == "1" and arguments[6].step + 1 == {kill}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+training._step = step
+from objkern.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, *(["-c", code, *COMMAND[2:]] if ranks == 1 else []), *(words if ranks == 1 else [])]
+    if ranks > 1:
+        script = Path(words[-1]).parent / "torchrun_script.py"
+        script.write_text(code, encoding="utf-8")
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+        command += [*COMMAND[2:], *words]
+    began = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+
+
+def logged(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def test_a_killed_rank_ends_the_job_and_any_number_goes_on(tmp_path: Path) -> None:
+    """In bounded time, with a message; what is lost are the steps since the last checkpoint."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows_of("token-classification", 40))), encoding="utf-8")
+    code, printed, _ = torchrun(2, str(data), "--output", str(tmp_path / "whole"))
+    assert code == 0, printed[-3000:]
+    whole = logged(tmp_path / "whole", "step")
+    assert len(whole) == 15  # nine batches of four in windows of two, three times
+    kill = random.Random(0).randrange(4, 12)
+    code, printed, seconds = torchrun(2, str(data), "--output", str(tmp_path / "killed"), kill=kill)
+    assert code != 0
+    assert seconds < 60
+    assert "another rank is gone, or hangs" in printed
+    assert len(logged(tmp_path / "killed", "step")) >= kill - 1
+    for ranks in (1, 2):
+        folder = tmp_path / f"resumed on {ranks}"
+        shutil.copytree(tmp_path / "killed", folder)
+        code, printed, _ = torchrun(ranks, "--resume", str(data), "--output", str(folder))
+        assert code == 0, printed[-3000:]
+        steps = {record["step"]: record for record in logged(folder, "step")}
+        assert sorted(steps) == list(range(1, 16))
+        first = steps[(kill - 1) // 2 * 2 + 1]  # behind the last checkpoint before the end
+        assert first["gradient_norm"] == pytest.approx(whole[first["step"] - 1]["gradient_norm"], rel=1e-5)
+        assert steps[15]["cross_entropy"] == pytest.approx(whole[-1]["cross_entropy"], abs=1e-3)

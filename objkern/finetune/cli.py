@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,16 @@ def _show(record: dict[str, Any]) -> None:
         print(epoch_table(record), flush=True)
 
 
+PATIENCE = timedelta(minutes=10)  # with a rank that does not answer: a score takes each of them as long
+
+
 @contextmanager
 def ranks() -> Iterator[None]:
-    """The process group that `torchrun` asks for, if it started this process."""
+    """The process group that `torchrun` asks for, if it started this process.
+
+    Raises:
+        OSError: another rank is gone, or hangs.
+    """
     import torch
     import torch.distributed as dist
 
@@ -209,8 +217,16 @@ def ranks() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|ProcessGroup", str(error))
+        if not lost:
+            raise
+        # With the group that is broken nothing is ended in order.
+        raise OSError(
+            f"rank {os.environ.get('RANK')}: another rank is gone, or hangs ({first_line(error)}); what was saved "
+            "stands, and the same command with --resume goes on, on any number of ranks"
+        ) from error
+    dist.destroy_process_group()
