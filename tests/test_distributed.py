@@ -60,6 +60,7 @@ class Call:
     excluded: bool = False  # some classes have −inf
     learns_scale: bool = False
     weighted_rows: bool = False
+    broken: bool = False  # NaN, infinities, rows without classes; of logits alone
 
 
 def by_advantage(s: objkern.Statistics, advantage: Tensor) -> Tensor:
@@ -104,6 +105,10 @@ CALLS = {
     "a loss per row": Call(CrossEntropy() + 0.1 * ZLoss(), options={"reduction": "none"}),
     "a sum": Call(CrossEntropy() + 0.1 * ZLoss(), options={"reduction": "sum"}),
     "a normalizer": Call(CrossEntropy(WEIGHT) + 0.1 * ZLoss(), options={"normalizer": 7.0}),
+    "broken rows": Call(
+        CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy() + 0.1 * MaxZLoss() + 0.1 * LogitL2(),
+        options={"reduction": "none"}, broken=True,
+    ),
     "the second class is ignored": Call(CrossEntropy(label_smoothing=0.1), options={"ignore_index": 1}),
 }  # fmt: skip
 
@@ -121,10 +126,18 @@ def inputs(call: Call) -> dict[str, Any]:
         z[::2, 4] = -torch.inf
         found["bias"][30:] = -torch.inf
         found["bias"][4] = -torch.inf
+    if call.broken:
+        z[0, 8], z[1, 3], z[2, :] = torch.nan, torch.inf, -torch.inf
+        z[4, :], z[4, 11] = -torch.inf, 2.0
+        z[6, :], z[6, 2] = -torch.inf, 2.0
+        z[7, 25] = torch.inf
+        z[8, :10] = -torch.inf
     labels = torch.randint(30, (ROWS,), generator=draw)
     labels[3] = 20
     labels[labels == 4] = 3
     labels[:3] = torch.tensor([1, 29, 19])
+    if call.broken:
+        labels[4], labels[6], labels[7], labels[8] = 11, 3, 25, 5
     labels[5] = labels[9] = call.options.get("ignore_index", -100)
     found |= {"logits": z.to(call.dtype), "labels": labels, "upstream": torch.rand(ROWS, generator=draw) + 0.5}
     found["probabilities"] = torch.rand(ROWS, CLASSES, generator=draw, dtype=torch.float64).softmax(-1).to(call.dtype)
