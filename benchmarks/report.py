@@ -90,8 +90,8 @@ REMARKS = {
     "`benchmarks/workloads.py`.",
     "Divergence from a reference": "`KLDivergence(temperature=2)` against `F.kl_div` of log_softmax and softmax, "
     "batchmean. The compiled one is fused by inductor.",
-    "Time over size": "From 2³¹ bfloat16 logits on, the gradient is more than objkern keeps between steps (an eighth of "
-    "the machine's memory), so that every step pays for fresh pages. Errors are those of the last three rows.",
+    "Time over size": "From 2³¹ bfloat16 logits on, the gradient is more than objkern keeps between steps (an eighth "
+    "of the machine's memory), so that every step pays for fresh pages. Errors are those of the last three rows.",
     "Six terms": "Cross-entropy with label smoothing, z-loss, entropy, logit L2, focal and poly-1; price: over plain "
     "cross-entropy, both with the gradient in the backward pass.",
     "Terms on parameters": "Value and gradients of all weight matrices of a sentence encoder; eager torch: the sum "
