@@ -213,7 +213,8 @@ def test_a_split_vocabulary_is_a_whole_one(split: tuple[int, ...], kind: str, ra
             for one in found:
                 same(one[name][key], value, call.dtype if key == "d hidden" or call.dtype != torch.bfloat16
                      else torch.float32, f"{name}: {key}")  # fmt: skip
-                assert torch.equal(one[name][key], found[0][name][key]), f"{name}: {key}: ranks differ"
+                torch.testing.assert_close(one[name][key], found[0][name][key], rtol=0, atol=0, equal_nan=True,
+                                           msg=f"{name}: {key}: ranks differ")  # fmt: skip
         assert set(found[0][name]) == set(expected)
 
 
