@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("suites", nargs="*", metavar="SUITE", help="what to run; see below")
     found.add_argument("--size", choices=("quick", "full"), default="full",
-                       help="quick: about two minutes on two cores; full: about half an hour (default)")  # fmt: skip
+                       help="quick: about two minutes on two cores; full: more than an hour (default)")  # fmt: skip
     found.add_argument("--seconds", type=float, help="for the rounds of each benchmark (quick: 2, full: 10)")
     found.add_argument("--rounds", type=int, help="so many rounds, in the place of seconds")
     found.add_argument("--slack", type=float, metavar="SHARE", help="by which a target may be missed (0)")
