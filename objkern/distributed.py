@@ -394,8 +394,8 @@ class _Logits:
         if classes == 0:
             return _nothing(rows, self.own.reference is not None, logits), None
         target, elsewhere = self.own.target, self.own.elsewhere(classes)
-        if elsewhere is not None:
-            target = target.masked_fill(elsewhere, 0)
+        if self.own.labelled:
+            target = linear.with_first_elsewhere(target, classes, IGNORED)
         _, centred = self.ops.statistics(logits, target, **self.own.options(scale))
         return _part(centred, elsewhere, self.own.reference is not None), None
 
@@ -586,7 +586,7 @@ def statistics(
 
 def is_dtensor(*tensors: object) -> bool:
     """Whether one of them is a torch.distributed.tensor.DTensor."""
-    return any(isinstance(x, Tensor) and hasattr(x, "device_mesh") and hasattr(x, "placements") for x in tensors)
+    return any(type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in tensors)
 
 
 def of_logits(

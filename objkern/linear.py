@@ -116,11 +116,6 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def wide_of(hidden: Tensor) -> torch.dtype:
-    """What sums are made in."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _widens(hidden: Tensor) -> bool:
     """Whether half-precision GEMMs run on float32 copies, panel by panel: on a CPU those are faster."""
     return hidden.is_cpu and hidden.element_size() == 2
@@ -137,7 +132,7 @@ class _Head:
         self.hidden, self.weight = hidden, weight
         self.classes, self.features = weight.shape
         self.dtype = hidden.dtype
-        self.wide = wide_of(hidden)
+        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.widens = _widens(hidden)
         self.gradient_dtype = self.wide if self.widens else self.dtype
         self.bias = None if bias is None else bias.to(self.wide)

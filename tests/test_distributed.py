@@ -218,6 +218,29 @@ def test_a_split_vocabulary_is_a_whole_one(split: tuple[int, ...], kind: str, ra
         assert set(found[0][name]) == set(expected)
 
 
+def small_divergence(of: Any = None, own: slice = slice(None), dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Both directions, of distributions that differ in the third digit of their logits."""
+    draw = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(ROWS, CLASSES, generator=draw)).to(dtype)
+    r = z + (1e-3 * torch.randn(ROWS, CLASSES, generator=draw)).to(dtype)
+    options = {"reference": r[:, own], "process_group": of, "reduction": "none"}
+    return [KLDivergence(which)(z[:, own], **options) for which in ("forward", "reverse")]
+
+
+def small_divergence_on_a_rank() -> list[Tensor] | None:
+    of, rank = group(2), dist.get_rank()
+    return None if of is None else small_divergence(of, slice(0, 20) if rank == 0 else slice(20, CLASSES))
+
+
+def test_a_small_divergence_keeps_its_digits(ranks: Ranks) -> None:
+    """1e-6 in float32, whose shares of the parts are no better known than that."""
+    truth = small_divergence(dtype=torch.float64)
+    assert all(0 < value.max() < 1e-5 for value in truth)
+    for found in ranks(small_divergence_on_a_rank)[:2]:
+        for ours, exact in zip(found, truth, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
+
+
 # ---- what is communicated -------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 // is wasted on tails. A group of rows is turned on its side, classes outermost; then every step is a loop over classes.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels.h"
 #include "tile.h"
 #include "vectors.h"

@@ -316,7 +316,7 @@ inline void finish_stores() {
 #endif
 }
 
-// In float64, and from there: in registers, for what is read back at once in vectors of another width waits for a detour.
+// In float64, and from there: in registers, for what is read back at once in vectors of another width has to wait.
 inline void store_as(const Vec<double>& v, double* to) {
   v.store(to);
 }
