@@ -25,6 +25,7 @@ OURS = "objkern"
 Record = Callable[[Entry], None]
 
 LEAST, MOST, MOST_STEPS = 5, 101, 15  # rounds, and steps of a contestant in one
+LONG = 0.5  # seconds of a step, in which what was in the caches before it has no weight
 
 
 def checked(losses: dict[str, Loss], truth: Loss, inputs: Sequence[Tensor], shared: Sequence[int] = ()) -> Entry:
@@ -91,35 +92,40 @@ def contest(
 
     Args:
         children: process ids that take part.
-        warm: everyone takes an untimed step before the timed one.
+        warm: everyone whose step is not long takes an untimed one before the timed one.
         ours: the contestant that the others are compared with.
         share: of the time that a benchmark has for its rounds.
     """
     timed = {name: run for name, run in timed.items() if name not in facts.get("failed", {})}
     timed = switches.slowed(timed)
     benchmark.group = benchmark.group or f"{facts['kind']}, {facts['workload']}"
-    rounds = config.getoption("--rounds")
+    rounds, short = config.getoption("--rounds"), None if warm else ()
     if rounds is None and benchmark.enabled:
-        timed, rounds = planned(share * config.getoption("--seconds"), timed, warm)
+        timed, rounds, short = planned(share * config.getoption("--seconds"), timed, warm)
     others = machine.Others(children)
-    seconds = race(benchmark, timed, ours, rounds or LEAST, warm)
+    seconds = race(benchmark, timed, ours, rounds or LEAST, short)
     if benchmark.enabled:
         record(facts | compared(seconds, ours) | {"others": others.cores()})
 
 
-def planned(limit: float, timed: dict[str, Step], warm: bool) -> tuple[dict[str, Step], int]:
-    """The steps, several of them in a round for who is quick, and as many rounds as fit.
+def planned(limit: float, timed: dict[str, Step], warm: bool) -> tuple[dict[str, Step], int, list[str]]:
+    """The steps, several of them in a round for who is quick; as many rounds as fit; who needs to be warm.
 
     The slowest decides how many rounds there are; in each, the others may take a fifth of its time.
     """
-    for run in timed.values():  # brings in code and memory
-        run()
-    once = {name: timed_once(run) for name, run in timed.items()}
+    once = {name: settled_once(run) for name, run in timed.items()}
     slowest = max(once.values())
     repeats = {name: max(1, min(MOST_STEPS, int(0.2 * slowest / seconds))) for name, seconds in once.items()}
-    a_round = (1 + warm) * sum(repeats[name] * seconds for name, seconds in once.items())
+    short = [name for name, seconds in once.items() if warm and seconds < LONG]
+    a_round = sum((1 + (name in short)) * repeats[name] * seconds for name, seconds in once.items())
     rounds = max(LEAST, min(MOST, int(limit / a_round)))
-    return {name: middle(run, repeats[name]) for name, run in timed.items()}, rounds
+    return {name: middle(run, repeats[name]) for name, run in timed.items()}, rounds, short
+
+
+def settled_once(run: Step) -> float:
+    """Seconds of a step, and if it is not long then of the next: the first one brings in code and memory."""
+    first = timed_once(run)
+    return first if first > 4 * LONG else timed_once(run)
 
 
 def timed_once(run: Step) -> float:

@@ -65,7 +65,7 @@ HEADS = [
     Head(128, 128, 32000, torch.float32, "smaller still", {"regularized": {"eager": 1.5}}, quick=True),
 ]  # fmt: skip
 MEMORY_HEAD = HEADS[0]
-LAW_FEATURES, LAW_ROWS, LAW_CLASSES = 64, (1024, 2048, 4096, 8192), (8192, 32768, 131072, 262144)
+LAW_FEATURES, LAW_ROWS, LAW_CLASSES = 64, (1024, 8192), (8192, 65536, 262144)
 
 
 def flops(rows: int, features: int, classes: int) -> int:

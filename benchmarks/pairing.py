@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,23 +21,24 @@ Interval = list[float]  # [low, median, high]
 class Round:
     """One round: the rivals one after the other, then the contestant that the benchmark is about.
 
-    Everyone takes an untimed step first, as in training, where a loss follows itself: what the one before left in
-    caches and allocator is its own.
-
     Args:
-        warm: false if the steps see to that themselves.
+        warm: who takes an untimed step first, as in training, where a loss follows itself: what the one before left in
+            caches and allocator is its own. Without: everyone.
     """
 
-    def __init__(self, rivals: dict[str, Step], name: str, step: Step, warm: bool = True) -> None:
-        self.rivals, self.name, self.step, self.warm = rivals, name, step, warm
+    def __init__(
+        self, rivals: dict[str, Step], name: str, step: Step, warm: Collection[str] | None = None
+    ) -> None:  # fmt: skip
+        self.rivals, self.name, self.step = rivals, name, step
+        self.warm = [*rivals, name] if warm is None else warm
         self.seconds: dict[str, list[float]] = {rival: [] for rival in [*rivals, name]}
 
     def before(self) -> None:
         for name, step in self.rivals.items():
-            if self.warm:
+            if name in self.warm:
                 step()
             self.seconds[name].append(step())
-        if self.warm:
+        if self.name in self.warm:
             self.step()
 
     def run(self) -> None:
@@ -45,11 +46,11 @@ class Round:
 
 
 def race(
-    benchmark: BenchmarkFixture, steps: dict[str, Step], name: str, rounds: int, warm: bool = True
+    benchmark: BenchmarkFixture, steps: dict[str, Step], name: str, rounds: int, warm: Collection[str] | None = None
 ) -> dict[str, list[float]]:
     """The seconds of every contestant, round by round; the entry in pytest-benchmark's own table is ``steps[name]``."""
     this = Round({rival: step for rival, step in steps.items() if rival != name}, name, steps[name], warm)
-    benchmark.pedantic(this.run, setup=this.before, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(this.run, setup=this.before, rounds=rounds, warmup_rounds=bool(this.warm))
     return {rival: seconds[-rounds:] for rival, seconds in this.seconds.items()}
 
 
