@@ -586,7 +586,10 @@ def statistics(
 
 def is_dtensor(*tensors: object) -> bool:
     """Whether one of them is a torch.distributed.tensor.DTensor."""
-    return any(type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in tensors)
+    return any(type(x) not in _PLAIN and isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def of_logits(
@@ -733,3 +736,87 @@ def _of_mesh(x: Any, split: int | None, dim: int, group: ProcessGroup | Shard | 
     step = -(-classes // count)
     sizes = tuple(max(0, min(classes, (rank + 1) * step) - rank * step) for rank in range(count))
     return Shard(own, dist.get_rank(own), sizes)
+
+
+# ---- weights of which each rank has a part --------------------------------------------------------------------------
+
+
+def own(x: Tensor) -> Tensor:
+    """The rank's own part of a DTensor, or the tensor."""
+    return x.to_local() if is_dtensor(x) else x
+
+
+def spread(x: Any) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh of a DTensor and those of its dimensions that split it; None of a plain tensor.
+
+    Raises:
+        ValueError: a placement that cannot be served.
+    """
+    if not is_dtensor(x):
+        return None
+    for placement in x.placements:
+        if placement.is_partial():
+            raise ValueError(f"parameters: {placement}, of which each rank has a summand, cannot be served")
+    return x.device_mesh, tuple(k for k, placement in enumerate(x.placements) if not placement.is_replicate())
+
+
+def spread_like(part: Tensor, x: Any) -> Tensor:
+    """The DTensor of which this is the rank's own part, as `x` is spread; the part itself if that is plain."""
+    if not is_dtensor(x):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )  # fmt: skip
+
+
+def part_of(whole: Tensor, x: Any) -> Tensor:
+    """A whole tensor, which every rank has, spread as `x` is."""
+    if not is_dtensor(x) or is_dtensor(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None).clone()
+
+
+class _OfAllParts(torch.autograd.Function):
+    """The sum of a number over the ranks: the same on each, and each has the derivative by its own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mesh: Any, dims: tuple[int, ...]) -> Tensor:
+        import torch.distributed as dist
+
+        total = value.clone()
+        for dim in dims:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        return upstream, None, None
+
+
+def of_all_parts(value: Tensor, where: tuple[Any, tuple[int, ...]] | None) -> Tensor:
+    """The value of the whole from that of the rank's own part, with `where` as `spread` gives it."""
+    return value if where is None else _OfAllParts.apply(value, *where)
+
+
+def group_of_classes(weight: Any) -> Any:
+    """The process group of a weight that is split by class; None if it is not."""
+    if not is_dtensor(weight):
+        return None
+    split = _split("weight", weight, 0)
+    return None if split is None else weight.device_mesh.get_group(split)
+
+
+def whole_logits(hidden: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """``F.linear(hidden, weight, bias)`` on every rank, of a weight that is split by class or whole."""
+    if not is_dtensor(weight):
+        return F.linear(hidden, weight, bias)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    hidden = DTensor.from_local(
+        hidden, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim, run_check=False
+    )  # fmt: skip
+    return F.linear(hidden, weight, bias).full_tensor()

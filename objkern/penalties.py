@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import distributed, ops
 from .batch import REDUCTIONS, describe
 from .elementwise import MeanAbsoluteError, MeanSquaredError
 from .objective import Term
@@ -71,12 +71,20 @@ def _together(device: torch.device) -> bool:
     return True
 
 
-def _by_device(parameters: list[Tensor]) -> list[tuple[torch.device, list[int]]]:
-    """Devices in the order in which they come, with the places of their parameters."""
-    found: dict[torch.device, list[int]] = {}
+def _by(what: Callable[[Tensor], Any], parameters: list[Tensor]) -> list[tuple[Any, list[int]]]:
+    """What it says of parameters, in the order in which that comes, with the places of those of which it does."""
+    found: dict[Any, list[int]] = {}
     for k, theta in enumerate(parameters):
-        found.setdefault(theta.device, []).append(k)
+        found.setdefault(what(theta), []).append(k)
     return list(found.items())
+
+
+def _device(x: Tensor) -> torch.device:
+    return x.device
+
+
+def _widest(values: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
 
 
 def _at(places: list[int], *lists: list[Tensor]) -> list[list[Tensor]]:
@@ -98,14 +106,14 @@ def _of_one(origins: list[Tensor], weights: list[Tensor], k: int) -> tuple[Tenso
 
 def _value(parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float) -> Tensor:
     values, device = [], parameters[0].device
-    for place, places in _by_device(parameters):
+    for place, places in _by(_device, parameters):
         own = _at(places, parameters, origins, weights)
         if _together(place) and (l1 or l2):
             values.append(torch.ops.objkern.multi_penalty(*own, l1, l2).to(device))
         else:
             values += [value.to(device) for value in _values_one_by_one(*own, l1, l2)]
     total = torch.stack(values).sum() if values else torch.zeros((), device=device)
-    return total.to(torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32)
+    return total.to(_widest(parameters))
 
 
 def _values_one_by_one(
@@ -125,7 +133,7 @@ def _gradient(
 ) -> list[Tensor]:
     """Rounded once to the parameter's dtype, after the upstream gradient."""
     found: dict[int, Tensor] = {}
-    for place, places in _by_device(parameters):
+    for place, places in _by(_device, parameters):
         own = _at(places, parameters, origins, weights)
         if _together(place):
             gradients = torch.ops.objkern.multi_penalty_gradient(upstream.to(place), *own, l1, l2)
@@ -298,9 +306,8 @@ class _Held:
 # ---- the terms ------------------------------------------------------------------------------------------------------
 
 
-def _takes_sums(theta: Tensor) -> bool:
+def _takes_sums(theta: Tensor, g: Tensor | None) -> bool:
     """Whether there is a gradient that a kernel can add to."""
-    g = theta.grad
     return g is not None and g.layout == torch.strided and g.is_contiguous() and g.dtype == theta.dtype
 
 
@@ -325,33 +332,44 @@ class ParameterTerm(Term):
         return list(self._held.named().values()), [], []
 
     def penalty(self) -> Tensor:
-        """The value, float32 (float64 if a parameter is)."""
-        return torch.ops.objkern.parameter_penalty(*self._tensors(), self.l1, self.l2)
+        """The value, float32 (float64 if a parameter is). Of DTensors that of the whole, on every rank."""
+        tensors = self._tensors()
+        if not distributed.is_dtensor(*tensors[0]):
+            return torch.ops.objkern.parameter_penalty(*tensors, self.l1, self.l2)
+        values = []
+        for where, places in _by(distributed.spread, tensors[0]):
+            parts = [[distributed.own(x) for x in some] for some in _at(places, *tensors)]
+            value = torch.ops.objkern.parameter_penalty(*parts, self.l1, self.l2)
+            values.append(distributed.of_all_parts(value, where))
+        return torch.stack([value.to(values[0].device, torch.float64) for value in values]).sum().to(_widest(values))
 
     @torch.no_grad()
     def accumulate_(self, weight: float | Tensor = 1.0) -> None:
         """``(weight * term()).backward()`` without a graph: adds to `.grad`, and makes it where there is none."""
-        parameters, origins, weights = self._tensors()
+        tensors = self._tensors()
+        parameters, origins, weights = ([distributed.own(x) for x in some] for some in tensors)
+        gradients = [None if theta.grad is None else distributed.own(theta.grad) for theta in tensors[0]]
         like = parameters[0]
         upstream = torch.as_tensor(weight, dtype=_wide(like), device=like.device)
         at_once: dict[torch.device, list[int]] = {}
-        for k, theta in enumerate(parameters):
-            if not theta.requires_grad:
+        for k, (whole, theta, g) in enumerate(zip(tensors[0], parameters, gradients, strict=True)):
+            if not whole.requires_grad:
                 continue
-            if _takes_sums(theta) and _together(theta.device):
+            if _takes_sums(theta, g) and _together(theta.device):
                 at_once.setdefault(theta.device, []).append(k)
                 continue
             # A parameter at a time, so that no more than one gradient exists beside those that are kept.
             own = [theta], origins[k : k + 1], weights[k : k + 1]
-            (g,) = torch.ops.objkern.parameter_penalty_gradient(upstream, *own, self.l1, self.l2)
-            if theta.grad is None:
-                theta.grad = g
+            (found,) = torch.ops.objkern.parameter_penalty_gradient(upstream, *own, self.l1, self.l2)
+            if g is None:
+                whole.grad = distributed.spread_like(found, whole)
             else:
-                theta.grad.add_(g)
+                g.add_(found)
         for place, places in at_once.items():
             own = _at(places, parameters, origins, weights)
-            gradients = [theta.grad for theta in own[0]]
-            torch.ops.objkern.multi_penalty_accumulate_(gradients, upstream.to(place), *own, self.l1, self.l2)
+            torch.ops.objkern.multi_penalty_accumulate_(
+                [gradients[k] for k in places], upstream.to(place), *own, self.l1, self.l2
+            )  # fmt: skip
 
     def _arguments(self) -> str:
         return f"<{self._held.what}>" + (", include_all=True" if self.include_all else "")
@@ -441,10 +459,14 @@ class L2SP(ParameterTerm):
             kept = self._buffers.get(_buffer(kind, name))
             if kept is None:
                 continue
+            if distributed.is_dtensor(parameter) and not distributed.is_dtensor(kept) and kept.shape == parameter.shape:
+                # The model was sharded since: every rank keeps its own part.
+                kept = self._buffers[_buffer(kind, name)] = distributed.part_of(kept, parameter)
             if kept.shape != parameter.shape or type(parameter.data) is not type(kept):
                 raise ValueError(
                     f"{self._formula_name()}: {name} is {describe(parameter)} now, but was {describe(kept)} when the "
-                    "term was made; make it after the model is sharded or resized"
+                    "term was made; make it after the model is resized, and call it where the weights are as they "
+                    "were: not between the forward and the backward pass of a model that FSDP shards"
                 )
             found.append(kept if kept.device == parameter.device else kept.to(parameter.device))
         return found

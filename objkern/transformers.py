@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .objective import Objective
 
 # ---- the stand-in for logits ----------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class DeferredLogits:
     def materialize(self) -> Tensor:
         """The tensor, (..., V), with its graph; the same one at every call."""
         if self._tensor is None:
-            z = F.linear(self._hidden, *self._layer) * self._scale
+            z = distributed.whole_logits(self._hidden, *self._layer) * self._scale
             z = z if self._cap is None else self._cap * torch.tanh(z / self._cap)
             self._tensor = z.to(self.dtype)
         return self._tensor
@@ -263,9 +264,10 @@ class Attached:
             target = target.reshape(hidden.shape[:-1])
         if self.logits_of_reference is not None:
             options["reference"] = self.logits_of_reference.beside(hidden, scale, cap)
+        group = distributed.group_of_classes(layer.weight)  # a head that somebody has split by class
         loss, parts = self.objective.linear(
             hidden, layer.weight, target.to(hidden.device), layer.bias, logit_scale=scale, softcap=cap,
-            return_parts=True, **(self.options | options),
+            return_parts=True, process_group=group, **(self.options | options),
         )  # fmt: skip
         self.parts = parts
         return loss
@@ -453,6 +455,12 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     place = attached.place_of_labels
     if kwargs.get("labels") is None and (place >= len(args) or args[place] is None):
         return attached.forward(self, *args, **kwargs)
+    if attached.objective._penalized and _is_sharded(self):
+        raise NotImplementedError(
+            "objective: a term on parameters cannot be in the loss of a model that FSDP shards, of whose weights some "
+            "are gathered then and some are not; leave it out, and call (c * term).accumulate_() behind the backward "
+            "pass"
+        )
     attached.defers = True
     attached.count = kwargs.get("num_items_in_batch")
     if attached.reference is not None:
@@ -465,6 +473,11 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     finally:
         attached.defers, attached.count, attached.logits_of_reference = False, None, None
     return outputs if self.training else _materialized(outputs)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP shards it, or layers of it."""
+    return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
 
 
 def _narrow_reference(reference: nn.Module, owner: nn.Module, weight: Tensor, narrow: Tensor) -> tuple[Tensor, Tensor]:

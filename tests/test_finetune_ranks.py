@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("ranks need torch.distributed with gloo", allow_module_level=True)
 
 import objkern  # noqa: E402
-from objkern.finetune import checkpoints, strategies  # noqa: E402
+from objkern.distributed import is_dtensor  # noqa: E402
+from objkern.finetune import checkpoints, parallel, saved, strategies  # noqa: E402
 from objkern.finetune.tasks import TASKS, Evaluation  # noqa: E402
 from objkern.finetune.training import TrainingOptions, train  # noqa: E402
 
@@ -35,10 +37,20 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["token-classification", "sequence-classification", "several", "causal-lm", "packed", "seq2seq"]
 # (batch size, accumulation) by the number of ranks, all 8 rows in one window: batches for everyone, one too few, ranks
 # that have none, and all rows on rank 0.
-CUTS = {1: [(8, 1), (3, 3)], 2: [(3, 2), (1, 4), (8, 1)], 3: [(1, 3), (3, 1), (8, 1)]}
+CUTS = {1: [(8, 1), (3, 3)], 2: [(3, 2), (1, 4), (8, 1)], 3: [(1, 3), (3, 1), (8, 1)], 4: [(1, 2), (2, 1), (8, 1)]}
+# By the number of ranks, how they share the work beside data, with the cuts: under tensor they see the same batches.
+PARALLEL = {1: {}, 2: {"fsdp": CUTS[2], "tensor": CUTS[1]}, 3: {}, 4: {"fsdp": CUTS[4], "tensor:2": CUTS[2]}}
+TOGETHER = {"data": NAMES, "fsdp": ["token-classification", "causal-lm", "seq2seq"], "tensor": ["packed", "seq2seq"],
+            "tensor:2": ["causal-lm", "seq2seq"]}  # fmt: skip  # what is tried in each way: only language models' heads are split
 # Steps of six batches of one row: windows are the same on 1, 2 and 3 ranks, and the last one of an epoch has two.
 STEPS: dict[str, Any] = ONE_STEP | {"epochs": 2, "batch_size": 1, "clip": 1.0}
+MOVED = {"data": "token-classification", "fsdp": "token-classification", "tensor": "seq2seq"}
 RESUMED = TrainingOptions(epochs=3, batch_size=2, accumulation=1, learning_rate=1e-2, patience=9)
+
+
+def ways(ranks: int, name: str) -> dict[str, list[tuple[int, int]]]:
+    """The cuts of a window, by how the ranks share the work."""
+    return {how: cuts for how, cuts in {"data": CUTS[ranks], **PARALLEL[ranks]}.items() if name in TOGETHER[how]}
 
 
 def trained(name: str, folder: Path, options: TrainingOptions) -> dict[str, Any]:
@@ -51,24 +63,41 @@ def trained(name: str, folder: Path, options: TrainingOptions) -> dict[str, Any]
     model = strategies.apply(model_of(task), options.strategy, task.name)
     formula = "BinaryCrossEntropy() + 0.1*LogitL2()" if name == "several" else REGULARIZED
     objective = objkern.parse(formula) + 0.02 * objkern.L2(model) + 0.3 * objkern.L2SP(model)
+    model = parallel.apply(model, options.parallel, options.strategy, task)
     records: list[dict[str, Any]] = []
     train(model, task, task.examples(rows), lambda: Evaluation({task.metric: 1.0}), objective, options, folder,
           lambda record: records.append({k: v for k, v in record.items() if k != "seconds"}))  # fmt: skip
-    return {"weights": model.state_dict(), "records": records}
+    return {"weights": whole(model), "records": records}
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x.full_tensor() if is_dtensor(x) else x for name, x in model.state_dict().items()}
 
 
 def all_cases(ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for name in NAMES:
-        for size, accumulation in CUTS[ranks]:
-            case = f"{name} {size} {accumulation}"
-            options = TrainingOptions(batch_size=size, accumulation=accumulation, **ONE_STEP)
-            found[case] = trained(name, folder / case, options)
-        found[f"{name} steps"] = trained(name, folder / name, TrainingOptions(accumulation=6 // ranks, **STEPS))
+        for how, cuts in ways(ranks, name).items():
+            for size, accumulation in cuts:
+                case = f"{name} {size} {accumulation} {how}"
+                options = TrainingOptions(batch_size=size, accumulation=accumulation, parallel=how, **ONE_STEP)
+                found[case] = trained(name, folder / case, options)
+        if 6 % ranks == 0:
+            found[f"{name} steps"] = trained(name, folder / name, TrainingOptions(accumulation=6 // ranks, **STEPS))
+    for how in PARALLEL[ranks]:  # beside what is frozen
+        for strategy in ("last:1", "head"):
+            options = TrainingOptions(batch_size=8, strategy=strategy, parallel=how, **ONE_STEP)
+            found[f"causal-lm {strategy} {how}"] = trained("causal-lm", folder / f"{strategy} {how}", options)
+    if ranks == 1:
+        for strategy in ("last:1", "head"):
+            options = TrainingOptions(batch_size=8, strategy=strategy, **ONE_STEP)
+            found[f"causal-lm {strategy}"] = trained("causal-lm", folder / strategy, options)
     return found
 
 
-def a_step(options: TrainingOptions, folder: Path, **others: Any) -> dict[str, Any]:
+def a_step(
+    options: TrainingOptions, folder: Path, name: str = "token-classification", **others: Any
+) -> dict[str, Any]:  # fmt: skip
     """A run with dropout, and a number that each rank draws behind every step."""
     records: list[dict[str, Any]] = []
     interrupt = others.pop("interrupt", 0)
@@ -79,13 +108,16 @@ def a_step(options: TrainingOptions, folder: Path, **others: Any) -> dict[str, A
         if record["event"] == "step" and record["step"] == interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    outcome, model, _ = run("token-classification", folder, options, count=11, dropout=0.2, log=log, **others)
-    return {"how": outcome.how, "weights": model.state_dict(), "records": records, "progress": outcome.progress}
+    outcome, model, _ = run(name, folder, options, count=11, dropout=0.2, log=log, **others)
+    return {"how": outcome.how, "weights": whole(model), "records": records, "progress": outcome.progress}
 
 
 def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     found = {"undisturbed": a_step(RESUMED, folder / "undisturbed")}
-    a_step(RESUMED, folder / "moved", interrupt=2)  # for other numbers of ranks to go on with
+    for how, name in MOVED.items():  # for other numbers of ranks to go on with
+        options = replace(RESUMED, parallel=how)
+        found[f"undisturbed {how}"] = a_step(options, folder / f"undisturbed {how}", name)
+        a_step(options, folder / f"moved {how}", name, interrupt=2)
     for case, step in (("first", 2), ("second", 4)):  # on rank 1 alone, then on rank 0 alone; in the midst of epochs
         alone = step if rank == (case == "first") else 0
         found[case] = a_step(RESUMED, folder / "resumed", resume=case != "first", interrupt=alone)
@@ -103,11 +135,13 @@ def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
 
     if rank == 1:
         own, task.loss = task.loss, lambda *a, **o: (lambda loss, parts: (loss * torch.nan, parts))(*own(*a, **o))
-    try:
-        train(model, task, task.examples(rows), lambda: Evaluation({"f1": 1.0}), objkern.CrossEntropy(),
-              TrainingOptions(batch_size=2), folder / "nan")  # fmt: skip
-    except FloatingPointError as error:
-        found["nan"] = {"error": str(error)}
+    for how in ("data", "fsdp"):
+        parallel.apply(model, how, "full", task) if how == "fsdp" else None
+        try:
+            train(model, task, task.examples(rows), lambda: Evaluation({"f1": 1.0}), objkern.CrossEntropy(),
+                  TrainingOptions(batch_size=2, parallel=how), folder / f"nan {how}")  # fmt: skip
+        except FloatingPointError as error:
+            found[f"nan {how}"] = {"error": str(error)}
     return found
 
 
@@ -121,17 +155,21 @@ def work(rank: int, ranks: int, folder: Path) -> None:
             timeout=datetime.timedelta(seconds=60),
         )  # fmt: skip
     if rank > 0:
-        checkpoints.save = checkpoints.keep_newest = checkpoints.restore_interrupted = None  # only rank 0 may write
+        checkpoints.keep_newest = checkpoints.restore_interrupted = None  # only rank 0 may write
+        save = checkpoints.save
+        checkpoints.save = lambda *arguments: save(*arguments) if is_dtensor(*arguments[2].values()) else None.write
     found = all_cases(ranks, folder)
     if ranks == 2:
         found |= other_cases(rank, folder)
     else:  # where two ranks were ended
-        own = folder / "moved"
-        if rank == 0:
-            shutil.copytree(folder.parent / "2" / "moved", own)
-        if ranks > 1:
-            dist.barrier()
-        found["moved"] = a_step(RESUMED, own, resume=True)
+        for how, name in MOVED.items():
+            own = folder / f"moved {how}"
+            if rank == 0:
+                shutil.copytree(folder.parent / "2" / own.name, own)
+            if ranks > 1:
+                dist.barrier()
+            now = "data" if ranks == 4 else how  # and from parts to whole weights
+            found[f"moved {how}"] = a_step(replace(RESUMED, parallel=now), own, name, resume=True)
     torch.save(found, folder / f"{rank}.pt")
     if ranks > 1:
         dist.barrier()
@@ -194,23 +232,35 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_window_is_one_big_batch_on_any_number_of_ranks(name: str, ranks: int, found: Any) -> None:
     """24: other numbers of labels in every row, ranks with fewer batches than others and with none at all."""
-    whole = found[1][0][f"{name} 8 1"]
+    whole = found[1][0][f"{name} 8 1 data"]
     start = model_of(
         task_of("causal-lm" if name == "packed" else name, rows_of("causal-lm" if name == "packed" else name, 8))
     )
     moved = max((x - start.state_dict()[key]).abs().max().item() for key, x in whole["weights"].items())
     assert moved > 1e-3
     assert {"l2", "l2_sp"} <= whole["records"][0].keys()
-    for size, accumulation in CUTS[ranks]:
+    for how, cuts in ways(ranks, name).items():
+        for size, accumulation in cuts:
+            for of_rank in found[ranks]:
+                assert_same(of_rank[f"{name} {size} {accumulation} {how}"], whole)
+    if 6 % ranks == 0:
+        steps = found[1][0][f"{name} steps"]
+        assert steps["records"][2]["l2_sp"] > 0.0
         for of_rank in found[ranks]:
-            assert_same(of_rank[f"{name} {size} {accumulation}"], whole)
-    steps = found[1][0][f"{name} steps"]
-    assert steps["records"][2]["l2_sp"] > 0.0
-    for of_rank in found[ranks]:
-        assert_same(of_rank[f"{name} steps"], steps)
+            assert_same(of_rank[f"{name} steps"], steps)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("strategy", ["last:1", "head"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_is_frozen_stays_so_in_parts(ranks: int, strategy: str, found: Any) -> None:
+    """22: a head that trains beside a body that is frozen but for its last layer, and alone."""
+    whole = found[1][0][f"causal-lm {strategy}"]
+    for how in PARALLEL[ranks]:
+        for of_rank in found[ranks]:
+            assert_same(of_rank[f"causal-lm {strategy} {how}"], whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_have_the_same_weights_bit_for_bit(ranks: int, found: Any) -> None:
     first, *others = found[ranks]
     for other in others:
@@ -244,18 +294,21 @@ def test_ranks_decide_together(found: Any) -> None:
     """28: rank 0's scores say when to stop; what one rank alone sees go wrong is an error on all."""
     for of_rank in found[2]:
         assert (of_rank["scores"]["how"], of_rank["scores"]["best"]) == ("finished", 3)
-        assert of_rank["nan"]["error"].startswith("the loss is nan in step 1: {'cross_entropy'")
+        for how in ("data", "fsdp"):
+            assert of_rank[f"nan {how}"]["error"].startswith("the loss is nan in step 1: {'cross_entropy'")
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_ranks_goes_on(ranks: int, found: Any) -> None:
+@pytest.mark.parametrize("how", MOVED)
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_another_number_of_ranks_goes_on(ranks: int, how: str, found: Any) -> None:
     """A run of two ranks, ended after two steps: the windows are what they were, and so is dropout. The first step has
-    the undisturbed run's gradient, but for the order in which it is added up, and the end its loss."""
-    undisturbed = found[2][0]["undisturbed"]
+    the undisturbed run's gradient, but for the order in which it is added up, and the end its loss; also where weights
+    and moments were in parts, and are in others now or whole."""
+    undisturbed = found[2][0][f"undisturbed {how}"]
     for of_rank in found[ranks]:
-        other = of_rank["moved"]
+        other = of_rank[f"moved {how}"]
         assert other["how"] == "finished"
-        assert other["progress"].batches == 2
+        assert other["progress"].batches == (1 if how == "tensor" else 2)
         ours, theirs = ([r for r in case["records"] if r["event"] == "step"] for case in (other, undisturbed))
         assert [r["step"] for r in ours] == [r["step"] for r in theirs[2:]]
         for name in ("cross_entropy", "gradient_norm", "learning_rate"):
@@ -268,9 +321,9 @@ def test_another_number_of_ranks_goes_on(ranks: int, found: Any) -> None:
 # ---- under torchrun -------------------------------------------------------------------------------------------------
 
 COMMAND = [
-    "-m", "objkern", "finetune", "token-classification", "--hidden-size", "32", "--layers", "2", "--heads", "2",
-    "--vocabulary", "400", "--max-length", "64", "--epochs", "3", "--batch-size", "4", "--device", "cpu",
-    "--checkpoint-steps", "2", "--patience", "9",
+    "-m", "objkern", "finetune", "--hidden-size", "32", "--layers", "2", "--heads", "2", "--vocabulary", "400",
+    "--max-length", "64", "--epochs", "3", "--batch-size", "4", "--device", "cpu", "--checkpoint-steps", "2",
+    "--patience", "9",
 ]  # fmt: skip
 
 
@@ -280,9 +333,9 @@ def torchrun(ranks: int, *words: str, kill: int = 0) -> tuple[int, str, float]:
 import os, signal, sys
 from objkern.finetune import training
 own = training._step
-def step(*arguments):
-    found = own(*arguments)
-    if os.environ.get("RANK") == "1" and arguments[6].step + 1 == {kill}:
+def step(model, task, window, objective, penalties, optimizer, options, progress, *others):
+    found = own(model, task, window, objective, penalties, optimizer, options, progress, *others)
+    if os.environ.get("RANK") == "1" and progress.step + 1 == {kill}:
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 training._step = step
@@ -308,16 +361,22 @@ def logged(folder: Path, event: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["event"] == event]
 
 
-def test_a_killed_rank_ends_the_job_and_any_number_goes_on(tmp_path: Path) -> None:
+def written(folder: Path, name: str, count: int) -> str:
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows_of(name, count))), encoding="utf-8")
+    return str(data)
+
+
+@pytest.mark.parametrize("how", ["data", "fsdp"])
+def test_a_killed_rank_ends_the_job_and_any_number_goes_on(how: str, tmp_path: Path) -> None:
     """In bounded time, with a message; what is lost are the steps since the last checkpoint."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows_of("token-classification", 40))), encoding="utf-8")
-    code, printed, _ = torchrun(2, str(data), "--output", str(tmp_path / "whole"))
+    words = ["token-classification", written(tmp_path, "token-classification", 40), "--parallel", how, "--output"]
+    code, printed, _ = torchrun(2, *words, str(tmp_path / "whole"))
     assert code == 0, printed[-3000:]
     whole = logged(tmp_path / "whole", "step")
     assert len(whole) == 15  # nine batches of four in windows of two, three times
     kill = random.Random(0).randrange(4, 12)
-    code, printed, seconds = torchrun(2, str(data), "--output", str(tmp_path / "killed"), kill=kill)
+    code, printed, seconds = torchrun(2, *words, str(tmp_path / "killed"), kill=kill)
     assert code != 0
     assert seconds < 60
     assert "another rank is gone, or hangs" in printed
@@ -325,10 +384,35 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(tmp_path: Path) -> No
     for ranks in (1, 2):
         folder = tmp_path / f"resumed on {ranks}"
         shutil.copytree(tmp_path / "killed", folder)
-        code, printed, _ = torchrun(ranks, "--resume", str(data), "--output", str(folder))
+        code, printed, _ = torchrun(ranks, "--resume", *words, str(folder))
         assert code == 0, printed[-3000:]
         steps = {record["step"]: record for record in logged(folder, "step")}
         assert sorted(steps) == list(range(1, 16))
         first = steps[(kill - 1) // 2 * 2 + 1]  # behind the last checkpoint before the end
         assert first["gradient_norm"] == pytest.approx(whole[first["step"] - 1]["gradient_norm"], rel=1e-5)
         assert steps[15]["cross_entropy"] == pytest.approx(whole[-1]["cross_entropy"], abs=1e-3)
+        assert_same_models(folder, tmp_path / "whole", atol=1e-4)
+
+
+def assert_same_models(ours: Path, theirs: Path, atol: float) -> None:
+    """What the end of a run writes is whole, whatever its ranks had."""
+    (mine, _), (other, _) = saved.load(ours), saved.load(theirs)
+    for (name, x), y in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=name)
+
+
+def test_a_head_in_parts_from_the_command_line(tmp_path: Path) -> None:
+    """Two ranks that see the same batches do what one does."""
+    words = ["causal-lm", written(tmp_path, "causal-lm", 24), "--objective", REGULARIZED, "--output"]
+    for ranks in (1, 2):
+        code, printed, _ = torchrun(ranks, "--parallel", "tensor", *words, str(tmp_path / str(ranks)))
+        assert code == 0, printed[-3000:]
+    for ours, theirs in zip(*(logged(tmp_path / name, "step") for name in "21"), strict=True):
+        for key in ("total", "gradient_norm", "cross_entropy", "z_loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    for ours, theirs in zip(*(logged(tmp_path / name, "epoch") for name in "21"), strict=True):
+        assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-4)
+    assert_same_models(tmp_path / "2", tmp_path / "1", atol=1e-4)
+    code, printed, _ = torchrun(2, "--parallel", "tensor:3", *words, str(tmp_path / "3"))
+    assert code != 0
+    assert "expected a number that divides the 2 ranks but got tensor:3" in printed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
-from objkern.finetune import checkpoints, strategies, training  # noqa: E402
+from objkern.finetune import checkpoints, parallel, strategies, training  # noqa: E402
 from objkern.finetune.schedules import Schedule, linear  # noqa: E402
 from objkern.finetune.tasks import TASKS, Evaluation, Task  # noqa: E402
 from objkern.finetune.training import Outcome, TrainingOptions, train  # noqa: E402
@@ -112,6 +112,9 @@ def run(
     rows = rows_of(name, count)
     task = task_of(name, rows)
     model = strategies.apply(model_of(task, dropout), options.strategy, task.name)
+    model = parallel.apply(model, options.parallel, options.strategy, task)
+    if options.parallel != "data":
+        task.score(model, rows)  # as a run begins
     objective = objkern.parse(formula or task.formula())
     records: list[dict[str, Any]] = []
     log: Callable[[dict[str, Any]], None] = others.pop("log", records.append)

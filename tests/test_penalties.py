@@ -293,7 +293,7 @@ def test_bad_input(net: Net) -> None:
             make()
     term = EWC(net, fisher)
     net.first = nn.Linear(9, 40)
-    with pytest.raises(ValueError, match="sharded or resized"):
+    with pytest.raises(ValueError, match="make it after the model is resized"):
         term()
 
 

@@ -1,93 +1,224 @@
-"""Objectives attached to models that FSDP shards, on two processes under gloo: row 22 of other projects' mistakes."""
+"""Objectives attached to models on several ranks, processes under gloo: sharded by FSDP, in DDP, and in Trainer.
+
+Row 22 of other projects' mistakes, and 24: whatever the ranks, batches and accumulation, the gradient is that of one big
+batch.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("ranks need torch.distributed with gloo", allow_module_level=True)
 
 import objkern  # noqa: E402
-from objkern.transformers import attach  # noqa: E402
+from objkern.transformers import attach, compute_loss_func  # noqa: E402
 
-RANKS, LABELS_OF_A_RANK = 2, 14
+from .ranks import Ranks  # noqa: E402
+
 OBJECTIVE = objkern.CrossEntropy(label_smoothing=0.1) + 1e-2 * objkern.ZLoss()
+ROWS, TOKENS, CLASSES = 8, 8, 40
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def llama(tied: bool, frozen: bool) -> torch.nn.Module:
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, Ranks]]:
+    with Ranks(2) as two, Ranks(4) as four:
+        yield {2: two, 4: four}
+
+
+def llama(tied: bool = False, frozen: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=CLASSES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=32, tie_word_embeddings=tied,
     ))  # fmt: skip
     model.lm_head.weight.requires_grad_(not frozen)
     return model
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(1))
+def tokens() -> Tensor:
+    return torch.randint(CLASSES, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def sharded(rank: int, folder: Path, tied: bool, frozen: bool, alone: bool) -> None:
-    """One rank: the gradients of its half of the batch, which FSDP averages, are written; or what went wrong."""
+def labels(ignored: int) -> Tensor:
+    """Another number of them in every row; the last rows have none."""
+    found = tokens().where(torch.arange(TOKENS) >= torch.arange(ROWS)[:, None] % 5, -100)
+    found[ROWS - ignored :] = -100
+    return found
+
+
+def whole_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients, on every rank; the names are those of the model that something has wrapped."""
+    return {
+        name.removeprefix("module."): p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def shard(model: nn.Module, alone: bool = False) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    signal.alarm(150)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    model, mesh = llama(tied, frozen), init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     if alone:
         fully_shard(model.lm_head, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    attach(model, OBJECTIVE)
-    ids = tokens()[2 * rank : 2 * rank + 2]
-    count = torch.tensor(LABELS_OF_A_RANK)
+    return fully_shard(model, mesh=mesh)
+
+
+# ---- FSDP -----------------------------------------------------------------------------------------------------------
+
+
+def step(tied: bool, frozen: bool, ignored: int, alone: bool = False) -> dict[str, Tensor] | str:
+    """The gradients of a rank's share of the rows, which FSDP averages; or what went wrong."""
+    model, y = attach(shard(llama(tied, frozen), alone), OBJECTIVE), labels(ignored)
+    share = ROWS // dist.get_world_size()
+    own = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    count = (y[:, 1:] != -100).sum() / dist.get_world_size()  # as averaging divides by the ranks
     try:
-        model(input_ids=ids, labels=ids, num_items_in_batch=count, use_cache=False).loss.backward()
+        model(input_ids=tokens()[own], labels=y[own], num_items_in_batch=count, use_cache=False).loss.backward()
     except ValueError as error:
-        (folder / f"error-{rank}").write_text(str(error))
-        os._exit(0)  # the other rank does the same; nothing is left to wait for
-    found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
-    if rank == 0:
-        torch.save(found, folder / "gradients")
-    dist.destroy_process_group()
+        return str(error)
+    return gathered(model)
 
 
-def on_two_ranks(*arguments: object) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=sharded, args=(rank, *arguments)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        assert process.exitcode == 0
-
-
+@pytest.mark.parametrize("ignored", [0, ROWS // 2])
 @pytest.mark.parametrize(("tied", "frozen"), [(False, False), (False, True), (True, False)])
-def test_a_sharded_model_has_the_gradients_of_a_whole_one(tied: bool, frozen: bool, tmp_path: Path) -> None:
-    """22: the head's weight is read while it is gathered, whether it trains, is frozen, or is the embedding's."""
-    on_two_ranks(tmp_path, tied, frozen, False)
-    found = torch.load(tmp_path / "gradients", weights_only=True)
-    model, ids = llama(tied, frozen), tokens()
-    OBJECTIVE(model(input_ids=ids).logits, ids, shift=1, backend="reference").backward()
-    truth = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == truth.keys()
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_sharded_model_has_the_gradients_of_a_whole_one(
+    ranks: int, tied: bool, frozen: bool, ignored: int, pools: dict[int, Ranks]
+) -> None:
+    """22: the head's weight is read while it is gathered, whether it trains, is frozen, or is the embedding's; and
+    nobody waits for a rank that has no label."""
+    model = llama(tied, frozen)
+    logits = model(input_ids=tokens()).logits
+    truth = whole_gradients(model, OBJECTIVE(logits, labels(ignored), shift=1, backend="reference"))
     assert ("lm_head.weight" in truth) == (not frozen and not tied)
-    for name, gradient in truth.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    for found in pools[ranks](step, tied, frozen, ignored):
+        assert found.keys() == truth.keys()
+        for name, gradient in truth.items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)
 
 
-def test_a_head_that_is_sharded_by_itself_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_is_sharded_by_itself_is_refused(pools: dict[int, Ranks]) -> None:
     """22: its weight is gone by the time the loss is computed; never a loss of freed memory."""
-    on_two_ranks(tmp_path, False, False, True)
-    for rank in range(RANKS):
-        assert "shard the head with the whole model" in (tmp_path / f"error-{rank}").read_text()
+    for found in pools[2](step, False, False, 0, True):
+        assert "shard the head with the whole model" in found
+
+
+def penalized() -> tuple[str, dict[str, Tensor], float]:
+    """In the loss of a sharded model a term on parameters is refused; behind the backward pass it is right."""
+    model = shard(llama())
+    penalty = 0.1 * objkern.L2(model) + 0.2 * objkern.L1(model, include_all=True)
+    attach(model, OBJECTIVE + penalty)
+    inputs = {"input_ids": tokens(), "labels": labels(0), "use_cache": False}
+    try:
+        model(**inputs)
+        said = ""
+    except NotImplementedError as error:
+        said = str(error)
+    attach(model, OBJECTIVE)
+    model(**inputs).loss.backward()
+    penalty.accumulate_()
+    return said, gathered(model), penalty().item()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_terms_on_weights_that_are_in_parts(ranks: int, pools: dict[int, Ranks]) -> None:
+    model = llama()
+    penalty = 0.1 * objkern.L2(model) + 0.2 * objkern.L1(model, include_all=True)
+    value = penalty()
+    loss = OBJECTIVE(model(input_ids=tokens()).logits, labels(0), shift=1, backend="reference") + value
+    truth = whole_gradients(model, loss)
+    for said, found, number in pools[ranks](penalized):
+        assert "(c * term).accumulate_() behind the backward pass" in said
+        assert number == pytest.approx(value.item(), rel=1e-6)
+        for name, gradient in truth.items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+# ---- Trainer --------------------------------------------------------------------------------------------------------
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.BertForTokenClassification(transformers.BertConfig(
+        vocab_size=CLASSES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, num_labels=5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ))  # fmt: skip
+
+
+MODELS = {"attached": llama, "compute_loss_func": bert}
+
+
+def of_model(how: str, ignored: int) -> Tensor:
+    return labels(ignored) if how == "attached" else labels(ignored).where(labels(ignored) < 0, labels(ignored) % 5)
+
+
+def in_trainer(how: str, size: int, accumulation: int, ignored: int, sharded: bool) -> dict[str, Tensor]:
+    """The gradients of Trainer's first step: in DDP, or of a model that is sharded by FSDP."""
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "MASTER_ADDR": "localhost",
+                   "WORLD_SIZE": str(dist.get_world_size()), "MASTER_PORT": "29500"}  # fmt: skip
+    found: dict[str, Tensor] = {}
+
+    class Keep(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.update(gathered(model))
+
+    model, y = MODELS[how](), of_model(how, ignored)
+    if sharded:
+        shard(model)
+    if how == "attached":
+        attach(model, OBJECTIVE)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, max_steps=1, optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, report_to=[],
+            save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=True,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, callbacks=[Keep()],
+            train_dataset=[{"input_ids": x, "labels": row} for x, row in zip(tokens(), y, strict=True)],
+            compute_loss_func=None if how == "attached" else compute_loss_func(OBJECTIVE),
+        )  # fmt: skip
+        if sharded:  # which accelerate does by itself only on GPUs
+            trainer.accelerator.prepare_model = lambda model, **_: model
+        trainer.train()
+    return found
+
+
+GRID = {2: [(4, 1), (2, 2), (1, 4)], 4: [(2, 1), (1, 2)]}  # (batch size, accumulation), for all 8 rows in one step
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ignored", [0, 3])
+@pytest.mark.parametrize(("ranks", "size", "accumulation"), [(n, *cut) for n, cuts in GRID.items() for cut in cuts])
+@pytest.mark.parametrize(("how", "sharded"), [("attached", False), ("compute_loss_func", False), ("attached", True)])
+def test_trainer_on_several_ranks(
+    how: str, sharded: bool, ranks: int, size: int, accumulation: int, ignored: int, pools: dict[int, Ranks]
+) -> None:
+    """24: masks of other sizes, batches and ranks without a label."""
+    model, y = MODELS[how](), of_model(how, ignored)
+    logits = model(input_ids=tokens()).logits
+    truth = whole_gradients(model, OBJECTIVE(logits, y, shift=int(how == "attached"), backend="reference"))
+    for found in pools[ranks](in_trainer, how, size, accumulation, ignored, sharded):
+        assert found.keys() == truth.keys()
+        for name, gradient in truth.items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)

@@ -153,6 +153,8 @@ CLAIMS: dict[str, list[Claim]] = {
               ("distributed::parts_make_the_whole",)),
         Claim("ranks on devices of their own, by NCCL (needs two or more devices)",
               ("distributed::ranks_on_devices_of_their_own",), WHICHEVER),
+        Claim("fine-tuning on several devices: data, fsdp and tensor give one device's steps (needs two or more)",
+              ("distributed::the_loop_on_devices_of_their_own",), WHICHEVER),
     ],
     "Streams, devices, graphs": [
         Claim("nothing waits for the device (20)",

@@ -120,6 +120,9 @@ def parser() -> argparse.ArgumentParser:
     add(run, "--search", "search for the best hyperparameters by so many runs: ranges stand in braces, such as "
         "--learning-rate {1e-5..1e-3:log} --batch-size {8,16,32} --objective 'CrossEntropy() + {0..1e-3}*ZLoss()'; an "
         "interrupted search goes on when it is started again", type=int, metavar="RUNS")  # fmt: skip
+    add(run, "--parallel", "under torchrun, how ranks share the work: data (each has the model), fsdp (each has parts "
+        "of all weights), tensor or tensor:K (K ranks have parts of a language model's head) (%(default)s)",
+        default=default.parallel)  # fmt: skip
     add(run, "--device", "cpu, cuda, cuda:1, ... (a GPU if there is one)", default="auto")
     add(run, "--seed", "of weights, dropout and order (%(default)s)", type=int, default=default.seed)
     return found

@@ -25,7 +25,7 @@ from torch import nn
 
 import objkern
 
-from . import retention, saved, strategies
+from . import parallel, retention, saved, strategies
 from .data import Row, checked, read, read_all
 from .lock import alone_in
 from .memory import peak_bytes
@@ -35,7 +35,7 @@ from .schedules import Schedule
 from .small import SmallModel, make
 from .tables import first_line
 from .tasks import TASKS, Example, Task
-from .training import TrainingOptions, train
+from .training import MAY_CHANGE, TrainingOptions, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -122,7 +122,9 @@ class Run:
     objective: Objective
     reference: nn.Module | None
     device: torch.device
-    files: str  # a fingerprint of what the model and its tokenizer were loaded from
+    source: str  # what the model was loaded from
+    files: str  # a fingerprint of that and of its tokenizer
+    layout: parallel.Layout
 
 
 def run(
@@ -188,7 +190,7 @@ def _run(
 
         outcome = train(
             ready.model, ready.task, ready.examples, lambda: _score(ready, "dev"), ready.objective, options.training,
-            options.output, log, resume=resume, schedules=schedules, reference=ready.reference,
+            options.output, log, resume=resume, schedules=schedules, reference=ready.reference, layout=ready.layout,
         )  # fmt: skip
     result: dict[str, Any] = {
         "how": outcome.how, "best_score": outcome.progress.best,
@@ -199,14 +201,25 @@ def _run(
         "trained_parameters": sum(p.numel() for p in ready.model.parameters() if p.requires_grad),
     }  # fmt: skip
     if outcome.how != "interrupted":
-        if first:  # before anything else that could go wrong
-            saved.save(options.output / "model", ready.model, ready.task)
+        _save_model(ready, first)  # before anything else that could go wrong
         result |= _tested(ready)
     if first:
         write_json(options.output / "result.json", result)
         write_curves(options.output)
         write_report(options.output)
     return result
+
+
+def _save_model(ready: Run, first: bool) -> None:
+    """By the first rank; if each has only parts of it, they come together in another that is whole."""
+    model, options = ready.model, ready.options
+    if parallel.is_split(model):
+        weights = parallel.whole(model)
+        if first:
+            model = _model(ready.source, ready.task, options)
+            model.load_state_dict(weights)
+    if first:
+        saved.save(options.output / "model", model, ready.task)
 
 
 def prepare(options: RunOptions, objective: Objective | None = None, splits: Splits | None = None) -> Run:
@@ -233,9 +246,10 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
         if name != "train":
             task.examples(rows, f"{name} data")
     device, started_from = device_of(options.device), source
+    layout = parallel.layout_of(options.training.parallel)
     torch.manual_seed(seed)  # the new head's weights
-    model = load_model(source, task, options.dropout)
-    model = strategies.apply(model, options.training.strategy, task.name).to(device)
+    model = _model(source, task, options).to(device)
+    parallel.same_weights(model)
     formula = task.formula() if options.objective is None else options.objective
     built = objkern.parse(formula) if objective is None else objective
     wanted = task.elementwise
@@ -249,7 +263,24 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
         built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
     task.check(model)
     _try(model, task, examples, built, reference)
-    return Run(options, task, splits, examples, model, built, reference, device, fingerprint(started_from))
+    model = parallel.apply(model, options.training.parallel, options.training.strategy, task)
+    return Run(
+        options,
+        task,
+        splits,
+        examples,
+        model,
+        built,
+        reference,
+        device,
+        started_from,
+        fingerprint(started_from),
+        layout,
+    )
+
+
+def _model(source: str, task: Task, options: RunOptions) -> nn.Module:
+    return strategies.apply(load_model(source, task, options.dropout), options.training.strategy, task.name)
 
 
 def splits_of(options: RunOptions) -> Splits:
@@ -461,7 +492,7 @@ def _same_run(path: Path, described: dict[str, Any]) -> dict[str, float]:
     return untrained
 
 
-_MAY_CHANGE = ("output", "device", "checkpoint_steps")  # and it is the same run
+_MAY_CHANGE = ("output", "device", *MAY_CHANGE)  # and it is the same run
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,14 @@
 
 A window is what one step of the optimizer sees: `accumulation` batches on each of the ranks that a run began with, and
 as many when it goes on with another number of them. Every loss is a sum over the rows of its batch divided by the count
-of the whole window, so gradients add up to that of one big batch, however it is cut. Order is a function of the seed
-and the epoch, rates are functions of the step, dropout is one of seed, step and batch; a checkpoint holds the rest.
-Ranks decide nothing alone: each sees every interruption and every bad loss.
+of the whole window, so gradients add up to that of one big batch, however it is cut. Terms on parameters are added
+once, behind the batches. Order is a function of the seed and the epoch, rates are functions of the step, dropout is one
+of seed, step and batch; a checkpoint holds the rest. Ranks decide nothing alone: each sees every interruption and every
+bad loss.
 """
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import signal
@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoints, strategies
+from ..distributed import own, part_of
+from . import checkpoints, parallel, strategies
+from .parallel import Layout
 from .schedules import Schedule
 from .tables import first_line
 
@@ -65,6 +67,7 @@ class TrainingOptions:
     precision: str = "float32"
     checkpointing: bool = False  # activations are computed anew in the backward pass
     strategy: str = "full"
+    parallel: str = "data"  # how ranks share the work
     seed: int = 0
     checkpoint_steps: int = 0  # between checkpoints within an epoch; 0: at its end only
 
@@ -90,6 +93,7 @@ class TrainingOptions:
                 f"checkpoint_steps: expected a whole number of at least 0 but got {self.checkpoint_steps!r}"
             )
         strategies.parse(self.strategy)
+        parallel.parse(self.parallel)
 
 
 @dataclass
@@ -138,6 +142,7 @@ def train(
     resume: bool = False,
     schedules: Sequence[Schedule] = (),
     reference: nn.Module | None = None,
+    layout: Layout | None = None,
 ) -> Outcome:
     """Trains `model` in place and leaves the weights of the best epoch in it.
 
@@ -145,7 +150,7 @@ def train(
     weights of rank 0, whose evaluation counts; it alone writes, and all read its folder.
 
     Args:
-        model: on its device, its strategy applied.
+        model: on its device, its strategy applied, and split if `options.parallel` splits it (`parallel.apply`).
         score: the evaluation after every epoch.
         objective: for tasks with a language-model head one that is attached to the model already.
         folder: for `checkpoints/`; one folder a run.
@@ -153,17 +158,19 @@ def train(
         resume: from the newest checkpoint of the folder, if there is one.
         schedules: set coefficients of the objective before every step.
         reference: a frozen model that evaluates, whose logits are the objective's reference.
+        layout: of the ranks; without, as `options.parallel` says.
 
     Raises:
         FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since
             the step before, whose checkpoint stands. On all ranks, whichever's loss it was.
         ValueError: a checkpoint of another run.
     """
-    places = folder / "checkpoints"
+    places, layout = folder / "checkpoints", layout or parallel.layout_of(options.parallel)
+    objective, penalties = _apart(objective)
     # Of all parameters, also those that do not train yet: moments keep their places when more layers do.
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.learning_rate)
-    _same_weights(model)
-    progress = Progress(batches=options.accumulation * _ranks())
+    parallel.same_weights(model)
+    progress = Progress(batches=options.accumulation * layout.ranks)
     if resume:
         progress = _resumed(places, model, optimizer, options) or progress
     total = options.epochs * len(list(windows(examples, options, 1, progress.batches)))
@@ -180,7 +187,9 @@ def train(
                     continue
                 for scheduled in schedules:
                     scheduled.set(progress.step, total)
-                record = _step(model, task, window, objective, optimizer, options, progress, total, reference)
+                record = _step(
+                    model, task, window, objective, penalties, optimizer, options, progress, total, reference, layout
+                )
                 progress.step, progress.window = progress.step + 1, number + 1
                 progress.seconds = time.perf_counter() - beginning
                 for name, value in record.items():
@@ -204,8 +213,7 @@ def train(
                 value = -math.inf
             if progress.best is None or value > progress.best:
                 progress.best, progress.best_epoch, progress.stale = value, progress.epoch, 0
-                if _is_first_rank():
-                    checkpoints.save(places, "best", weights(model), {"epoch": progress.epoch, "metrics": found})
+                _save(places, "best", weights(model), {"epoch": progress.epoch, "metrics": found}, model)
             else:
                 progress.stale += 1
             means = {name: value / max(1, progress.window) for name, value in progress.sums.items()}
@@ -217,45 +225,62 @@ def train(
             progress.finished = progress.stale >= options.patience or progress.epoch > options.epochs
             _checkpoint(places, model, optimizer, progress, options)
 
-    load_weights(model, checkpoints.load(places / "best")[0])
+    load_weights(model, checkpoints.load(places / "best", _like(model))[0])
     return Outcome("finished" if progress.epoch > options.epochs else "stopped early", progress)
 
 
 LOWER = ("loss", "perplexity", "mse", "mae")  # metrics of which less is better
 
 
+def _apart(objective: Objective) -> tuple[Objective, Objective | None]:
+    """The terms on rows, and those on parameters, which a step adds once."""
+    if not any(term.about_parameters for _, term in objective.weighted_terms):
+        return objective, None
+    from objkern import Objective
+
+    rows, penalties = (
+        [pair for pair in objective._sum() if pair[1].about_parameters is kind] for kind in (False, True)
+    )
+    if not rows:
+        raise ValueError(f"objective: expected a term that reads the model's answers but got {objective!r}")
+    return Objective(rows), Objective(penalties)
+
+
 def _step(
     model: nn.Module, task: Task, window: Sequence[Sequence[Example]], objective: Objective,
-    optimizer: torch.optim.Optimizer, options: TrainingOptions, progress: Progress, total: int,
-    reference: nn.Module | None,
+    penalties: Objective | None, optimizer: torch.optim.Optimizer, options: TrainingOptions, progress: Progress,
+    total: int, reference: nn.Module | None, layout: Layout,
 ) -> dict[str, float]:  # fmt: skip
     """One step of the optimizer: the window's loss by parts, the norm of its gradient, the rate, seconds."""
     began, step = time.perf_counter(), progress.step
     device = next(model.parameters()).device
     count = sum(task.count(example) for batch in window for example in batch)  # of all ranks: each knows the examples
-    means = _means(objective)
     sums: dict[str, Tensor] = {}
     problem: str | None = None
-    for place, examples in [*enumerate(window)][_rank() :: _ranks()]:
+    for place in layout.places(len(window)):
         # Dropout, without a state to be kept, and the same whichever rank has the batch.
-        torch.manual_seed((options.seed * 1_000_003 + step) * progress.batches + place)
-        batch = task.collate(examples).to(device)
-        if batch.count == 0:  # nothing to learn, and no mean over its rows
+        torch.manual_seed((options.seed * 1_000_003 + step) * progress.batches + (place or 0))
+        batch = task.collate(window[place or 0]).to(device)
+        counts = place is not None and batch.count > 0
+        if not counts and not layout.in_step:  # nothing to learn, and no mean over its rows
             continue
-        share = batch.count / count
         with _precision(device, options):
             others = _reference(task, reference, batch)
-            loss, parts = task.loss(model, batch, objective, count, parameter_weight=share, **others)
+            loss, parts = task.loss(model, batch, objective, count, **others)
+        if not counts:
+            (0.0 * loss).backward()
+            continue
         for name, value in parts.items():
-            weight = share if name in means else 1.0  # the others are sums over the batch, divided by the count
+            weight = batch.count / count if name in MEANS else 1.0  # the others are sums divided by the count
             sums[name] = sums.get(name, 0.0) + weight * value.float()
-        if not math.isfinite(loss.item()):
+        if problem is None and not math.isfinite(loss.item()):
             values = {name: value.item() for name, value in parts.items()}
             problem = f"the loss is {loss.item()} in step {step + 1}: {values}; rows of the batch: {batch.rows}"
-            break
-        loss.backward()
-    _add_up_over_ranks(model, sums, problem)
-    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        loss.backward()  # of a bad one too: others may wait for it
+    _add_up_over_ranks(model, sums, problem, layout)
+    if penalties is not None:
+        _penalize(penalties, sums, step)
+    gradient_norm = parallel.clip(model.parameters(), options.clip)
     rate = options.learning_rate * rate_at(step, total, options.warmup, RATES[options.schedule])
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -266,14 +291,19 @@ def _step(
     return record | {"learning_rate": rate, "seconds": time.perf_counter() - began}
 
 
-def _means(objective: Objective) -> set[str]:
-    """Parts that are no sums over rows: means over those of the batch, and the values of terms on parameters."""
-    found, seen = {"lse", "accuracy", "target_probability"}, collections.Counter()
-    for _, term in objective.weighted_terms:
-        seen[term.name] += 1
-        if term.about_parameters:
-            found.add(term.name if seen[term.name] == 1 else f"{term.name}_{seen[term.name]}")
-    return found
+MEANS = ("lse", "accuracy", "target_probability")  # parts that are means over the rows of their batch
+
+
+@torch.no_grad()
+def _penalize(penalties: Objective, sums: dict[str, Tensor], step: int) -> None:
+    """Adds the terms on parameters to the gradients and the parts."""
+    value, parts = penalties(return_parts=True)
+    if not math.isfinite(value.item()):
+        values = {name: part.item() for name, part in parts.items()}
+        raise FloatingPointError(f"the loss is {value.item()} in step {step + 1}: {values}, of the parameters alone")
+    penalties.accumulate_()
+    sums |= {name: part.float() for name, part in parts.items() if name != "total"}
+    sums["total"] = sums["total"] + value.float()
 
 
 def windows(
@@ -303,12 +333,12 @@ def rate_at(step: int, total: int, warmup: float, falling: Callable[[float], flo
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms, which are all vectors, don't."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Matrices decay; biases and norms, which are all vectors, don't. What ranks have parts of stands by itself."""
+    found = []
+    for some in parallel.kinds(model.parameters()):
+        found.append({"params": [p for p in some if p.ndim >= 2], "weight_decay": weight_decay})
+        found.append({"params": [p for p in some if p.ndim < 2], "weight_decay": 0.0})
+    return found
 
 
 def _precision(device: torch.device, options: TrainingOptions) -> AbstractContextManager[Any]:
@@ -324,28 +354,20 @@ def _reference(task: Task, reference: nn.Module | None, batch: Batch) -> dict[st
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _ranks() > 1 else 0
-
-
 def _is_first_rank() -> bool:
-    return _rank() == 0
+    return parallel.world() == 1 or dist.get_rank() == 0
 
 
 def _wait() -> None:
     """For all ranks."""
-    if _ranks() > 1:
+    if parallel.world() > 1:
         dist.barrier()
 
 
 def _of_first_rank(value: Any) -> Any:
     """What rank 0 has, on all of them: two that score alone need not agree in the last digit, and when to stop hangs
     on it."""
-    if _ranks() == 1:
+    if parallel.world() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0, device=_place_of_objects())
@@ -353,7 +375,7 @@ def _of_first_rank(value: Any) -> Any:
 
 
 def _of_all_ranks(value: Any) -> list[Any]:
-    found: list[Any] = [None] * _ranks()
+    found: list[Any] = [None] * parallel.world()
     dist.all_gather_object(found, value)
     return found
 
@@ -364,28 +386,20 @@ def _place_of_objects() -> torch.device:
 
 def _any_rank(flag: bool, model: nn.Module) -> bool:
     """Whether one of them says so: a rank that ended alone would leave the others waiting for it."""
-    if _ranks() == 1:
+    if parallel.world() == 1:
         return flag
     found = torch.tensor(float(flag), device=next(model.parameters()).device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item() > 0.0
 
 
-def _same_weights(model: nn.Module) -> None:
-    """Those of rank 0 on all, whose new layers may have begun otherwise."""
-    if _ranks() > 1:
-        with torch.no_grad():
-            for value in model.state_dict().values():
-                dist.broadcast(value, src=0)
-
-
-def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor], problem: str | None) -> None:
+def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor], problem: str | None, layout: Layout) -> None:
     """Gradients and parts of all ranks, which are sums over rows by the same count, so that nothing is averaged.
 
     Raises:
         FloatingPointError: one of them has a problem.
     """
-    if _ranks() == 1:
+    if parallel.world() == 1:
         if problem is not None:
             raise FloatingPointError(problem)
         return
@@ -396,14 +410,14 @@ def _add_up_over_ranks(model: nn.Module, sums: dict[str, Tensor], problem: str |
         if found is not None:
             raise FloatingPointError(found)
     # Of those that have a gradient on any rank: one that has none at all must not begin to decay.
-    for k in sorted(set().union(*places)):
+    for k in [] if layout.in_step else sorted(set().union(*places)):  # in step they are added up as they come
         p = parameters[k]
         if p.grad is None:  # of a rank that had no batch in this window
             p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+        dist.all_reduce(own(p.grad), group=layout.group)
     for name in sorted(set().union(*names)):
         sums[name] = torch.as_tensor(sums.get(name, 0.0), dtype=torch.float32, device=parameters[0].device)
-        dist.all_reduce(sums[name])
+        dist.all_reduce(sums[name], group=layout.group)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -414,16 +428,66 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
+    """Of whole tensors every rank takes its part, if it has only a part."""
+    there = model.state_dict()
+    found = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    model.load_state_dict({name: part_of(x, there.get(name)) for name, x in found.items()})
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer knows of every parameter: ``optimizer.PARAMETER.exp_avg``."""
+    found = {}
+    for name, p in model.named_parameters():
+        for what, value in optimizer.state.get(p, {}).items():
+            if value is not None:
+                found[f"optimizer.{name}.{what}"] = torch.as_tensor(value)
+    return found
+
+
+def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    places = {p: k for k, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            of, what = _parameter_of(name)
+            p = parameters[of]
+            state.setdefault(places[p], {})[what] = part_of(value, p) if value.shape == p.shape else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_of(name: str) -> tuple[str, str]:
+    of, _, what = name.removeprefix("optimizer.").rpartition(".")
+    return of, what
+
+
+def _like(model: nn.Module) -> Callable[[str, torch.Size], Tensor | None]:
+    """By the name of a tensor in a checkpoint and its whole shape, one that is spread over the ranks as it is to be."""
+    there, parameters = model.state_dict(), dict(model.named_parameters())
+
+    def like(name: str, shape: torch.Size) -> Tensor | None:
+        if name.startswith("optimizer."):
+            found = parameters.get(_parameter_of(name)[0])
+        else:
+            found = there.get(name.removeprefix("model."))
+        return None if found is None or found.shape != shape else torch.zeros_like(found)
+
+    return like
+
+
+def _save(places: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any], model: nn.Module) -> None:
+    """By the first rank, or by all where each has parts."""
+    if _is_first_rank() or parallel.is_split(model):
+        checkpoints.save(places, name, tensors, state)
 
 
 def _checkpoint(
     places: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, options: TrainingOptions
 ) -> None:
+    tensors = {**weights(model), **moments(model, optimizer)}
+    state = {"progress": asdict(progress), "options": asdict(options)}
+    _save(places, checkpoints.name_of(progress.step), tensors, state, model)
     if _is_first_rank():
-        tensors = {**weights(model), **checkpoints.optimizer_tensors(optimizer)}
-        state = {"progress": asdict(progress), "options": asdict(options)}
-        checkpoints.save(places, checkpoints.name_of(progress.step), tensors, state)
         checkpoints.keep_newest(places)
     _wait()
 
@@ -437,23 +501,26 @@ def _resumed(
     newest = checkpoints.newest(places)
     if newest is None:
         return None
-    tensors, state = checkpoints.load(newest)
+    tensors, state = checkpoints.load(newest, _like(model))
     now = json.loads(json.dumps(asdict(options)))
     try:
         was, progress = dict(state["options"]), Progress(**state["progress"])
         progress.check()
-        changed = [name for name in now if name != "checkpoint_steps" and now[name] != was.get(name)]
+        changed = [name for name in now if name not in MAY_CHANGE and now[name] != was.get(name)]
         if not changed:
             load_weights(model, tensors)
-            checkpoints.load_optimizer(optimizer, tensors)
+            load_moments(model, optimizer, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"checkpoint: {newest} is not what this run wrote: {first_line(error)}") from error
     if changed:
         differences = ", ".join(f"{name} {was.get(name)!r} → {now[name]!r}" for name in changed)
         raise ValueError(f"resume: {newest} is of a run with other options: {differences}")
     if progress.best is not None:  # which the end needs: now, and not after the other epochs
-        checkpoints.load(places / "best")
+        checkpoints.load(places / "best", _like(model))
     return progress
+
+
+MAY_CHANGE = ("checkpoint_steps", "parallel")  # from one session of a run to the next
 
 
 _came: list[int] | None = None  # of the interruptions under way

@@ -1,9 +1,13 @@
 """A vocabulary that is split: its parts one after the other on one device, and ranks on devices of their own."""
 
 import itertools
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +130,40 @@ def test_ranks_on_devices_of_their_own(device: torch.device) -> None:
         assert_rounded(mine, loss.detach(), "loss")
         assert_rounded(of_hidden, hidden.grad, "hidden")
     assert_rounded(torch.cat([g for *_, g in found]), weight.grad, "weight")
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = [f"word{k}" for k in range(30)]
+
+
+def steps_of(folder: Path, ranks: int, *words: str) -> list[dict[str, float]]:
+    """What each step of a run logs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "objkern", "finetune", "causal-lm", str(folder / "rows.jsonl"),
+               "--hidden-size", "64", "--layers", "2", "--heads", "4", "--vocabulary", "500", "--max-length", "32",
+               "--epochs", "1", "--batch-size", "4", "--device", "cuda", "--output", *words]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = Path(words[0], "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == "step"]
+
+
+@pytest.mark.once
+@pytest.mark.real_device
+@pytest.mark.parametrize("how", ["data", "fsdp", "tensor"])
+def test_the_loop_on_devices_of_their_own(how: str, device: torch.device, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices or more")
+    pytest.importorskip("transformers")
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"text": " ".join(WORDS[k] for k in torch.randint(len(WORDS), (20,), generator=draw))} for _ in range(72)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    alone = steps_of(tmp_path, 1, str(tmp_path / "alone"), "--accumulation", "2")
+    windows = "2" if how == "tensor" else "1"  # ranks with the same batches, or with others
+    found = steps_of(tmp_path, 2, str(tmp_path / how), "--accumulation", windows, "--parallel", how)
+    assert len(found) == len(alone) > 5
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=1e-3)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-2)

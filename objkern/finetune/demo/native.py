@@ -41,10 +41,8 @@ class Native(torch.nn.Module):
 
     weighted_terms = ()
 
-    def forward(
-        self, logits: torch.Tensor, target: torch.Tensor, *, parameter_weight: float = 1.0, **options: Any
-    ) -> Any:
-        return native_objective(logits, target, **options)  # it has no terms on parameters that could be weighted
+    def forward(self, logits: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+        return native_objective(logits, target, **options)
 
     def __repr__(self) -> str:
         return "plain torch"

@@ -230,7 +230,6 @@ def attached_loss(
     model: PreTrainedModel, batch: Batch, objective: Objective, count: int | Tensor, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a model that has the objective, with the parts of that call."""
-    options.pop("parameter_weight", None)  # the batch's share of the labels, which is what the model's loss takes
     reference = options.pop("reference", None)
     if not is_attached(model, objective, reference):
         attach(model, objective, reference=reference, **options)

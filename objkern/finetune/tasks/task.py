@@ -149,7 +149,7 @@ class Task(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the rows that count, divided by `count`, of which there may be more in other batches: and parts.
 
-        `options` are those of an objective: `parameter_weight`, `reference`, `backend`.
+        `options` are those of an objective: `reference`, `backend`.
         """
         logits = model(**batch.inputs).logits
         return objective(logits, batch.target, normalizer=count, return_parts=True, **options)
