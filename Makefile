@@ -3,6 +3,7 @@
 # make bench   time against eager torch, torch.compile and others; BENCH="--size quick" takes about two minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
+# make trust   the long tests; TRUST="-k soak" passes options on
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
@@ -26,7 +27,7 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypo
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help build test demo lint format bench bench-kept-pages gpu docs wheel check-wheel check-oldest-torch \
+.PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs wheel check-wheel check-oldest-torch \
         check-oldest-transformers clean
 
 help:
@@ -61,6 +62,10 @@ build: $(STAMP)
 test: build
 	$(PY) -m pytest
 
+# What takes long: docs/guarantees.md has its last figures.
+trust: build
+	$(PY) -m tests.trust $(TRUST)
+
 demo: build
 	$(PY) -m objkern.finetune.demo
 
@@ -89,6 +94,7 @@ format: $(STAMP)
 
 docs: build
 	PYTHONPATH=. $(PY) docs/objectives.py
+	$(PY) docs/guarantees.py
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.gpu.status
 

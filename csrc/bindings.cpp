@@ -150,6 +150,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("buffer_limit", &cpu::buffer_limit);
   m.def("set_buffer_limit", &cpu::set_buffer_limit);
   m.def(
+      "reads_of",
+      [](int64_t kind, double parameter) {
+        TORCH_CHECK(kind >= 0 && kind < kTermKinds, "objkern: term kind ", kind, " is not known");
+        return reads_of(static_cast<TermKind>(kind), parameter);
+      },
+      "What a term reads, as bits of Reads.");
+  m.def(
       "row_gradient_fields",
       [](const std::vector<double>& terms, bool weighted_classes, bool dense_target) {
         int64_t reads = 0;

@@ -5,6 +5,7 @@ loss = objective(logits, target)
 loss.backward()
 """
 
+from . import terms
 from .batch import set_validation
 from .buffers import buffer_limit, release_buffers, set_buffer_limit
 from .elementwise import BernoulliEntropy, BinaryCrossEntropy, Huber, MeanAbsoluteError, MeanSquaredError
@@ -19,20 +20,7 @@ from .functional import (
 from .objective import Objective, parse
 from .penalties import EWC, L1, L2, L2SP, ElasticNet, diagonal_fisher
 from .statistics import Statistics
-from .terms import (
-    CrossEntropy,
-    Entropy,
-    Focal,
-    GeneralizedCrossEntropy,
-    KLDivergence,
-    LogitL2,
-    Margin,
-    MaxZLoss,
-    Poly1,
-    Unlikelihood,
-    ZLoss,
-    custom,
-)
+from .terms import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -43,27 +31,15 @@ __all__ = [
     "L2SP",
     "BernoulliEntropy",
     "BinaryCrossEntropy",
-    "CrossEntropy",
     "ElasticNet",
-    "Entropy",
-    "Focal",
-    "GeneralizedCrossEntropy",
     "Huber",
-    "KLDivergence",
-    "LogitL2",
-    "Margin",
-    "MaxZLoss",
     "MeanAbsoluteError",
     "MeanSquaredError",
     "Objective",
-    "Poly1",
     "Statistics",
-    "Unlikelihood",
-    "ZLoss",
     "binary_cross_entropy_with_logits",
     "buffer_limit",
     "cross_entropy",
-    "custom",
     "diagonal_fisher",
     "linear_cross_entropy",
     "linear_row_statistics",
@@ -74,3 +50,4 @@ __all__ = [
     "set_buffer_limit",
     "set_validation",
 ]
+__all__ += terms.__all__

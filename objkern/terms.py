@@ -19,6 +19,21 @@ from .batch import Batch, describe
 from .objective import RESERVED_PARTS, Term
 from .statistics import Statistics
 
+__all__ = [
+    "CrossEntropy",
+    "Entropy",
+    "Focal",
+    "GeneralizedCrossEntropy",
+    "KLDivergence",
+    "LogitL2",
+    "Margin",
+    "MaxZLoss",
+    "Poly1",
+    "Unlikelihood",
+    "ZLoss",
+    "custom",
+]
+
 
 class CrossEntropy(Term):
     """``F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing)``

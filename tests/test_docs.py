@@ -44,6 +44,11 @@ def test_gallery_notices_a_term_without_an_entry(monkeypatch: pytest.MonkeyPatch
         gallery.problems()
 
 
+def test_guarantees_are_current() -> None:
+    """Each has a test, and the page names all of them."""
+    assert script("docs/guarantees.py").problems() == []
+
+
 def test_performance_page_is_current() -> None:
     """Every figure of docs/performance.md comes from a file in benchmarks/results."""
     assert script("benchmarks/report.py").problems() == []

@@ -99,7 +99,7 @@ def test_every_term(term: str, mode: str, reduction: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, 251, 252, 10_000])
 def test_any_chunk(chunk_rows: int, mode: str, dtype: torch.dtype) -> None:
-    """Pitfall 8: half-precision sums of the weight's gradient get worse with every chunk."""
+    """8: half-precision sums of the weight's gradient get worse with every chunk."""
     assert_as_logits(REGULARIZED, dtype, {}, {"mode": mode, "chunk_rows": chunk_rows})
 
 
@@ -322,7 +322,7 @@ def test_one_row_and_no_row() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("empty", "expected"), [("nan", torch.nan), ("zero", 0.0)])
 def test_all_ignored(empty: str, expected: float, mode: str) -> None:
-    """Pitfall 12: a documented value, zero gradients, and the graph is kept."""
+    """12: a documented value, zero gradients, and the graph is kept."""
     hidden, weight, bias, labels = (x.clone() for x in inputs(torch.float32))
     labels[:] = -100
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
@@ -336,7 +336,7 @@ def test_all_ignored(empty: str, expected: float, mode: str) -> None:
 
 
 def test_strided_hidden_states() -> None:
-    """Pitfall 11: transposed, sliced and expanded hidden states and weights."""
+    """11: transposed, sliced and expanded hidden states and weights."""
     hidden, weight, _, labels = inputs(torch.float32)
     plain = results(lambda h, w: REGULARIZED.linear(h, w, labels), hidden, weight)
     wide = torch.zeros(N, 2 * D)
@@ -355,7 +355,7 @@ def test_strided_hidden_states() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
 def test_who_requires_grad(needs: tuple[bool, ...], mode: str) -> None:
-    """Pitfall 23: frozen weights get no gradient and no memory for one; frozen hidden states do not cut the weight off."""
+    """23: frozen weights get no gradient and no memory for one; frozen hidden states do not cut the weight off."""
     hidden, weight, bias, labels = inputs(torch.float32)
     tensors = (hidden, weight, bias)
     expected = results(lambda h, w, b: REGULARIZED(F.linear(h, w, b), labels), *tensors)[1:]
@@ -437,7 +437,7 @@ def test_tied_embeddings(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_several_backward_passes(mode: str, dtype: torch.dtype) -> None:
-    """Pitfall 2: the gradient of the forward pass is scaled in place once, and not once more."""
+    """2: the gradient of the forward pass is scaled in place once, and not once more."""
     hidden, weight, bias, labels = inputs(dtype)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     loss = REGULARIZED.linear(hidden, weight, labels, bias, mode=mode)
@@ -516,7 +516,7 @@ def test_second_derivatives() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("custom", [False, True])
 def test_parts(custom: bool, reduction: str) -> None:
-    """Pitfall 27: detached, and those of the logits path."""
+    """27: detached, and those of the logits path."""
     objective = REGULARIZED + 0.1 * objkern.custom(lambda s: s.entropy, name="mine") if custom else REGULARIZED
     hidden, weight, bias, labels = inputs(torch.float32)
     _, ours = objective.linear(hidden.requires_grad_(), weight, labels, bias, reduction=reduction, return_parts=True,
@@ -546,7 +546,7 @@ def test_the_reference_backend() -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast(mode: str, with_bias: bool, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
-    """Pitfall 19: the dtypes of F.linear under autocast; the loss is float32, gradients have their leaves' dtypes."""
+    """19: the dtypes of F.linear under autocast; the loss is float32, gradients have their leaves' dtypes."""
     hidden, weight, bias, labels = inputs(torch.float32)
     leaves = [hidden.to(hidden_dtype), weight.to(weight_dtype), *([bias.to(weight_dtype)] if with_bias else [])]
     rounded = [x.to(torch.bfloat16) for x in leaves]
@@ -773,7 +773,7 @@ def test_a_bad_label_in_compiled_code_and_under_shift() -> None:
 
 
 def test_a_bad_label_is_named() -> None:
-    """Pitfall 13: by its row in the batch, not in a chunk."""
+    """13: by its row in the batch, not in a chunk."""
     hidden, weight, _, labels = inputs(torch.float32)
     for bad in (-1, V, V + 1, 2**62, -(2**63)):
         labels[201] = bad

@@ -57,7 +57,7 @@ def assert_digits(found: torch.Tensor, truth: torch.Tensor) -> None:
 @pytest.mark.parametrize("classes", [2, 17, 1000, 32001])
 @pytest.mark.parametrize("margin", [5.0, 20.0, 40.0, 80.0, -100.0])
 def test_confident_rows_keep_their_digits(margin: float, classes: int, backend: str) -> None:
-    """Pitfalls 5 and 6: loss exactly 0 at a margin of 20, target gradient rounded before 1 is subtracted."""
+    """5 and 6: loss exactly 0 at a margin of 20, target gradient rounded before 1 is subtracted."""
     z, y = row_with_margin(margin, classes)
     truth = exact(z, y)
     x = z.clone().requires_grad_()
@@ -97,7 +97,7 @@ SHIFT_INVARIANT = {
 @pytest.mark.parametrize("name", SHIFT_INVARIANT)
 @pytest.mark.parametrize("offset", [1e3, -1e3, 1e7, -1e7])
 def test_a_common_offset_changes_nothing(offset: float, name: str, backend: str) -> None:
-    """Pitfall 7: an objective of differences must not see what all logits share."""
+    """7: an objective of differences must not see what all logits share."""
     z = torch.randint(-8, 9, (5, 33), generator=torch.Generator().manual_seed(1)).float()  # exact beside 1e7
     y = torch.randint(0, 33, (5,), generator=torch.Generator().manual_seed(2))
     found = []
@@ -112,7 +112,7 @@ def test_a_common_offset_changes_nothing(offset: float, name: str, backend: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_logits_at_two_to_the_24(backend: str) -> None:
-    """Pitfall 7: 0.0 instead of 0.693."""
+    """7: 0.0 instead of 0.693."""
     z = torch.full((1, 2), 2.0**24)
     assert CrossEntropy()(z, torch.tensor([0]), backend=backend).item() == pytest.approx(math.log(2), rel=1e-6)
     assert objkern.cross_entropy(z, torch.tensor([0])).item() == pytest.approx(math.log(2), rel=1e-6)
@@ -122,7 +122,7 @@ def test_two_logits_at_two_to_the_24(backend: str) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 257, 1000, 4099, 8191])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_term_at_once_within_the_error_budget(dtype: torch.dtype, classes: int) -> None:
-    """Pitfall 29: loss and gradient at most twice as far from float64 as torch's own formula in the same dtype."""
+    """29: loss and gradient at most twice as far from float64 as torch's own formula in the same dtype."""
     z, y = random_rows(7, classes, dtype)
     upstream = torch.randn(7, dtype=torch.float64)
     formula = dict(EVERY_NATIVE)
@@ -170,7 +170,7 @@ def test_each_term_within_the_error_budget(formula: str, dtype: torch.dtype, sca
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("margin", [5.0, 7.0, 20.0])
 def test_half_precision_gradient_of_a_sure_row(dtype: torch.dtype, margin: float) -> None:
-    """Pitfall 5: 20 % error at p = .99 and 100 % at .999 where p_y is rounded to bfloat16 before 1 is subtracted."""
+    """5: 20 % error at p = .99 and 100 % at .999 where p_y is rounded to bfloat16 before 1 is subtracted."""
     z = torch.zeros(1, 101, dtype=dtype)
     z[0, 40] = margin
     x = z.clone().requires_grad_()
@@ -181,7 +181,7 @@ def test_half_precision_gradient_of_a_sure_row(dtype: torch.dtype, margin: float
 
 
 def test_half_logits_have_a_float32_loss() -> None:
-    """Pitfall 9: bfloat16 logits gave 440.0 for 442.04."""
+    """9: bfloat16 logits gave 440.0 for 442.04."""
     z = torch.zeros(1, 3, dtype=torch.bfloat16)
     z[0, 0] = 442.0
     loss = CrossEntropy()(z, torch.tensor([1]), reduction="sum")
@@ -248,7 +248,7 @@ def keep(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("classes", [5, 33, 300])
 @pytest.mark.parametrize("softcap", [None, 15.0])
 def test_masked_classes_are_as_if_they_were_not_there(classes: int, softcap: float | None, backend: str) -> None:
-    """Pitfall 16: with every term on, −inf columns give the values and gradients of the narrower problem."""
+    """16: with every term on, −inf columns give the values and gradients of the narrower problem."""
     generator = torch.Generator().manual_seed(classes)
     z = torch.randn(6, classes, generator=generator, dtype=torch.float64) * 2
     mask = torch.rand(classes, generator=generator) > 0.4
@@ -271,7 +271,7 @@ def test_masked_classes_are_as_if_they_were_not_there(classes: int, softcap: flo
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_finite_logit_at_every_position(dtype: torch.dtype, backend: str) -> None:
-    """Pitfall 16: a whole tile of −inf must not give NaN, wherever the one class that is left stands."""
+    """16: a whole tile of −inf must not give NaN, wherever the one class that is left stands."""
     classes = 70
     z = torch.full((classes, classes), -torch.inf, dtype=dtype)
     z.fill_diagonal_(2.5)
@@ -290,7 +290,7 @@ def test_one_finite_logit_at_every_position(dtype: torch.dtype, backend: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("classes", [3, 17, 255])
 def test_strongly_negative_rows(classes: int, backend: str) -> None:
-    """Pitfall 15: lanes that pad a vector must not add exp(0) where every logit is far below 0."""
+    """15: lanes that pad a vector must not add exp(0) where every logit is far below 0."""
     z, y = random_rows(4, classes, torch.float64)
     z = z.float() - 5e4
     s = objkern.row_statistics(z, y, backend=backend)

@@ -89,12 +89,8 @@ def words(*numbers: float) -> tuple[int, ...]:
 
 # ---- terms ----------------------------------------------------------------------------------------------------------
 
-# What a term reads, by kind, as bits of `Reads` in csrc/objective.h, and what it reads besides where its parameter is
-# not 0.
-_READS = (1, 4, 16, 8, 1, 3, 1, 2, 3, 64, 1024, 2048)
-_READS_WITH_PARAMETER = {0: 512, 4: 2}
 _ELEMENT_KINDS = 6  # ElementKind in csrc/elementwise.h
-DIVERGENCES = 1024 | 2048
+DIVERGENCES = 1024 | 2048  # of `Reads` in csrc/objective.h
 _DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3, 15: 3}  # by the number of fields that a row's gradient keeps
 
 
@@ -112,12 +108,12 @@ class Terms:
     def of(cls, terms: list[float], weighted: bool, dense: bool) -> Terms:
         kinds, numbers, reads, smoothed = [], [], 0, False
         for kind, parameter, coefficient in zip(terms[::3], terms[1::3], terms[2::3], strict=True):
-            if not (0 <= kind < len(_READS) and kind == int(kind)):
+            if kind != int(kind):
                 raise RuntimeError(f"objkern: term kind {kind} is not known")
             kind = int(kind)
             kinds.append(2 * kind + (parameter != 0))
             numbers += (parameter, coefficient)
-            reads |= _READS[kind] | (_READS_WITH_PARAMETER.get(kind, 0) if parameter != 0 else 0)
+            reads |= _C.reads_of(kind, parameter)
             smoothed |= kind == 0 and parameter > 0
         return cls(tuple(kinds), words(*numbers), reads, _C.row_gradient_fields(terms, weighted, dense), smoothed)
 
