@@ -7,7 +7,9 @@ bench compare A.json B.json        what became slower from one run to the other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import math
 import os
 import shutil
 import sys
@@ -49,6 +51,12 @@ def main(arguments: list[str]) -> int:
     for name in options.suites:
         if name not in SUITES:
             parser().error(f"SUITE: expected some of {', '.join(SUITES)} but got {name!r}")
+    if options.seconds is not None and not 0.0 < options.seconds < math.inf:
+        parser().error(f"--seconds: expected a positive number but got {options.seconds}")
+    if options.rounds is not None and options.rounds < 1:
+        parser().error(f"--rounds: expected a positive number but got {options.rounds}")
+    if options.slack is not None and not 0.0 <= options.slack < math.inf:
+        parser().error(f"--slack: expected a number of at least 0 but got {options.slack}")
     import pytest
 
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
@@ -69,7 +77,14 @@ def main(arguments: list[str]) -> int:
     status = int(pytest.main([*files, *words]))
     if path.exists():
         report(path, folder, options.record)
-    return status
+    else:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+        if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+            print(
+                "nothing was measured: no benchmark of these suites and this size has that in its name", file=sys.stderr
+            )
+    return 2 if status == pytest.ExitCode.USAGE_ERROR else status
 
 
 def report(path: Path, folder: Path, keep: bool) -> None:

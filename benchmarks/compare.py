@@ -57,7 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     found.add_argument("before", type=Path, metavar="A.json")
     found.add_argument("after", type=Path, metavar="B.json")
     options = found.parse_args(arguments)
-    before, after = results.read(options.before), results.read(options.after)
+    try:
+        before, after = results.read(options.before), results.read(options.after)
+    except SystemExit as error:
+        found.error(str(error))
     if reasons := differences(before, after):
         found.error(f"these runs cannot be compared: {'; '.join(reasons)}")
     changes = changes_of(before["entries"], after["entries"])
@@ -71,8 +74,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What makes the yardstick another one in one file than in the other."""
     names = ("cpu", "torch", "allocator")
     return [
-        f"{name}: {before['machine'][name]} and {after['machine'][name]}"
-        for name in names if before["machine"][name] != after["machine"][name]
+        f"{name}: {before['machine'].get(name)} and {after['machine'].get(name)}"
+        for name in names if before["machine"].get(name) != after["machine"].get(name)
     ]  # fmt: skip
 
 

@@ -96,9 +96,11 @@ def children() -> Iterator[dict[str, Child]]:
         child.__exit__(None, None, None)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     entries, header = config.stash[ENTRIES], config.stash[HEADER]
     write = terminalreporter.write_line
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        header["interrupted"] = True
     if not entries:
         return
     record = config.getoption("--record")
@@ -111,7 +113,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write("")
     for name, why in header["absent"].items():
         write(f"absent: {name}: {why}")
-    warnings = [machine.load_warning(header["machine"]["load_before"]), *disturbed(entries)]
+    warnings = ["the run was interrupted: this is a part of it"] if header.get("interrupted") else []
+    warnings += [machine.load_warning(header["machine"]["load_before"]), *disturbed(entries)]
     for line in filter(None, [*warnings, *(line for entry in entries for line in unsteady(entry))]):
         write(f"WARNING: {line}", yellow=True)
     surely = [line for entry in entries for line in missed(entry, surely=True, slack=config.option.slack)]

@@ -24,7 +24,7 @@ from .pairing import Step, paired_ratio, race, summary
 OURS = "objkern"
 Record = Callable[[Entry], None]
 
-LEAST, MOST, MOST_STEPS = 5, 101, 15  # rounds, and steps of a contestant in one
+LEAST, MOST, MOST_STEPS = 6, 101, 15  # rounds, and steps of a contestant in one
 LONG = 0.5  # seconds of a step, in which what was in the caches before it has no weight
 
 

@@ -7,6 +7,7 @@ python -m benchmarks.report --check   # exit 1 if they are stale
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -48,7 +49,8 @@ by `make docs` from the files in `benchmarks/results`; `make bench` measures ane
 
 - **In pairs.** Contestants take turns, A B C A B C ..., and only times of the same round are divided. The tables give
   the median of these ratios and its 95 % confidence interval from order statistics, which assumes nothing about the
-  distribution. Times are medians over the rounds.
+  distribution; of five rounds or fewer, as some of the older files have, all of their range. Times are medians over the
+  rounds.
 - **A step** drops the old gradient (`logits.grad = None`), runs forward and runs backward. Before each timed step the
   same contestant takes an untimed one, as in training, where a loss follows itself. Steps of a few microseconds are
   timed by the dozen.
@@ -118,7 +120,10 @@ def folder(path: Path, result: dict[str, Any], into: Path) -> Path:
     (into / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     text = section(into / path.name, result, "", {one.kind for one in drawn}, form="png")
     page = into / "report.md"
-    page.write_text(f"# Benchmarks\n\n{text}\n", encoding="utf-8")
+    # What the words mean is said there, not here: the same text, whose links begin in another folder.
+    reading = INTRODUCTION[INTRODUCTION.index("- **plain**") :].strip()
+    reading = re.sub(r"\[([^]]*)\]\((\w[\w-]*\.md)\)", r"`docs/\2`", reading)
+    page.write_text(f"# Benchmarks\n\n{text}\n\n# How to read this\n\n{reading}\n", encoding="utf-8")
     return page
 
 
@@ -143,6 +148,8 @@ def section(path: Path, result: dict[str, Any], images: str, drawn: set[str], fo
     ]
     if absent := result.get("absent"):
         blocks.append("Other libraries that are absent: " + "; ".join(f"{k}: {why}" for k, why in absent.items()) + ".")
+    if result.get("interrupted"):
+        blocks.append("**The run was interrupted: this is the part of it that had been measured.**")
     if machine["load_before"] > 1:
         blocks.append("**Other processes were busy when this run began; its times may be off.**")
     for heading, lines in (

@@ -57,7 +57,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def check(path: Path, result: Any) -> None:
     schema = result.get("schema", 1) if isinstance(result, dict) else None
-    if schema not in READ or not isinstance(result.get("entries"), list):
+    whole = schema in READ and isinstance(result.get("entries"), list) and isinstance(result.get("machine"), dict)
+    if not whole:
         raise SystemExit(
             f"{path}: this results file has schema {schema} and the report reads {' and '.join(map(str, READ))}: "
             "record it anew with make bench, or delete it"

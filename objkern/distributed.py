@@ -86,6 +86,10 @@ def shard(group: ProcessGroup, classes: int, device: torch.device | str = "cpu")
     """
     import torch.distributed as dist
 
+    if type(classes) is not int or classes < 0:
+        raise ValueError(f"classes: expected a whole number of at least 0 but got {describe(classes)}")
+    if dist.is_available() and isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this process is not in it")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup but got {describe(group)}")
     if dist.get_rank(group) < 0:
@@ -760,6 +764,15 @@ def spread(x: Any) -> tuple[Any, tuple[int, ...]] | None:
     return x.device_mesh, tuple(k for k, placement in enumerate(x.placements) if not placement.is_replicate())
 
 
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The rank's own part of its gradient, which is brought to be spread as the parameter is, if it is otherwise."""
+    spread(parameter)  # raises for what cannot be served
+    g = parameter.grad
+    if is_dtensor(g) and is_dtensor(parameter) and g.placements != parameter.placements:
+        g = parameter.grad = g.redistribute(parameter.device_mesh, parameter.placements)
+    return None if g is None else own(g)
+
+
 def spread_like(part: Tensor, x: Any) -> Tensor:
     """The DTensor of which this is the rank's own part, as `x` is spread; the part itself if that is plain."""
     if not is_dtensor(x):
@@ -772,9 +785,12 @@ def spread_like(part: Tensor, x: Any) -> Tensor:
 
 
 def part_of(whole: Tensor, x: Any) -> Tensor:
-    """A whole tensor, which every rank has, spread as `x` is."""
-    if not is_dtensor(x) or is_dtensor(whole):
+    """A whole tensor, which every rank has, spread as `x` is; of one that is spread, the same spread so."""
+    if not is_dtensor(x):
         return whole
+    if is_dtensor(whole):
+        same = whole.placements == x.placements and whole.device_mesh == x.device_mesh
+        return whole if same else whole.redistribute(x.device_mesh, x.placements)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None).clone()
@@ -802,12 +818,9 @@ def of_all_parts(value: Tensor, where: tuple[Any, tuple[int, ...]] | None) -> Te
     return value if where is None else _OfAllParts.apply(value, *where)
 
 
-def group_of_classes(weight: Any) -> Any:
-    """The process group of a weight that is split by class; None if it is not."""
-    if not is_dtensor(weight):
-        return None
-    split = _split("weight", weight, 0)
-    return None if split is None else weight.device_mesh.get_group(split)
+def shard_of(weight: Any) -> Shard | None:
+    """The rank's part of a weight that is split by class; None if it is not."""
+    return _of_mesh(weight, _split("weight", weight, 0), 0, None) if is_dtensor(weight) else None
 
 
 def whole_logits(hidden: Tensor, weight: Any, bias: Any = None) -> Tensor:

@@ -215,6 +215,11 @@ class Objective(nn.Module):
                     return self._result(None, [], None, return_parts, penalties)
             if self._elementwise:
                 _check_elementwise_options(ignore_index, rows, shift, validate, reference)
+                if process_group is not None or distributed.is_dtensor(logits, target):
+                    raise NotImplementedError(
+                        "process_group: terms that compare element by element have no classes that ranks could share; "
+                        'give each rank its own elements with reduction="sum" and a normalizer, and add the losses up'
+                    )
                 loss, parts = _evaluate_elements(
                     terms, logits, target, gradient, return_parts, backend, reduction=reduction, normalizer=normalizer,
                     logit_scale=logit_scale, softcap=softcap, empty=empty, class_dim=class_dim,

@@ -348,7 +348,7 @@ class ParameterTerm(Term):
         """``(weight * term()).backward()`` without a graph: adds to `.grad`, and makes it where there is none."""
         tensors = self._tensors()
         parameters, origins, weights = ([distributed.own(x) for x in some] for some in tensors)
-        gradients = [None if theta.grad is None else distributed.own(theta.grad) for theta in tensors[0]]
+        gradients = [distributed.gradient_of(theta) for theta in tensors[0]]
         like = parameters[0]
         upstream = torch.as_tensor(weight, dtype=_wide(like), device=like.device)
         at_once: dict[torch.device, list[int]] = {}
@@ -459,8 +459,8 @@ class L2SP(ParameterTerm):
             kept = self._buffers.get(_buffer(kind, name))
             if kept is None:
                 continue
-            if distributed.is_dtensor(parameter) and not distributed.is_dtensor(kept) and kept.shape == parameter.shape:
-                # The model was sharded since: every rank keeps its own part.
+            if distributed.is_dtensor(parameter) and kept.shape == parameter.shape:
+                # If the model was sharded since, or otherwise: every rank keeps its own part.
                 kept = self._buffers[_buffer(kind, name)] = distributed.part_of(kept, parameter)
             if kept.shape != parameter.shape or type(parameter.data) is not type(kept):
                 raise ValueError(
@@ -543,6 +543,11 @@ def diagonal_fisher(
     parameters = _of_module(model, include_all)
     if not parameters:
         raise ValueError(f"model: {type(model).__name__} has no parameters to penalize; see include_all")
+    if distributed.is_dtensor(*parameters.values()):
+        raise NotImplementedError(
+            "model: its weights are in parts, and a sample's gradient would be of no rank's; take the Fisher "
+            "information of the whole model, before it is sharded"
+        )
     found = {
         name: torch.zeros_like(p, dtype=_wide(p), memory_format=torch.preserve_format) for name, p in parameters.items()
     }

@@ -151,6 +151,16 @@ class DeferredLogits:
     def tanh(self) -> Any:
         return self._with(cap=1.0) if self._cap is None else self.materialize().tanh()
 
+    # -- what torch's ColwiseParallel does with what a head gives: these are all classes' already
+
+    placements = ()
+
+    def redistribute(self, *_: Any, **__: Any) -> DeferredLogits:
+        return self
+
+    def to_local(self) -> DeferredLogits:
+        return self
+
     # -- what they do with it in functions of torch, and everything else
 
     @classmethod
@@ -262,12 +272,13 @@ class Attached:
         _must_be_there(layer.weight)
         if target.shape != hidden.shape[:-1] and target.numel() == hidden.shape[:-1].numel():
             target = target.reshape(hidden.shape[:-1])
+        at = distributed.shard_of(layer.weight)  # of a head that somebody has split by class
         if self.logits_of_reference is not None:
-            options["reference"] = self.logits_of_reference.beside(hidden, scale, cap)
-        group = distributed.group_of_classes(layer.weight)  # a head that somebody has split by class
+            given, *head = self.logits_of_reference.beside(hidden, scale, cap)
+            options["reference"] = given, *(x if at is None or distributed.is_dtensor(x) else x[at.own] for x in head)
         loss, parts = self.objective.linear(
             hidden, layer.weight, target.to(hidden.device), layer.bias, logit_scale=scale, softcap=cap,
-            return_parts=True, process_group=group, **(self.options | options),
+            return_parts=True, process_group=at, **(self.options | options),
         )  # fmt: skip
         self.parts = parts
         return loss
@@ -538,6 +549,11 @@ def _forward_of_head(self: nn.Module, hidden: Tensor) -> Any:
     attached = self.__dict__[_KEY]
     if not attached.defers:
         return attached.forward_of_head(self, hidden)
+    if distributed.is_dtensor(hidden):  # as torch's ColwiseParallel hands them on; their gradient is summed by the loss
+        from torch.distributed.tensor import Replicate
+
+        everywhere = [Replicate()] * hidden.device_mesh.ndim
+        hidden = hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
     return DeferredLogits(attached, hidden, _layer_of(self))
 
 

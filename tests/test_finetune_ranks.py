@@ -44,7 +44,7 @@ TOGETHER = {"data": NAMES, "fsdp": ["token-classification", "causal-lm", "seq2se
             "tensor:2": ["causal-lm", "seq2seq"]}  # fmt: skip  # what is tried in each way: only language models' heads are split
 # Steps of six batches of one row: windows are the same on 1, 2 and 3 ranks, and the last one of an epoch has two.
 STEPS: dict[str, Any] = ONE_STEP | {"epochs": 2, "batch_size": 1, "clip": 1.0}
-MOVED = {"data": "token-classification", "fsdp": "token-classification", "tensor": "seq2seq"}
+MOVED = {"data": "token-classification", "fsdp": "seq2seq", "tensor": "seq2seq"}
 RESUMED = TrainingOptions(epochs=3, batch_size=2, accumulation=1, learning_rate=1e-2, patience=9)
 
 
@@ -118,6 +118,9 @@ def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
         options = replace(RESUMED, parallel=how)
         found[f"undisturbed {how}"] = a_step(options, folder / f"undisturbed {how}", name)
         a_step(options, folder / f"moved {how}", name, interrupt=2)
+    for how in ("data", "fsdp"):  # by what peft wraps a model in
+        options = TrainingOptions(batch_size=2, strategy="lora:2", learning_rate=1e-2, parallel=how)
+        found[f"lora {how}"] = a_step(options, folder / f"lora {how}", "causal-lm")
     for case, step in (("first", 2), ("second", 4)):  # on rank 1 alone, then on rank 0 alone; in the midst of epochs
         alone = step if rank == (case == "first") else 0
         found[case] = a_step(RESUMED, folder / "resumed", resume=case != "first", interrupt=alone)
@@ -199,9 +202,14 @@ def fork_ranks(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, Any]]]]:
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(places: Path) -> dict[int, list[dict[str, dict[str, Any]]]]:
     """By the number of ranks, of each rank, by case: everything that the tests look at."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = places
     code = (
         "import sys, pathlib; from tests.test_finetune_ranks import fork_ranks; fork_ranks(pathlib.Path(sys.argv[1]))"
     )
@@ -248,6 +256,12 @@ def test_a_window_is_one_big_batch_on_any_number_of_ranks(name: str, ranks: int,
         assert steps["records"][2]["l2_sp"] > 0.0
         for of_rank in found[ranks]:
             assert_same(of_rank[f"{name} steps"], steps)
+
+
+def test_adapters_in_parts(found: Any) -> None:
+    for of_rank in found[2]:
+        for key, x in of_rank["lora data"]["weights"].items():
+            torch.testing.assert_close(of_rank["lora fsdp"]["weights"][key], x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["last:1", "head"])
@@ -392,6 +406,28 @@ def test_a_killed_rank_ends_the_job_and_any_number_goes_on(how: str, tmp_path: P
         assert first["gradient_norm"] == pytest.approx(whole[first["step"] - 1]["gradient_norm"], rel=1e-5)
         assert steps[15]["cross_entropy"] == pytest.approx(whole[-1]["cross_entropy"], abs=1e-3)
         assert_same_models(folder, tmp_path / "whole", atol=1e-4)
+
+
+def test_parts_that_are_not_what_was_written(tmp_path: Path, found: Any, places: Path) -> None:
+    """A part that is missing, cut short, of another kind, or of nobody: an error, and nothing is loaded."""
+    source = places / "2" / "moved fsdp" / "checkpoints" / checkpoints.name_of(2)
+    first = sorted((source / "parts").iterdir())[0].name
+
+    def tampered(name: str, how: Any) -> str:
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        how(folder / "parts" / first)
+        with pytest.raises(ValueError, match="is not what a run wrote") as error:
+            checkpoints.load(folder, lambda name, shape: torch.zeros(shape))
+        return str(error.value)
+
+    tensors, _ = checkpoints.load(source)
+    assert sum(x.numel() for x in tensors.values()) > 1000
+    assert "none are there" in tampered("missing", lambda path: path.unlink())
+    assert "bytes were written" in tampered("short", lambda path: path.write_bytes(path.read_bytes()[:-4]))
+    assert "nobody wrote it" in tampered("more", lambda path: shutil.copy(path, path.with_name("other.safetensors")))
+    other = lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))  # noqa: E731
+    assert "expected torch.float32 but got torch.int32" in tampered("kind", other)
 
 
 def assert_same_models(ours: Path, theirs: Path, atol: float) -> None:

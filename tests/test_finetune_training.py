@@ -113,8 +113,9 @@ def run(
     task = task_of(name, rows)
     model = strategies.apply(model_of(task, dropout), options.strategy, task.name)
     model = parallel.apply(model, options.parallel, options.strategy, task)
-    if options.parallel != "data":
-        task.score(model, rows)  # as a run begins
+    if options.parallel != "data":  # as a run begins and ends
+        task.test(model, rows)
+        task.predict(model, rows[:2])
     objective = objkern.parse(formula or task.formula())
     records: list[dict[str, Any]] = []
     log: Callable[[dict[str, Any]], None] = others.pop("log", records.append)

@@ -154,6 +154,79 @@ def test_terms_on_weights_that_are_in_parts(ranks: int, pools: dict[int, Ranks])
             torch.testing.assert_close(found[name], gradient, **CLOSE)
 
 
+def refused() -> str:
+    """Of a sample nobody has the gradient by weights that are in parts."""
+    model = shard(llama())
+    try:
+        objkern.diagonal_fisher(model, [tokens()], lambda model, x: model(input_ids=x).logits.sum((1, 2)))
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def of_other_placements() -> list[float]:
+    """By how much `accumulate_` misses where a gradient is spread otherwise than its parameter, and where the parameter
+    itself is spread anew since the term was made."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    whole = torch.arange(12.0).view(4, 3)
+    for placement, of_gradient in ((Replicate(), Partial()), (Shard(0), Replicate()), (Replicate(), Shard(1))):
+        p = nn.Parameter(distribute_tensor(whole, mesh, [placement]))
+        g = distribute_tensor(torch.ones(4, 3), mesh, [of_gradient if of_gradient != Partial() else Replicate()])
+        if of_gradient == Partial():
+            g = DTensor.from_local(torch.ones(4, 3) / dist.get_world_size(), mesh, [of_gradient])
+        p.grad = g
+        objkern.L2([p]).accumulate_()
+        found.append((p.grad.full_tensor() - (1.0 + whole)).abs().max().item())
+    p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    term = objkern.L2SP([p])
+    with torch.no_grad():
+        p += 1.0
+    p.data = p.data.redistribute(mesh, [Shard(1)])
+    found.append(abs(term().item() - 6.0))
+    return found
+
+
+def test_weights_in_parts_in_other_places(pools: dict[int, Ranks]) -> None:
+    for ranks in (2, 4):
+        assert all("before it is sharded" in said for said in pools[ranks](refused))
+        for found in pools[ranks](of_other_placements):
+            assert found == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def split_by_torch(style: str, first: bool) -> dict[str, Tensor]:
+    """A head that torch's own tensor parallelism splits, attached before or behind that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, mesh = llama(), init_device_mesh("cpu", (dist.get_world_size(),))
+    if first:
+        attach(model, OBJECTIVE)
+    layouts = {"replicated": Replicate(), "local": None}[style]
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=layouts)})
+    if not first:
+        attach(model, OBJECTIVE)
+    model(input_ids=tokens(), labels=labels(2), use_cache=False).loss.backward()
+    with torch.no_grad():
+        evaluated = model.eval()(input_ids=tokens(), labels=labels(2), use_cache=False).loss
+    return gathered(model) | {"loss": evaluated}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("style", ["replicated", "local"])
+def test_a_head_that_torch_splits(style: str, first: bool, pools: dict[int, Ranks]) -> None:
+    model = llama()
+    loss = OBJECTIVE(model(input_ids=tokens()).logits, labels(2), shift=1, backend="reference")
+    truth = whole_gradients(model, loss) | {"loss": loss.detach()}
+    for found in pools[2](split_by_torch, style, first):
+        assert found.keys() == truth.keys()
+        for name, gradient in truth.items():
+            torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
 # ---- Trainer --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import errno
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,16 +142,23 @@ def load(path: Path, like: Like = lambda name, shape: None) -> tuple[dict[str, T
 def _load_parts(folder: Path, sizes: Mapping[str, int], like: Like) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
 
+    if more := sorted({path.name for path in folder.iterdir()} - set(sizes)):
+        raise ValueError(f"{more[0]}: nobody wrote it")
     for name, size in sizes.items():  # one that is missing would leave zeros
         there = (folder / name).stat().st_size if (folder / name).is_file() else None
         if there != size:
             raise ValueError(f"{name}: {size} bytes were written, {there or 'none'} are there")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     found: dict[str, Tensor] = {}
-    for name, about in reader.read_metadata().state_dict_metadata.items():
+    metadata = reader.read_metadata()
+    for name, about in metadata.state_dict_metadata.items():
         place = like(name, about.size)
         found[name] = torch.zeros(about.size, dtype=about.properties.dtype) if place is None else place
-    with _failures(ValueError):
+    for index, part in metadata.storage_data.items():  # numbers of another kind would be converted
+        if part.dtype != found[index.fqn].dtype:
+            raise ValueError(f"{index.fqn}: expected {found[index.fqn].dtype} but got {part.dtype}")
+    with _failures(ValueError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank reads them alone
         dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
     return found
 

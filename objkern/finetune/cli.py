@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = options_from(arguments)
         from .run import run
 
-        with ranks():
+        with ranks(options.device):
             result = run(options, arguments.resume, ["python", "-m", "objkern", "finetune", *argv], on_record=_show)
     except (ImportError, ValueError) as error:
         print(f"python -m objkern finetune: error: {error}", file=sys.stderr)
@@ -206,10 +206,11 @@ PATIENCE = timedelta(minutes=10)  # with a rank that does not answer: a score ta
 
 
 @contextmanager
-def ranks() -> Iterator[None]:
+def ranks(device: str) -> Iterator[None]:
     """The process group that `torchrun` asks for, if it started this process.
 
     Raises:
+        ValueError: a device by number, which all ranks would share.
         OSError: another rank is gone, or hangs.
     """
     import torch
@@ -218,9 +219,14 @@ def ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected cuda, of which each rank takes its own, or cpu, but got {device!r}")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} ranks", flush=True)
     try:
         yield
     except RuntimeError as error:

@@ -31,10 +31,19 @@ NAMES = ("data", "fsdp", "tensor")
 
 def parse(parallel: str) -> tuple[str, int]:
     """A name and its number: ``"tensor:2"`` → ``("tensor", 2)``; 0 stands for all ranks."""
-    name, _, number = str(parallel).partition(":")
-    if name not in NAMES or (number and (name != "tensor" or not number.isdecimal() or int(number) < 1)):
+    name, colon, number = str(parallel).partition(":")
+    if name not in NAMES or (colon and (name != "tensor" or not number.isdecimal() or int(number) < 1)):
         raise ValueError(f"parallel: expected data, fsdp, tensor or tensor:K but got {parallel!r}")
     return name, int(number) if number else 0
+
+
+def check(parallel: str, strategy: str, task: type[Task] | Task) -> None:
+    """Raises a ValueError for what does not go together."""
+    name, _ = parse(parallel)
+    if name == "fsdp" and (strategy == "gradual" or strategy.startswith("prompt")):
+        raise ValueError(f"parallel: fsdp needs to know from the start which weights train, and has no {strategy}")
+    if name == "tensor" and not task.linear_head:
+        raise ValueError(f"parallel: tensor splits the head of a language model, which {task.name} does not have")
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,13 @@ def apply(model: nn.Module, parallel: str, strategy: str, task: Task) -> nn.Modu
         ValueError: a model or a strategy that cannot be split so.
     """
     name, size = parse(parallel)
+    check(parallel, strategy, task)
     if world() == 1:
         return model
     if name == "fsdp":
-        _shard(model, strategy)
+        _shard(model)
     elif name == "tensor":
-        _split_head(model, _mesh(size)["tensor"], task)
+        _split_head(model, _mesh(size)["tensor"])
     return model
 
 
@@ -135,18 +145,20 @@ def _device_type() -> str:
 # ---- fsdp -----------------------------------------------------------------------------------------------------------
 
 
-def _shard(model: nn.Module, strategy: str) -> None:
+def _shard(model: nn.Module) -> None:
     """Layer by layer; what is in none, the head too, with the whole model."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    if strategy == "gradual" or strategy.startswith("prompt"):
-        raise ValueError(f"parallel: fsdp needs to know from the start which weights train, and has no {strategy}")
     mesh = init_device_mesh(_device_type(), (world(),))
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh)
-    # Else its parameters would be whole behind an evaluation, which has no backward pass to end that.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    # The model itself, and not what peft wraps it in, whose `generate` goes past that. Its parameters would stay whole
+    # behind an evaluation, which has no backward pass to end that.
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    if hasattr(root, "generate"):  # which calls an encoder by itself
+        register_fsdp_forward_method(root, "generate")
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums, as everywhere here: rows were divided by the count of all ranks
             module.set_gradient_divide_factor(1.0)
@@ -163,11 +175,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 # ---- a head whose classes are split ---------------------------------------------------------------------------------
 
 
-def _split_head(model: nn.Module, mesh: DeviceMesh, task: Task) -> None:
+def _split_head(model: nn.Module, mesh: DeviceMesh) -> None:
     from ..transformers import _owner, detach
 
-    if not task.linear_head:
-        raise ValueError(f"parallel: tensor splits the head of a language model, which {task.name} does not have")
     detach(model)  # it is attached anew, to the head as it is by then
     head = _owner(model).get_output_embeddings()
     if type(head).forward is not nn.Linear.forward:

@@ -84,6 +84,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)} but got {self.task!r}")
+        parallel.check(self.training.parallel, self.training.strategy, TASKS[self.task])
         if self.pack and self.task != "causal-lm":
             raise ValueError(
                 f"pack: expected the task causal-lm, whose texts can share a sequence, but got {self.task}"
