@@ -116,6 +116,8 @@ def report(changes: Sequence[Change]) -> str:
                       f"{one.sigmas:+.1f}", "SLOWER" if one.slower else "quicker" if one.quicker else ""])  # fmt: skip
     count = sum(one.slower for one in changes)
     words = f"{count} of {len(changes)} became slower" if count else "nothing became slower"
+    noticed = max(math.log1p(LEAST), SIGMAS * max(one.error for one in changes))
+    words += f"; of every kernel {percent(noticed)} of its time would have been noticed"
     return f"{tables.table(['kernel, on one core', 'time', '95 %', 'sigmas', ''], lines)}\n\n{words}"
 
 

@@ -750,7 +750,9 @@ def gradients_of_statistics(
     op = _family(family).statistics_gradient.into
 
     of_max = Statistics._fields.index("max_logit")
-    reads_maximum = not partials.is_cpu or bool(partials[of_max].any())  # a GPU would have to be waited for
+    # A GPU would have to be waited for, and a graph that is traced does not know.
+    knows = partials.is_cpu and not torch.compiler.is_compiling()
+    reads_maximum = not knows or bool(partials[of_max].any())
 
     def write(of_rows: list[Tensor], tile: _Tile, out: Tensor) -> None:
         f, kept, maximum = of_rows

@@ -454,6 +454,41 @@ def test_all_rows_ignored(kind: str, ranks: Ranks) -> None:
             assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
+def compiled(kind: str) -> list[list[Tensor]] | None:
+    """The same call by torch.compile and by itself; some labels are ignored. Hidden gradients are summed while other work
+    is done, which no graph of torch's can say: there it breaks."""
+    of = group(2)
+    if of is None:
+        return None
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    part = torch.randn(7, 9, generator=draw) if kind == "logits" else torch.randn(9, 4, generator=draw)
+    hidden = torch.randn(7, 4, generator=torch.Generator().manual_seed(2))
+    y = torch.tensor([0, -100, 17, 8, 9, -100, 3])
+    objective = CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss()
+
+    def loss(x: Tensor, h: Tensor) -> Tensor:
+        if kind == "logits":
+            return objective(x, y, process_group=of) + 0.0 * h.sum()
+        return objective.linear(h, x, y, process_group=of)
+
+    loss(part, hidden)  # which asks for the sizes
+    found = []
+    for function in (torch.compile(loss, fullgraph=kind == "logits", backend="aot_eager"), loss):
+        leaves = [x.clone().requires_grad_() for x in (part, hidden)]
+        value = function(*leaves)
+        value.backward()
+        found.append([value.detach(), *(x.grad for x in leaves)])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_compiled(kind: str, ranks: Ranks) -> None:
+    """18, on ranks that share the classes."""
+    for ours, theirs in ranks(compiled, kind)[:2]:
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def policy(kind: str) -> list[Tensor] | None:
     """A clipped ratio of probabilities, and the entropy, from row statistics."""
     of, rank = group(2), dist.get_rank()
@@ -570,6 +605,10 @@ def refusals() -> dict[str, str]:
         ),
         "plain beside": lambda: ce(z, distribute_tensor(y, mesh, [Replicate()]), process_group=of),
         "another size": lambda: ce(torch.randn(3, 6), y, process_group=distributed.shard(of, 5)),
+        "elements": lambda: objkern.MeanSquaredError()(z, z, process_group=of),
+        "elements in parts": lambda: objkern.MeanSquaredError()(sharded, sharded),
+        "classes": lambda: distributed.shard(of, -3),
+        "not in it": lambda: distributed.shard(dist.GroupMember.NON_GROUP_MEMBER, 3),
     }  # fmt: skip
     found = {}
     for name, call in calls.items():
@@ -596,6 +635,10 @@ def test_what_cannot_be_served_says_so_on_every_rank(ranks: Ranks) -> None:
         "features": "ValueError: hidden: S(1) on dimension 0 of the mesh cannot be served",
         "plain beside": "TypeError: target: a DTensor beside the logits, a plain tensor",
         "another size": "ValueError: process_group: the part of rank 0 has 5 classes but got 6",
+        "elements": "NotImplementedError: process_group: terms that compare element by element have no classes",
+        "elements in parts": "NotImplementedError: process_group: terms that compare element by element",
+        "classes": "ValueError: classes: expected a whole number of at least 0 but got -3",
+        "not in it": "ValueError: process_group: this process is not in it",
     }  # fmt: skip
     for rank, found in enumerate(ranks(refusals)):
         for name, message in expected.items():
