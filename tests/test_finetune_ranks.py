@@ -112,6 +112,20 @@ def a_step(
     return {"how": outcome.how, "weights": whole(model), "records": records, "progress": outcome.progress}
 
 
+def without_labels(how: str, folder: Path) -> dict[str, Any]:
+    """A run in some of whose windows no rank has a label, with a term on parameters."""
+    rows = rows_of("token-classification", 8)
+    task = task_of("token-classification", rows)
+    some = [replace(e, label=[-100] * len(e.label)) if k % 4 else e for k, e in enumerate(task.examples(rows))]
+    model = model_of(task)
+    objective = objkern.CrossEntropy() + 0.1 * objkern.L2(model)
+    model = parallel.apply(model, how, "full", task)
+    options = TrainingOptions(batch_size=1, epochs=1, learning_rate=1e-2, parallel=how)
+    records: list[dict[str, Any]] = []
+    train(model, task, some, lambda: Evaluation({"f1": 1.0}), objective, options, folder, records.append)
+    return {"weights": whole(model), "totals": [record["total"] for record in records if record["event"] == "step"]}
+
+
 def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     found = {"undisturbed": a_step(RESUMED, folder / "undisturbed")}
     for how, name in MOVED.items():  # for other numbers of ranks to go on with
@@ -121,6 +135,8 @@ def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     for how in ("data", "fsdp"):  # by what peft wraps a model in
         options = TrainingOptions(batch_size=2, strategy="lora:2", learning_rate=1e-2, parallel=how)
         found[f"lora {how}"] = a_step(options, folder / f"lora {how}", "causal-lm")
+    for how in ("data", "fsdp"):
+        found[f"no label {how}"] = without_labels(how, folder / f"no label {how}")
     for case, step in (("first", 2), ("second", 4)):  # on rank 1 alone, then on rank 0 alone; in the midst of epochs
         alone = step if rank == (case == "first") else 0
         found[case] = a_step(RESUMED, folder / "resumed", resume=case != "first", interrupt=alone)
@@ -256,6 +272,17 @@ def test_a_window_is_one_big_batch_on_any_number_of_ranks(name: str, ranks: int,
         assert steps["records"][2]["l2_sp"] > 0.0
         for of_rank in found[ranks]:
             assert_same(of_rank[f"{name} steps"], steps)
+
+
+def test_a_window_without_labels(found: Any) -> None:
+    """12: what is left of it are the terms on parameters."""
+    for of_rank in found[2]:
+        data, fsdp = of_rank["no label data"], of_rank["no label fsdp"]
+        assert len(data["totals"]) == 4
+        assert all(total == total and total > 0.0 for total in data["totals"])
+        assert fsdp["totals"] == pytest.approx(data["totals"], rel=1e-5)
+        for key, x in data["weights"].items():
+            torch.testing.assert_close(fsdp["weights"][key], x, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_in_parts(found: Any) -> None:

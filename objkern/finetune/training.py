@@ -257,7 +257,7 @@ def _step(
     count = sum(task.count(example) for batch in window for example in batch)  # of all ranks: each knows the examples
     sums: dict[str, Tensor] = {}
     problem: str | None = None
-    for place in layout.places(len(window)):
+    for place in layout.places(len(window)) if count else []:
         # Dropout, without a state to be kept, and the same whichever rank has the batch.
         torch.manual_seed((options.seed * 1_000_003 + step) * progress.batches + (place or 0))
         batch = task.collate(window[place or 0]).to(device)
@@ -303,7 +303,7 @@ def _penalize(penalties: Objective, sums: dict[str, Tensor], step: int) -> None:
         raise FloatingPointError(f"the loss is {value.item()} in step {step + 1}: {values}, of the parameters alone")
     penalties.accumulate_()
     sums |= {name: part.float() for name, part in parts.items() if name != "total"}
-    sums["total"] = sums["total"] + value.float()
+    sums["total"] = sums.get("total", 0.0) + value.float()
 
 
 def windows(
