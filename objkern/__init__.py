@@ -20,7 +20,7 @@ from .functional import (
 from .objective import Objective, parse
 from .penalties import EWC, L1, L2, L2SP, ElasticNet, diagonal_fisher
 from .statistics import Statistics
-from .terms import *  # noqa: F403
+from .terms import *  # noqa: F403  whose __all__ is the one list of them
 
 __version__ = "0.1.0"
 

@@ -270,7 +270,7 @@ class _Rows(NamedTuple):
 
     def kept(self, count: int, skip_ignored: bool) -> Tensor | None:
         """The rows that are not ignored, or None for all of them."""
-        if not (skip_ignored and self.labelled) or torch.compiler.is_compiling():  # how many is no matter of shapes
+        if not (skip_ignored and self.labelled):
             return None
         assert self.target is not None
         kept = (self.target != self.ignore_index).nonzero().view(-1)
@@ -750,9 +750,7 @@ def gradients_of_statistics(
     op = _family(family).statistics_gradient.into
 
     of_max = Statistics._fields.index("max_logit")
-    # A GPU would have to be waited for, and a graph that is traced does not know.
-    knows = partials.is_cpu and not torch.compiler.is_compiling()
-    reads_maximum = not knows or bool(partials[of_max].any())
+    reads_maximum = not partials.is_cpu or bool(partials[of_max].any())  # a GPU would have to be waited for
 
     def write(of_rows: list[Tensor], tile: _Tile, out: Tensor) -> None:
         f, kept, maximum = of_rows

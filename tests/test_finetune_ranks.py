@@ -63,7 +63,7 @@ def trained(name: str, folder: Path, options: TrainingOptions) -> dict[str, Any]
     model = strategies.apply(model_of(task), options.strategy, task.name)
     formula = "BinaryCrossEntropy() + 0.1*LogitL2()" if name == "several" else REGULARIZED
     objective = objkern.parse(formula) + 0.02 * objkern.L2(model) + 0.3 * objkern.L2SP(model)
-    model = parallel.apply(model, options.parallel, options.strategy, task)
+    model = parallel.apply(model, parallel.layout_of(options.parallel))
     records: list[dict[str, Any]] = []
     train(model, task, task.examples(rows), lambda: Evaluation({task.metric: 1.0}), objective, options, folder,
           lambda record: records.append({k: v for k, v in record.items() if k != "seconds"}))  # fmt: skip
@@ -119,7 +119,7 @@ def without_labels(how: str, folder: Path) -> dict[str, Any]:
     some = [replace(e, label=[-100] * len(e.label)) if k % 4 else e for k, e in enumerate(task.examples(rows))]
     model = model_of(task)
     objective = objkern.CrossEntropy() + 0.1 * objkern.L2(model)
-    model = parallel.apply(model, how, "full", task)
+    model = parallel.apply(model, parallel.layout_of(how))
     options = TrainingOptions(batch_size=1, epochs=1, learning_rate=1e-2, parallel=how)
     records: list[dict[str, Any]] = []
     train(model, task, some, lambda: Evaluation({"f1": 1.0}), objective, options, folder, records.append)
@@ -155,7 +155,7 @@ def other_cases(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     if rank == 1:
         own, task.loss = task.loss, lambda *a, **o: (lambda loss, parts: (loss * torch.nan, parts))(*own(*a, **o))
     for how in ("data", "fsdp"):
-        parallel.apply(model, how, "full", task) if how == "fsdp" else None
+        parallel.apply(model, parallel.layout_of(how))
         try:
             train(model, task, task.examples(rows), lambda: Evaluation({"f1": 1.0}), objkern.CrossEntropy(),
                   TrainingOptions(batch_size=2, parallel=how), folder / f"nan {how}")  # fmt: skip

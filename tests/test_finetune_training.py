@@ -112,7 +112,7 @@ def run(
     rows = rows_of(name, count)
     task = task_of(name, rows)
     model = strategies.apply(model_of(task, dropout), options.strategy, task.name)
-    model = parallel.apply(model, options.parallel, options.strategy, task)
+    model = parallel.apply(model, parallel.layout_of(options.parallel))
     if options.parallel != "data":  # as a run begins and ends
         task.test(model, rows)
         task.predict(model, rows[:2])

@@ -51,15 +51,22 @@ class Layout:
     """Who shares the batches of a window, and how they stay together.
 
     Attributes:
-        rank, ranks: among those.
+        name: what the ranks have parts of: "fsdp", "tensor", or nothing under "data"; of one rank alone always "data".
+        rank, ranks: among those that share the batches.
         group: of them; None where this rank is alone among all.
-        in_step: a pass of one is a pass of all, so that each needs as many (fsdp).
+        mesh: under "tensor" of the ranks that share the classes.
     """
 
+    name: str = "data"
     rank: int = 0
     ranks: int = 1
     group: Any = None
-    in_step: bool = False
+    mesh: DeviceMesh | None = None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a pass of one is a pass of all, so that each needs as many."""
+        return self.name == "fsdp"
 
     def places(self, count: int) -> list[int | None]:
         """Of the window's batches those of this rank; None: a pass beside others' that counts for nothing."""
@@ -73,34 +80,35 @@ def world() -> int:
 
 
 def layout_of(parallel: str) -> Layout:
-    """Of this rank; the same calls on all.
+    """Of this rank; all have to call.
 
     Raises:
         ValueError: the ranks do not come out even.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     name, size = parse(parallel)
     if world() == 1:
         return Layout()
     if name != "tensor":
-        return Layout(dist.get_rank(), world(), dist.group.WORLD, in_step=name == "fsdp")
-    mesh = _mesh(size)
-    return Layout(mesh.get_local_rank("data"), mesh["data"].size(), mesh.get_group("data"))
+        return Layout(name, dist.get_rank(), world(), dist.group.WORLD)
+    size = size or world()
+    if world() % size:
+        raise ValueError(f"parallel: expected a number that divides the {world()} ranks but got tensor:{size}")
+    mesh = init_device_mesh(_device_type(), (world() // size, size), mesh_dim_names=("data", "tensor"))
+    return Layout(name, mesh.get_local_rank("data"), mesh["data"].size(), mesh.get_group("data"), mesh["tensor"])
 
 
-def apply(model: nn.Module, parallel: str, strategy: str, task: Task) -> nn.Module:
+def apply(model: nn.Module, layout: Layout) -> nn.Module:
     """Splits a whole model, with its strategy applied, in place. Every rank has the same (`same_weights`).
 
     Raises:
-        ValueError: a model or a strategy that cannot be split so.
+        ValueError, TypeError: a model that cannot be split so.
     """
-    name, size = parse(parallel)
-    check(parallel, strategy, task)
-    if world() == 1:
-        return model
-    if name == "fsdp":
+    if layout.name == "fsdp":
         _shard(model)
-    elif name == "tensor":
-        _split_head(model, _mesh(size)["tensor"])
+    elif layout.mesh is not None:
+        _split_head(model, layout.mesh)
     return model
 
 
@@ -127,15 +135,6 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
         if first:
             found[name] = value.detach().cpu()
     return found
-
-
-def _mesh(size: int) -> DeviceMesh:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    size = size or world()
-    if world() % size:
-        raise ValueError(f"parallel: expected a number that divides the {world()} ranks but got tensor:{size}")
-    return init_device_mesh(_device_type(), (world() // size, size), mesh_dim_names=("data", "tensor"))
 
 
 def _device_type() -> str:

@@ -264,20 +264,11 @@ def prepare(options: RunOptions, objective: Objective | None = None, splits: Spl
         built, reference = retention.apply(options.retain, built, model, task, kept, options.training.batch_size)
     task.check(model)
     _try(model, task, examples, built, reference)
-    model = parallel.apply(model, options.training.parallel, options.training.strategy, task)
+    model = parallel.apply(model, layout)
+    files = fingerprint(started_from)
     return Run(
-        options,
-        task,
-        splits,
-        examples,
-        model,
-        built,
-        reference,
-        device,
-        started_from,
-        fingerprint(started_from),
-        layout,
-    )
+        options, task, splits, examples, model, built, reference, device, started_from, files, layout
+    )  # fmt: skip
 
 
 def _model(source: str, task: Task, options: RunOptions) -> nn.Module:
