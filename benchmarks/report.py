@@ -79,6 +79,11 @@ slack. `python -m objkern bench compare` tells what became slower from one run t
 on one core.
 """
 
+# Recorded before a file said by itself that its run was interrupted; what is recorded stays as it is.
+ENDED = (
+    "2026-11-26-amd-epyc-family-25-model-1-2-threads-2.json",
+    "2026-11-27-amd-epyc-family-25-model-1-2-threads.json",
+)
 REMARKS = {
     "Gradient in the forward pass": "Bytes: read once, written once.",
     "The fused linear path": "GEMMs alone: the three products, whole, into memory that exists already.",
@@ -148,7 +153,7 @@ def section(path: Path, result: dict[str, Any], images: str, drawn: set[str], fo
     ]
     if absent := result.get("absent"):
         blocks.append("Other libraries that are absent: " + "; ".join(f"{k}: {why}" for k, why in absent.items()) + ".")
-    if result.get("interrupted"):
+    if result.get("interrupted") or path.name in ENDED:
         blocks.append("**The run was interrupted: this is the part of it that had been measured.**")
     if machine["load_before"] > 1:
         blocks.append("**Other processes were busy when this run began; its times may be off.**")
