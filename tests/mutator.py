@@ -137,14 +137,20 @@ def of_cpp(source: str) -> Iterator[Place]:
         end = _closing(text, found.end() - 1) + 1
         other = {"min": "max", "max": "min"}[found[1]]
         yield Place("operator", found.start(), end, source[found.start() : end].replace(found[1], other, 1))
+    sizes = [  # of arrays in their declarations: what is too large changes nothing
+        (found.start(1), _closing(text, found.start(1)))
+        for found in re.finditer(r"^[ ]*(?!return\b)(?:[\w:<>(),]+ )+\w+(\[)", text, re.MULTILINE)
+    ]
     for found in _LITERAL.finditer(text):
+        if any(begin < found.start() < end for begin, end in sizes):
+            continue
         digits = found[1]
         wrong = repr(float(digits) * 2 or 1.0) if "." in digits else str(int(digits) + 1)
         yield Place("constant", found.start(), found.end(), wrong + found[2])
     for found in re.finditer(r"(?<=[\w\])])\[", text):
         end = _closing(text, found.start())
         inner = source[found.end() : end]
-        if inner.strip() and not inner.strip().isdigit():
+        if inner.strip() and not inner.strip().isdigit() and (found.start(), end) not in sizes:
             yield Place("index", found.end(), end, "0")
     for found in re.finditer(r"\b(?:if|while) \(", text):
         end = _closing(text, found.end() - 1)

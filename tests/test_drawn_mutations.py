@@ -26,6 +26,7 @@ T f(const T* x, int64_t n) {
     return std::min(a + b, c) < d ? a : -b;
   }
   const auto text = "1 + 2";
+  float lanes[7];
   call(n);
 }
 """
