@@ -203,7 +203,7 @@ def every_run(machines: list[list[Run]]) -> str:
     return "\n\n".join([
         "## Every run",
         "What a later run on the same machine has repeated is not shown above; it stays in its file. The files say by "
-        "which command each was recorded; those of older ones are gone since.",
+        "which command each was recorded; commands of older files no longer exist.",
         tables.table(["file", "date", "commit", "machine", "shown above"], lines),
     ])  # fmt: skip
 
