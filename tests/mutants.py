@@ -35,7 +35,7 @@ from torch.utils import cpp_extension
 
 from . import mutator
 from .emulation import build as emulation
-from .faults import ROOT, VARIABLE, Span, copy_python, plant_spans
+from .faults import ROOT, VARIABLE, Span, plant_spans
 
 KEPT = ROOT / "build/mutants"
 
@@ -108,6 +108,9 @@ ROOMS = {
     ),
 }  # fmt: skip
 
+# What is defined where the faults are compiled: kernels for any processor, and CUDA's as the emulation has them.
+MACROS = ("OBJKERN_EMULATED", "OBJKERN_CUDA_KEY", "OBJKERN_VARIANT", "_SC_LEVEL2_CACHE_SIZE")
+
 # What presents results to people, and says why something cannot be had, is no mathematics and no loop.
 LEFT_OUT = (
     "objkern/finetune/reports.py", "objkern/finetune/card.py", "objkern/finetune/tables.py", "objkern/finetune/cli.py",
@@ -147,7 +150,7 @@ def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
         if file in LEFT_OUT or path.suffix not in (".py", ".h", ".cpp", ".cu"):
             continue
         source = path.read_text(encoding="utf-8")
-        for place in mutator.of_python(source) if path.suffix == ".py" else mutator.of_cpp(source):
+        for place in mutator.of_python(source) if path.suffix == ".py" else mutator.of_cpp(source, MACROS):
             begin, end = source.rfind("\n", 0, place.begin) + 1, source.find("\n", place.end)
             if not is_neutral(file, source[begin:end]):
                 found[place.kind].append((file, place))
@@ -317,14 +320,14 @@ class Runner:
         return fault.describe(source) | found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
-def copy_of_package(folder: Path) -> Path:
-    """Everything that tests read, with the library beside it."""
+def copy_of_package(folder: Path, native: bool = True) -> Path:
+    """Everything that tests read, and with `native` the library that was built."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, names):
-        if (ROOT / name).exists() and not name.startswith("benchmarks/results/"):
+        if (ROOT / name).exists() and not name.startswith(("benchmarks/results/", "csrc/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for library in (ROOT / "objkern").glob("*.so"):
+    for library in (ROOT / "objkern").glob("*.so") if native else ():
         link = folder / "objkern" / library.name
         link.unlink(missing_ok=True)
         link.symlink_to(library)
@@ -341,7 +344,7 @@ def examine(
         faults = draw(name, seed, 1000 * k + 1)
         if name in ("cpu", "cuda"):
             folder, chosen = planted(name, faults, count)
-            copy_python(folder)
+            copy_of_package(folder, native=False)
             work += [(folder, fault) for fault in chosen]
         else:
             work += [(None, fault) for _, fault in zip(range(count), faults)]  # noqa: B905
@@ -359,9 +362,12 @@ def examine(
                 folder = own.folder
             return runner.run(folder, fault)
 
-        for done in as_completed([pool.submit(one, *each) for each in work]):
-            found.append(done.result())
-            report(found[-1])
+        try:
+            for ended in as_completed([pool.submit(one, *each) for each in work]):
+                found.append(ended.result())
+                report(found[-1])
+        finally:
+            pool.shutdown(cancel_futures=True)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 KINDS = ("operator", "constant", "index", "condition", "dropped")
@@ -45,6 +45,27 @@ def masked(text: str) -> str:
     blank = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
     text = re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', blank, text, flags=re.DOTALL)
     return re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, text, flags=re.MULTILINE)
+
+
+def compiled(source: str, macros: Collection[str]) -> str:
+    """The text without the branches of #if that are for others: those are compiled that these macros lead to."""
+    branches: list[tuple[bool, bool]] = []  # of every #if around: whether this branch is compiled, whether one was
+    lines = []
+    for line in source.split("\n"):
+        directive = re.match(r"\s*#\s*(if|ifdef|ifndef|elif|else|endif)\b(.*)", line)
+        if directive is None:
+            lines.append(line if all(here for here, _ in branches) else " " * len(line))
+            continue
+        lines.append(line)
+        word, rest = directive[1], directive[2].split("//")[0]
+        if word == "endif":
+            branches.pop()
+            continue
+        known = any(name in macros for name in re.findall(r"\w+", rest))
+        there = known != (word == "ifndef") if word != "else" else True
+        was = branches.pop()[1] if word in ("elif", "else") else False
+        branches.append((there and not was, there or was))
+    return "\n".join(lines)
 
 
 def _left(text: str, at: int, level: int) -> int:
@@ -119,8 +140,8 @@ _STATEMENT = re.compile(
 )
 
 
-def of_cpp(source: str) -> Iterator[Place]:
-    text = masked(source)
+def of_cpp(source: str, macros: Collection[str] = ()) -> Iterator[Place]:
+    text = masked(compiled(source, macros))
     for found in _BINARY.finditer(text):
         op = found[1]
         if op == "?":

@@ -18,6 +18,15 @@ SEED = int(os.environ.get("OBJKERN_SEED", "0"))
 
 CPP = """\
 #define SIZE 3
+#ifdef SIZE
+#ifndef OTHER
+  n = 8 * k;
+#endif
+#elif defined(OTHER)
+  n = 9;
+#else
+  n = 6;
+#endif
 // a comment: 1 + 2
 template <class T, int N = 4>
 T f(const T* x, int64_t n) {
@@ -46,14 +55,14 @@ def made(source: str, places: object) -> set[str]:
 
 
 def test_places_in_cpp() -> None:
-    assert made(CPP, mutator.of_cpp(CPP)) == {
+    assert made(CPP, mutator.of_cpp(CPP, ["SIZE"])) == {
         "operator: n > 0 → n >= 0", "operator: n > 0 && x[n] != 0.5f → n > 0 || x[n] != 0.5f",
         "operator: x[n] != 0.5f → x[n] == 0.5f", "operator: x[i] * 2 → x[i] / 2", "operator: a + b → a - b",
         "operator: std::min(a + b, c) < d → std::min(a + b, c) <= d",
         "operator: std::min(a + b, c) → std::max(a + b, c)", "condition: std::min(a + b, c) < d → !(std::min(a + b, c) < d)",
         "condition: n > 0 && x[n] != 0.5f → !(n > 0 && x[n] != 0.5f)", "constant: 0 → 1", "constant: 0.5f → 1.0f",
         "constant: 2 → 3", "constant: 4 → 5", "index: n → 0", "index: i → 0", "dropped: sum += x[i] * 2; → ",
-        "dropped: call(n); → ",
+        "dropped: call(n); → ", "constant: 8 → 9", "operator: 8 * k → 8 / k", "dropped: n = 8 * k; → ",
     }  # fmt: skip
 
 
