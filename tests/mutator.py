@@ -183,7 +183,11 @@ def of_cpp(source: str, macros: Collection[str] = ()) -> Iterator[Place]:
         yield Place("condition", found.start(), end, source[found.end() : end])
     for found in _STATEMENT.finditer(text):
         before = text[: found.start()].rstrip()
-        if before.endswith((";", "{", "}", ")", "]", "else")) or re.search(r"(?:case [\w:]+|default):$", before):
+        if (
+            not before
+            or before.endswith((";", "{", "}", ")", "]", "else"))
+            or re.search(r"(?:case [\w:]+|default):$", before)
+        ):
             yield Place("dropped", found.start(1), found.end(), "", statement=True)
 
 
