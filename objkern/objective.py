@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, linear, ops
-from .batch import Batch, describe, flatten
+from .batch import Batch, check_validate, describe, flatten, shown
 from .reference import FREE_STATISTICS, evaluate
 from .statistics import Statistics
 
@@ -42,7 +42,7 @@ class Coefficient(NamedTuple):
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise ValueError(f"coefficient: expected a finite number but got {str(value)[:40]}")
+            raise ValueError(f"coefficient: expected a finite number but got {describe(value)}")
         return cls(number)
 
     def times(self, other: Coefficient) -> Coefficient:
@@ -246,7 +246,7 @@ class Objective(nn.Module):
                 part=at is not None,
             )  # fmt: skip
             if gradient not in GRADIENTS:
-                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
             built_in = _check_call(
                 terms, batch, return_parts, "gradient" if gradient == "forward" else None, reference is not None
             )
@@ -343,7 +343,7 @@ class Objective(nn.Module):
                     "objective(F.linear(hidden, weight, bias), target)"
                 )
             if mode not in linear.MODES:
-                raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {mode!r}')
+                raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {shown(mode)}')
             if gradient == "forward":
                 if mode == "recompute":
                     raise ValueError('gradient="forward" contradicts mode="recompute"')
@@ -370,7 +370,7 @@ class Objective(nn.Module):
             if of_head:
                 layer, batch = linear.with_reference(layer, batch, reference)
             if gradient not in GRADIENTS:
-                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
             built_in = _check_call(
                 terms, batch, return_parts, "mode" if mode == "forward" else None, reference is not None
             )
@@ -475,6 +475,10 @@ def _apart(
     tensor = isinstance(weight, Tensor) and weight.dim() == 0
     if not tensor and (isinstance(weight, bool) or not isinstance(weight, numbers.Real)):
         raise TypeError(f"parameter_weight: expected a number or a 0-dim tensor but got {describe(weight)}")
+    try:
+        weight = weight if tensor else float(weight)
+    except OverflowError:
+        raise ValueError(f"parameter_weight: expected a finite number but got {describe(weight)}") from None
     return [pair for pair in terms if not pair[1].about_parameters], _Penalties(penalties, weight)
 
 
@@ -575,8 +579,7 @@ def _check_elementwise_options(
             )
     if reference is not None:
         raise ValueError("reference: has no meaning for terms that compare element by element")
-    if validate not in (None, True, False):
-        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
+    check_validate(validate)
 
 
 def _evaluate_elements(
@@ -590,7 +593,7 @@ def _evaluate_elements(
     if not isinstance(return_parts, bool):
         raise TypeError(f"return_parts: expected True or False but got {describe(return_parts)}")
     if gradient not in GRADIENTS:
-        raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+        raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
     of_elements, of_rows = elementwise.apart(terms, options["reduction"])
     elements = elementwise.checked(prediction, target, elementwise.weights_of(of_elements), limits=True, **options)
     loss, found = elementwise.evaluate(of_elements, backend, elements, gradient == "forward", return_parts)
