@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import numbers
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -691,88 +689,3 @@ class Term(Objective):
 
     def __repr__(self) -> str:
         return self._formula_name()
-
-
-# ---- parsing --------------------------------------------------------------------------------------------------------
-
-
-def parse(text: str) -> Objective:
-    """The objective that a formula describes: ``parse(repr(objective))`` for objectives made of numbers.
-
-    ``parse("CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss() - 0.01*Entropy()")``. The grammar is sums, differences and
-    numeric multiples of terms with numeric arguments; nothing is ever evaluated as code.
-
-    Raises:
-        ValueError: says what could not be read. Terms that hold tensors, functions or models cannot be parsed.
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"objective: expected a string but got {type(text).__name__}")
-    if held := re.search(r"<[^<>]*>", text):
-        raise ValueError(
-            f"objective: {text[:200]!r} cannot be parsed, because a term in it holds a tensor, a function or a model: "
-            f"{held[0]}"
-        )
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-        return Objective((Coefficient.of(number), term) for number, term in _parse_sum(tree.body, 1.0))
-    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
-        raise ValueError(
-            f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too large or too deeply nested')}"
-        ) from None
-
-
-def _parse_sum(node: ast.expr, factor: float) -> Iterator[tuple[float, Term]]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
-        yield from _parse_sum(node.left, factor)
-        yield from _parse_sum(node.right, -factor if isinstance(node.op, ast.Sub) else factor)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        yield from _parse_sum(node.operand, -factor if isinstance(node.op, ast.USub) else factor)
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = _parse_number(node.left), _parse_number(node.right)
-        if (left is None) == (right is None):
-            raise ValueError(f"objective: {ast.unparse(node)!r} is not a number times a term")
-        yield from _parse_sum(node.right if right is None else node.left, factor * (right if left is None else left))
-    elif isinstance(node, ast.Call):
-        yield factor, _parse_term(node)
-    else:
-        raise ValueError(f"objective: expected a term such as ZLoss() but got {ast.unparse(node)!r}")
-
-
-def _parse_number(node: ast.expr) -> float | None:
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        inner = _parse_number(node.operand)
-        return inner if inner is None or isinstance(node.op, ast.UAdd) else -inner
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return float(node.value)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = _parse_number(node.left), _parse_number(node.right)
-        return None if left is None or right is None else left * right
-    return None
-
-
-def _parse_term(node: ast.Call) -> Term:
-    name = ast.unparse(node.func)
-    if name not in Term.registry:
-        raise ValueError(f"objective: {name!r} is not one of {', '.join(sorted(Term.registry))}")
-    arguments = [_parse_argument(name, "argument", value) for value in node.args]
-    keywords = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in keywords:
-            raise ValueError(f"objective: {name}: {ast.unparse(node)!r} gives a keyword twice or unpacks")
-        keywords[keyword.arg] = _parse_argument(name, keyword.arg, keyword.value)
-    try:
-        return Term.registry[name](*arguments, **keywords)
-    except TypeError as error:
-        raise ValueError(f"objective: {name}: {error}") from None
-
-
-def _parse_argument(term: str, argument: str, node: ast.expr) -> float | str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    number = _parse_number(node)
-    if number is None:
-        raise ValueError(
-            f"objective: {term}: {argument}: expected a number but got {ast.unparse(node)!r}; terms that hold tensors, "
-            "functions or models cannot be parsed"
-        )
-    return number
