@@ -56,8 +56,8 @@ class Build:
             f"-L{Path(torch.__file__).parent / 'lib'} -lc10 -ltorch -ltorch_cpu -ltorch_python -ldl",
         ]
 
-    def compile(self, source: Path, flags: list[str]) -> None:
-        target = self.folder / "objects" / f"{source.stem}.o"
+    def compile(self, source: Path, flags: list[str], name: str | None = None) -> None:
+        target = self.folder / "objects" / f"{name or source.stem}.o"
         self.lines += [f"build {target}: cxx {source}", f"  flags = {' '.join([*flags, *self.flags])}"]
         self.objects.append(target)
 
@@ -67,10 +67,23 @@ class Build:
         inputs = " ".join(map(str, [*self.objects, *others]))
         self.lines.append(f"build {self.folder / 'objkern' / library}: link {inputs}")
         copy_python(self.folder)
+        self.run()
+
+    def program(self, target: Path) -> Path:
+        """The objects as a program by itself."""
+        self.lines += [
+            "rule program",
+            f"  command = {CXX} {' '.join(self.flags)} -o $out $in -lpthread",
+            f"build {target}: program {' '.join(map(str, self.objects))}",
+        ]
+        self.run()
+        return target
+
+    def run(self) -> None:
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         done = subprocess.run(["ninja", "-C", str(self.folder)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout}")
+            raise RuntimeError(f"{self.folder.name}: the kernels do not compile:\n{done.stdout}")
 
 
 def emulated(sanitized: bool = False, faults: Sequence[Iterable[Replacement]] = ()) -> Path:
