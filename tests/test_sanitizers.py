@@ -23,7 +23,7 @@ from torch.utils import cpp_extension
 import setup as how_it_is_built
 from objkern import _C
 
-from .emulation.build import CXX, SANITIZED, Build, ordinary_objects, run_tests
+from .emulation.build import SANITIZED, Build, ordinary_objects, run_tests
 from .faults import ROOT, VARIABLE, Replacement, plant
 
 pytestmark = [
@@ -33,7 +33,7 @@ pytestmark = [
 
 KEPT = ROOT / "build/sanitizers"
 # The kernels that this machine can run; the others of the build are not there to be called.
-CAPABILITIES = [name for name in how_it_is_built.CAPABILITIES if name in ("default", _C.cpu_capability())]
+CAPABILITIES = [name for name in how_it_is_built.CAPABILITIES if name in ("default", _C.build_info()["cpu_capability"])]
 KERNELS = ["-std=c++20", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
 TESTS = [f"tests/test_{name}.py" for name in ("kernels", "pitfalls", "precision", "corners", "elementwise", "buffers",
                                               "default_call", "errors", "sequences")]  # fmt: skip

@@ -70,10 +70,12 @@ class Build:
         self.run()
 
     def program(self, target: Path) -> Path:
-        """The objects as a program by itself."""
+        """The objects as a program by itself. Vectors have their functions from torch's library."""
+        libraries = Path(torch.__file__).parent / "lib"
         self.lines += [
             "rule program",
-            f"  command = {CXX} {' '.join(self.flags)} -o $out $in -lpthread",
+            f"  command = {CXX} {' '.join(self.flags)} -o $out $in -L{libraries} -Wl,-rpath,{libraries} -lc10 "
+            "-ltorch_cpu -lpthread",
             f"build {target}: program {' '.join(map(str, self.objects))}",
         ]
         self.run()
