@@ -111,7 +111,8 @@ def flatten(
         raise ValueError(f"shift: expected 0 or 1 but got {shown(shift)}")
     if rows is not None and not isinstance(rows, dict):
         raise TypeError(f"rows: expected a dict of tensors but got {describe(rows)}")
-    check_validate(validate)
+    if validate is not None:
+        check_validate(validate)
     check_normalizer(normalizer, reduction)
     if target is not None:
         target = _check_target(target, logits, shape, class_dim)
@@ -155,7 +156,7 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
 
 
 def check_validate(validate: bool | None) -> None:
-    if validate is not None and validate is not True and validate is not False:
+    if not (validate is None or validate is True or validate is False):
         raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
 
 
