@@ -4,6 +4,7 @@
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make trust   the long tests; TRUST="-k soak" passes options on
+# make reference  the API reference, from docstrings, in build/reference/index.html
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
@@ -27,7 +28,7 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypo
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs wheel check-wheel check-oldest-torch \
+.PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs reference wheel check-wheel check-oldest-torch \
         check-oldest-transformers clean
 
 help:
@@ -97,6 +98,12 @@ docs: build
 	$(PY) docs/guarantees.py
 	$(PY) -m benchmarks.report
 	$(PY) -m benchmarks.gpu.status
+
+# Only this needs Sphinx, so only this installs it.
+reference: build
+	@$(PY) -m pip install -q -c build/constraints.txt sphinx
+	$(PY) -m sphinx -q -W --keep-going -n -d build/reference-doctrees docs/reference build/reference
+	@echo "==> build/reference/index.html"
 
 # setuptools would put into the wheel whatever modules an earlier build left in build/lib*.
 wheel: $(STAMP)

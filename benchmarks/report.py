@@ -10,8 +10,10 @@ import argparse
 import re
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import plot, results, tables
 from benchmarks.figures import Entry, copy_gb_per_second, disturbed, missed, unsteady
@@ -23,7 +25,8 @@ INTRODUCTION = """\
 # Performance
 
 Forward and backward pass of an objective on logits: objkern, eager torch and `torch.compile` on the same CPU. Written
-by `make docs` from the files in `benchmarks/results`; `make bench` measures anew.
+by `make docs` from the files in `benchmarks/results`; `make bench` measures anew, `python -m objkern bench SUITE` a
+part of it. Of every case the newest measurement on each machine is shown, under the run that it comes from.
 
 ## What is compared
 
@@ -110,20 +113,106 @@ REMARKS = {
 }
 
 
+class Run(NamedTuple):
+    """A results file, and those of its entries that no later run on the same machine has measured anew."""
+
+    path: Path
+    result: dict[str, Any]
+    entries: list[Entry]
+
+
+CASE = ("kind", "rows", "features", "classes", "dtype", "workload", "sweep", "training")  # what an entry is about
+
+
+def newest(files: list[tuple[Path, dict[str, Any]]]) -> list[list[Run]]:
+    """By machine and allocator, all from the newest to the oldest."""
+    machines: dict[tuple[Any, ...], list[Run]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for path, result in files:
+        machine = tuple(result["machine"][name] for name in ("cpu", "cores", "threads", "capability", "keeps_pages"))
+        cases = [(machine, *(entry.get(name) for name in CASE)) for entry in result["entries"]]
+        entries = [entry for case, entry in zip(cases, result["entries"], strict=True) if case not in seen]
+        seen |= set(cases)
+        machines.setdefault(machine, []).append(Run(path, result, entries))
+    return list(machines.values())
+
+
 def page(files: list[tuple[Path, dict[str, Any]]]) -> str:
-    shown = plotted(files)
-    sections = [
-        section(path, result, "images", {kind for kind, entries in shown.items() if entries is result["entries"]})
-        for path, result in files
-    ]
-    return "\n\n".join([INTRODUCTION.strip(), *(sections or ["No result is recorded."])]) + "\n"
+    drawn: dict[Path, set[str]] = {}
+    for kind, (path, _) in plotted(files).items():
+        drawn.setdefault(path, set()).add(kind)
+    machines = newest(files)
+    sections = [of_machine([run for run in runs if run.entries], drawn) for runs in machines]
+    title, body = INTRODUCTION.strip().split("\n\n## ", 1)
+    body = "\n\n".join([f"## {body}", *(sections or ["No result is recorded."]), every_run(machines)])
+    return f"{title}\n\n{contents(body)}\n\n{body}\n"
+
+
+def contents(body: str) -> str:
+    """A line for each heading, behind it those below it; the anchors are GitHub's."""
+    lines, taken = ["## Contents", ""], Counter(["contents"])
+    for marks, heading in re.findall(r"^(###?) (.*)$", body, re.MULTILINE):
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        link = f"[{heading}](#{anchor}{f'-{taken[anchor]}' if taken[anchor] else ''})"
+        taken[anchor] += 1
+        if marks == "##":
+            lines.append(f"- {link}")
+        else:
+            lines[-1] += (", " if "): [" in lines[-1] else ": ") + link
+    return "\n".join(lines)
+
+
+def of_machine(runs: list[Run], drawn: dict[Path, set[str]]) -> str:
+    """The newest measurements of a machine: by table, each under the run that it comes from.
+
+    Args:
+        drawn: by file, the kinds of entries whose plot shows it.
+    """
+    machine, entries = runs[0].result["machine"], [entry for run in runs for entry in run.entries]
+    blocks = [f"## {place_of(machine)}", f"{hardware(machine)}. Measured in:"]
+    blocks.append("\n".join(
+        f"- {source(run)}: " + " ".join([versions(run.result, run.entries), *warnings(run.path, run.result)])
+        for run in runs
+    ))  # fmt: skip
+    blocks += [*absent([run.result for run in runs]), *notes(entries)]
+    found: dict[str, list[str]] = {title: [] for title in tables.TITLES}
+    for run in runs:
+        for title, parts in illustrated(run.entries, drawn.get(run.path, set()), "images/{}.svg"):
+            found[title] += [f"{source(run)}:", *parts]
+    for title, parts in found.items():
+        if parts:
+            blocks += [f"### {title}", *([REMARKS[title]] if title in REMARKS else []), *parts]
+    return "\n\n".join(blocks)
+
+
+def source(run: Run) -> str:
+    return f"[{day(run.result)}, commit {run.result['commit']}](../benchmarks/results/{run.path.name})"
+
+
+def day(result: dict[str, Any]) -> str:
+    return result["datetime"][:10]
+
+
+def every_run(machines: list[list[Run]]) -> str:
+    runs = sorted((run for runs in machines for run in runs), key=lambda run: run.result["datetime"], reverse=True)
+    lines = [
+        [f"[{run.path.name}](../benchmarks/results/{run.path.name})", day(run.result), run.result["commit"],
+         place_of(run.result["machine"]), f"{len(run.entries)} of {len(run.result['entries'])}"]
+        for run in runs
+    ]  # fmt: skip
+    return "\n\n".join([
+        "## Every run",
+        "What a later run on the same machine has repeated is not shown above; it stays in its file. The files say by "
+        "which command each was recorded; commands of older files no longer exist.",
+        tables.table(["file", "date", "commit", "machine", "shown above"], lines),
+    ])  # fmt: skip
 
 
 def folder(path: Path, result: dict[str, Any], into: Path) -> Path:
     """One run as a folder that needs nothing else: report.md, and its plots as SVG and PNG. Returns the page."""
     drawn = plot.save(result["entries"], into)
     (into / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    text = section(into / path.name, result, "", {one.kind for one in drawn}, form="png")
+    text = section(path, result, {one.kind for one in drawn})
     page = into / "report.md"
     # What the words mean is said there, not here: the same text, whose links begin in another folder.
     reading = INTRODUCTION[INTRODUCTION.index("- **plain**") :].strip()
@@ -132,49 +221,87 @@ def folder(path: Path, result: dict[str, Any], into: Path) -> Path:
     return page
 
 
-def section(path: Path, result: dict[str, Any], images: str, drawn: set[str], form: str = "svg") -> str:
-    """One run.
+def section(path: Path, result: dict[str, Any], drawn: set[str]) -> str:
+    """One run, in a folder with its file and its plots."""
+    machine, entries = result["machine"], result["entries"]
+    blocks = [
+        f"## {place_of(machine)}, {day(result)}",
+        f"{hardware(machine)}; commit {result['commit']}, {versions(result, entries)}",
+        f"`{command(result)}`, kept as [{path.name}]({path.name})",
+        *absent([result]),
+        *warnings(path, result),
+        *notes(entries),
+    ]
+    for title, parts in illustrated(entries, drawn, "{}.png"):
+        blocks += [f"### {title}", *([REMARKS[title]] if title in REMARKS else []), *parts]
+    return "\n\n".join(blocks)
+
+
+def place_of(machine: dict[str, Any]) -> str:
+    regime = "glibc keeps its pages" if machine["keeps_pages"] else "the system's allocator as it is"
+    return f"{machine['cpu']}, {machine['cores']} cores: {regime}"
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['threads']} threads, {machine['capability']}, {machine['memory_gib']} GiB, {machine['system']}, "
+        f"transparent huge pages: {machine['huge_pages']}; allocator: {machine['allocator']}"
+    )
+
+
+def versions(result: dict[str, Any], entries: list[Entry]) -> str:
+    """What the run was made of, and the load before it."""
+    machine = result["machine"]
+    return (
+        f"Python {machine['python']}, torch {machine['torch']}, objkern {machine['objkern']} "
+        f"({machine['objkern_build']['cpu_capability']} kernels). Load average before the run: "
+        f"{machine['load_before']:.2f}.{copy_bandwidth(entries)}"
+    )
+
+
+def absent(results: list[dict[str, Any]]) -> list[str]:
+    found = {name: why for result in results for name, why in result.get("absent", {}).items()}
+    text = "; ".join(f"{name}: {why}" for name, why in found.items())
+    return [f"Other libraries that are absent: {text}."] if found else []
+
+
+def warnings(path: Path, result: dict[str, Any]) -> list[str]:
+    found = []
+    if result.get("interrupted") or path.name in ENDED:
+        found.append("**The run was interrupted: this is the part of it that had been measured.**")
+    if result["machine"]["load_before"] > 1:
+        found.append("**Other processes were busy when this run began; its times may be off.**")
+    return found
+
+
+def notes(entries: list[Entry]) -> list[str]:
+    """What is to be known of the entries before their tables."""
+    return [
+        "\n".join([heading, "", *(f"- {line}" for line in lines)])
+        for heading, lines in (
+            ("Measured while other processes were busy:", disturbed(entries)),
+            ("Too unsteady to conclude:", [line for entry in entries for line in unsteady(entry)]),
+            ("Missed targets:", [line for entry in entries for line in missed(entry)]),
+        )
+        if lines
+    ]
+
+
+def illustrated(entries: list[Entry], drawn: set[str], image: str) -> Iterator[tuple[str, list[str]]]:
+    """Title and blocks of every table.
 
     Args:
-        images: the folder of the plots, as the page sees it.
-        drawn: the kinds of entries whose plot shows this run.
+        drawn: the kinds of entries whose plot shows these.
+        image: where the page has the plot of a name.
     """
-    machine, entries = result["machine"], result["entries"]
-    regime = "glibc keeps its pages" if machine["keeps_pages"] else "the system's allocator as it is"
-    place = f"../benchmarks/results/{path.name}" if images == "images" else path.name
-    blocks = [
-        f"## {machine['cpu']}, {machine['cores']} cores, {result['datetime'][:10]}: {regime}",
-        f"{machine['threads']} threads, {machine['capability']}, {machine['memory_gib']} GiB, {machine['system']}, "
-        f"transparent huge pages: {machine['huge_pages']}; Python {machine['python']}, torch {machine['torch']}, "
-        f"objkern {machine['objkern']} ({machine['objkern_build']['cpu_capability']} kernels, commit "
-        f"{result['commit']}). Allocator: {machine['allocator']}. Load average before the run: "
-        f"{machine['load_before']:.2f}.{copy_bandwidth(entries)}",
-        f"`{command(result)}`, kept as [{path.name}]({place})",
-    ]
-    if absent := result.get("absent"):
-        blocks.append("Other libraries that are absent: " + "; ".join(f"{k}: {why}" for k, why in absent.items()) + ".")
-    if result.get("interrupted") or path.name in ENDED:
-        blocks.append("**The run was interrupted: this is the part of it that had been measured.**")
-    if machine["load_before"] > 1:
-        blocks.append("**Other processes were busy when this run began; its times may be off.**")
-    for heading, lines in (
-        ("Measured while other processes were busy:", disturbed(entries)),
-        ("Too unsteady to conclude:", [line for entry in entries for line in unsteady(entry)]),
-        ("Missed targets:", [line for entry in entries for line in missed(entry)]),
-    ):
-        if lines:
-            blocks.append("\n".join([heading, "", *(f"- {line}" for line in lines)]))
     for title, table in tables.every(entries):
-        blocks.append(f"### {title}")
-        if title in REMARKS:
-            blocks.append(REMARKS[title])
-        for one in plot.PLOTS.values():
-            if one.table == title and one.kind in drawn:
-                blocks.append(f"![{title.lower()}]({images and images + '/'}{one.name}.{form})")
+        parts = [
+            f"![{title.lower()}]({image.format(one.name)})"
+            for one in plot.PLOTS.values() if one.table == title and one.kind in drawn
+        ]  # fmt: skip
         if title == "Time over size" and (lines := exponents(entries)):
-            blocks.append(lines)
-        blocks.append(table)
-    return "\n\n".join(blocks)
+            parts.append(lines)
+        yield title, [*parts, table]
 
 
 def copy_bandwidth(entries: list[Entry]) -> str:
@@ -197,12 +324,12 @@ def exponents(entries: list[Entry]) -> str:
     return "\n".join([words, "", *lines]) if lines else ""
 
 
-def plotted(files: list[tuple[Path, dict[str, Any]]]) -> dict[str, list[Entry]]:
-    """By the kind of entries that a plot shows: those of the newest run that has them."""
-    found: dict[str, list[Entry]] = {}
-    for _, result in files:
+def plotted(files: list[tuple[Path, dict[str, Any]]]) -> dict[str, tuple[Path, list[Entry]]]:
+    """By the kind of entries that a plot shows: the newest run that has them."""
+    found: dict[str, tuple[Path, list[Entry]]] = {}
+    for path, result in files:
         for one in plot.drawable(result["entries"]):
-            found.setdefault(one.kind, result["entries"])
+            found.setdefault(one.kind, (path, result["entries"]))
     return found
 
 
@@ -248,7 +375,7 @@ def problems() -> list[str]:
     found = [] if page(files) == current else [f"{PAGE.name} is stale: run make docs"]
     if readme(files) != README.read_text(encoding="utf-8"):
         found.append(f"{README.name} is stale: run make docs")
-    for kind, entries in plotted(files).items():
+    for kind, (_, entries) in plotted(files).items():
         if not plot.PLOTS[kind].is_current(entries):
             found.append(f"{plot.PLOTS[kind].path.name} is stale: run make docs")
     return found
@@ -264,7 +391,7 @@ def main() -> int:
     files = results.load()
     PAGE.write_text(page(files), encoding="utf-8")
     README.write_text(readme(files), encoding="utf-8")
-    for kind, entries in plotted(files).items():
+    for kind, (_, entries) in plotted(files).items():
         plot.PLOTS[kind].path.write_text(plot.PLOTS[kind].draw(entries), encoding="utf-8")
     return 0
 

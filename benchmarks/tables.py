@@ -15,22 +15,17 @@ MARK = "✗"  # a missed target
 def every(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     """Title and table, for each kind of benchmark that was run."""
     steps = of_kind(entries, "step")
-    for workload in ("plain", "regularized"):
-        if chosen := [entry for entry in steps if entry["workload"] == workload]:
-            yield workload.capitalize(), times(chosen)
-    for title, name, make in (
-        ("Other libraries", None, others),
-        ("Gradient in the forward pass", "objkern, forward", forward),
-        ("What reuse of the gradient's memory buys", "objkern, fresh pages", reuse),
-        ("The drop-in, objkern.cross_entropy", "objkern.cross_entropy", drop_in),
-    ):
+    for title in TIMES:
+        if chosen := [entry for entry in steps if entry["workload"] == title.lower()]:
+            yield title, times(chosen)
+    for title, (name, make) in OF_STEPS.items():
         if chosen := [entry for entry in steps if (name in entry["ratio"] if name else peers_of(entry))]:
             yield title, make(chosen)
     for kind, (title, make) in OF_KIND.items():
         if chosen := of_kind(entries, kind):
             yield title, make(chosen)
     if chosen := [entry for entry in entries if entry.get("errors")]:
-        yield "Errors against float64", errors(chosen)
+        yield ERRORS, errors(chosen)
 
 
 def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
@@ -196,6 +191,8 @@ def linear_law(entries: list[Entry]) -> str:
         cells = [
             " / ".join(megabytes(figures.beyond_gradients(found[n], name)) for name in found[n]["bytes"])
             + marked(found[n], "beyond_gradients_mb")
+            if n in found
+            else ""
             for n in rows
         ]
         lines.append([str(classes), *cells])
@@ -294,6 +291,13 @@ def over_classes(entries: list[Entry]) -> str:
     ])  # fmt: skip
 
 
+TIMES = ("Plain", "Regularized")  # of steps, by workload
+OF_STEPS: dict[str, tuple[str | None, Callable[[list[Entry]], str]]] = {  # with whom took part; None: other libraries
+    "Other libraries": (None, others),
+    "Gradient in the forward pass": ("objkern, forward", forward),
+    "What reuse of the gradient's memory buys": ("objkern, fresh pages", reuse),
+    "The drop-in, objkern.cross_entropy": ("objkern.cross_entropy", drop_in),
+}
 OF_KIND: dict[str, tuple[str, Callable[[list[Entry]], str]]] = {
     "instruction set": ("Instruction sets", instruction_sets),
     "memory": ("Memory", memory),
@@ -314,6 +318,8 @@ OF_KIND: dict[str, tuple[str, Callable[[list[Entry]], str]]] = {
     "build": ("Building", seconds),
     "floor": ("Least times, for bench compare", floors),
 }
+ERRORS = "Errors against float64"
+TITLES = (*TIMES, *OF_STEPS, *(title for title, _ in OF_KIND.values()), ERRORS)  # in the order of `every`
 
 
 # ---- cells ----------------------------------------------------------------------------------------------------------

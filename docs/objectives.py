@@ -378,7 +378,7 @@ def draw_element(name: str, entry: ElementEntry) -> None:
 
 @dataclass(frozen=True)
 class Docstring:
-    """A term's docstring: ``eager line``, prose, "Args:" and "Source:"."""
+    """A term's docstring: ``eager line``, prose, "Args:" and "Source:", examples."""
 
     eager: str
     prose: str
@@ -389,7 +389,8 @@ class Docstring:
     def of(cls, term: type[Term]) -> Docstring:
         text = inspect.getdoc(term) or ""
         match = re.fullmatch(
-            r"``(?P<eager>.+?)``\n\n(?P<prose>.*?)\s*(Args:\n(?P<arguments>.*?)\s*)?Source: (?P<source>.*)",
+            r"``(?P<eager>.+?)``\n\n(?P<prose>.*?)\s*(Args:\n(?P<arguments>.*?)\s*)?Source: "
+            r"(?P<source>.*?)(\n\n>>> .*)?",
             text, re.DOTALL,
         )  # fmt: skip
         if match is None:

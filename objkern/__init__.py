@@ -1,8 +1,15 @@
 """Fused objective functions: cross-entropy plus any sum of regularizers, in one forward and one backward pass.
 
-objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
-loss = objective(logits, target)
-loss.backward()
+    objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
+    loss = objective(logits, target)
+    loss.backward()
+
+Examples in docstrings take for granted:
+
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from objkern import *
 """
 
 from . import terms

@@ -18,6 +18,12 @@ def set_validation(mode: str) -> None:
     """Say when bad labels raise: "cpu" (the default: on the CPU, where looking is free) or "always".
 
     On other devices looking costs a synchronisation; without it the loss of such a row is NaN.
+
+    Raises:
+        ValueError: another word.
+
+    >>> set_validation("always")  # while looking for a bad label on a GPU
+    >>> set_validation("cpu")
     """
     global _validation
     if mode not in ("cpu", "always"):

@@ -17,7 +17,17 @@ def buffer_limit() -> int:
 
 
 def set_buffer_limit(bytes: int) -> None:
-    """Keep at most so many bytes of freed gradients; 0 keeps none and gives back what is kept."""
+    """Keep at most so many bytes of freed gradients; 0 keeps none and gives back what is kept.
+
+    Raises:
+        ValueError: no int of 64 bits, or a negative one.
+
+    >>> before = buffer_limit()
+    >>> set_buffer_limit(64 * 2**20)
+    >>> buffer_limit()
+    67108864
+    >>> set_buffer_limit(before)
+    """
     if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**63:
         raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {shown(bytes)}")
     _C.set_buffer_limit(bytes)

@@ -33,22 +33,31 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """A rank's part of the vocabulary; the order of the ranks is that of the classes."""
+    """A rank's part of the vocabulary; the order of the ranks is that of the classes.
+
+    Attributes:
+        group: of torch.distributed.
+        rank: this one's, in the group.
+        sizes: classes of every rank.
+    """
 
     group: ProcessGroup
     rank: int
-    sizes: tuple[int, ...]  # classes of every rank
+    sizes: tuple[int, ...]
 
     @property
     def begin(self) -> int:
+        """Its first class, counted from that of rank 0."""
         return sum(self.sizes[: self.rank])
 
     @property
     def own(self) -> slice:
+        """Its classes among all."""
         return slice(self.begin, self.begin + self.sizes[self.rank])
 
     @property
     def classes(self) -> int:
+        """Of all ranks."""
         return sum(self.sizes)
 
     def owner(self, labels: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ class Shard(NamedTuple):
 
     def local(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Labels counted from the rank's first class: negative, or beyond its last one, where another rank holds them.
-        Ignored rows get `IGNORED`."""
+        Ignored rows get ``-(2**63)``."""
         return (labels.clamp(-1, self.classes) - self.begin).masked_fill_(labels == ignore_index, IGNORED)
 
 
@@ -83,6 +92,16 @@ def shard(group: ProcessGroup, classes: int, device: torch.device | str = "cpu")
     Raises:
         TypeError: no process group.
         ValueError: this process is not in it.
+
+    >>> import torch.distributed as dist
+    >>> from objkern.distributed import shard
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> part = shard(dist.group.WORLD, 3)
+    >>> part.sizes, part.own
+    ((3,), slice(0, 3, None))
+    >>> CrossEntropy()(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]), process_group=part)
+    tensor(0.4076)
+    >>> dist.destroy_process_group()
     """
     import torch.distributed as dist
 

@@ -42,6 +42,12 @@ class BinaryCrossEntropy(Term):
         label_smoothing: ε in [0, 1]: targets move towards ½.
 
     Source: Cox 1958, "The Regression Analysis of Binary Sequences"; Szegedy et al. 2015 for smoothing.
+
+    >>> logits, target = torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0])
+    >>> BinaryCrossEntropy(pos_weight=torch.tensor(3.0))(logits, target)
+    tensor(0.9245)
+    >>> F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(3.0))
+    tensor(0.9245)
     """
 
     name, element_kind, target = "binary_cross_entropy", 0, "elements"
@@ -77,6 +83,9 @@ class BernoulliEntropy(Term):
     −p log p − (1 − p) log(1 − p), p = σ(z). Subtract it for the confidence penalty on independent labels.
 
     Source: Shannon 1948, "A Mathematical Theory of Communication"; Pereyra et al. 2017 for the penalty.
+
+    >>> BernoulliEntropy()(torch.tensor([0.0, 2.0, 5.0]), reduction="none")  # at most log 2
+    tensor([0.6931, 0.3653, 0.0402])
     """
 
     name, element_kind = "bernoulli_entropy", 1
@@ -95,6 +104,9 @@ class MeanSquaredError(Term):
     """``F.mse_loss(prediction, y)``
 
     (z − y)². Source: Legendre 1805, "Nouvelles méthodes pour la détermination des orbites des comètes".
+
+    >>> MeanSquaredError()(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]))
+    tensor(2.5000)
     """
 
     name, element_kind, target = "mean_squared_error", 2, "elements"
@@ -108,7 +120,10 @@ class MeanSquaredError(Term):
 class MeanAbsoluteError(Term):
     """``F.l1_loss(prediction, y)``
 
-    |z − y|; its subgradient at 0 is 0. Source: Laplace 1793, "Sur quelques points du système du monde".
+    ``|z − y|``; its subgradient at 0 is 0. Source: Laplace 1793, "Sur quelques points du système du monde".
+
+    >>> MeanAbsoluteError()(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]))
+    tensor(1.5000)
     """
 
     name, element_kind, target = "mean_absolute_error", 3, "elements"
@@ -121,12 +136,15 @@ class MeanAbsoluteError(Term):
 class Huber(Term):
     """``F.huber_loss(prediction, y, delta=delta)``
 
-    ½ d² for d = z − y within ±δ, and δ (|d| − ½ δ) beyond: outliers pull no harder than δ.
+    ½ d² for d = z − y within ±δ, and ``δ (|d| − ½ δ)`` beyond: outliers pull no harder than δ.
 
     Args:
         delta: δ > 0.
 
     Source: Huber 1964, "Robust Estimation of a Location Parameter".
+
+    >>> Huber(delta=1.0)(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]), reduction="none")
+    tensor([0.1250, 2.5000])
     """
 
     name, element_kind, target = "huber", 4, "elements"

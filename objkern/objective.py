@@ -52,13 +52,25 @@ class Objective(nn.Module):
 
     ``objective(logits, target)`` equals ``sum(c * term(logits, target) for c, term in objective.weighted_terms)``.
 
-    Built with ``+``, ``-`` and scalar ``*``::
-
-        objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
+    Built with ``+``, ``-`` and scalar ``*``, also of objectives. It is an ``nn.Module``; its ``repr`` reads like the
+    formula, and `parse` reads that back where all terms are made of numbers.
 
     A coefficient is a number or a 0-dim tensor. A tensor is read at every call, so a schedule may update it in place;
     one that requires grad receives its gradient. ``nn.Parameter`` coefficients are registered with the module, other
     tensors stay the caller's own.
+
+    >>> objective = CrossEntropy(label_smoothing=0.1) + 1e-4 * ZLoss() - 0.01 * Entropy()
+    >>> objective
+    CrossEntropy(label_smoothing=0.1) + 0.0001*ZLoss() - 0.01*Entropy()
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    >>> loss = objective(logits, torch.tensor([0, 2]))
+    >>> loss.backward()
+    >>> logits.grad
+    tensor([[-0.1325,  0.1051,  0.0277],
+            [ 0.0887,  0.2727, -0.3613]])
+    >>> strength = torch.tensor(0.01)  # for a schedule
+    >>> CrossEntropy() - strength * Entropy()
+    CrossEntropy() - <tensor>*Entropy()
     """
 
     # (number, tensors or names of parameters, term) of each summand
@@ -90,7 +102,11 @@ class Objective(nn.Module):
 
     @property
     def weighted_terms(self) -> list[tuple[float | Tensor, Term]]:
-        """The terms in order, each with the present value of its coefficient."""
+        """The terms in order, each with the present value of its coefficient.
+
+        >>> (2 * CrossEntropy() - 0.1 * Entropy()).weighted_terms
+        [(2.0, CrossEntropy()), (-0.1, Entropy())]
+        """
         return [
             (math.prod(self._factors(factors), start=number) if factors else number, term)
             for number, factors, term in self._summands
@@ -199,11 +215,20 @@ class Objective(nn.Module):
                 "reference" (eager torch, any device). One asked for by name that cannot run raises a ValueError.
 
         Returns:
-            The loss, float32 (float64 for float64 logits): 0-dim, or of the target's shape for ``reduction="none"``.
+            The loss, float32 (float64 for float64 logits), 0-dim or of the target's shape for ``reduction="none"``.
 
         Raises:
             IndexError: a label outside [0, V) that is not ``ignore_index``; names the row and the label.
             ValueError, TypeError: names the argument, what was expected and what came.
+
+        >>> objective = CrossEntropy() + 1e-4 * ZLoss()
+        >>> logits, target = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([0, -100])
+        >>> loss, parts = objective(logits, target, return_parts=True)
+        >>> {name: round(parts[name].item(), 4) for name in ("cross_entropy", "z_loss", "total", "accuracy", "rows")}
+        {'cross_entropy': 0.4076, 'z_loss': 5.7966, 'total': 0.4082, 'accuracy': 1.0, 'rows': 1.0}
+        >>> objective(logits, torch.tensor([0, 3]))
+        Traceback (most recent call last):
+        IndexError: target: row 1 holds label 3, which is neither in [0, 3) nor ignore_index (-100) ...
         """
         try:
             terms, penalties = self.weighted_terms, None
@@ -327,12 +352,23 @@ class Objective(nn.Module):
                 which does materialise the logits.
 
         Returns:
-            As `forward`: the loss, float32 (float64 for float64 inputs), and the parts if asked for.
+            The loss, float32 (float64 for float64 inputs), and the parts if asked for, as `forward`.
 
         Raises:
-            As `forward`; and ValueError for ``mode="forward"`` where gradients are only known in the backward pass.
+            ValueError: also for ``mode="forward"`` where gradients are only known in the backward pass.
+            IndexError, TypeError: as `forward`.
 
         Second derivatives, and those of a probability target, are taken through eager torch with all logits at once.
+
+        >>> hidden, weight = torch.eye(2, requires_grad=True), torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+        >>> objective = CrossEntropy() + 1e-4 * ZLoss()
+        >>> loss = objective.linear(hidden, weight, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), round(objective(hidden @ weight.T, torch.tensor([0, 2])).item(), 4)
+        (0.9799, 0.9799)
+        >>> hidden.grad
+        tensor([[-0.2120,  0.1224],
+                [ 0.5002,  0.2881]])
         """
         try:
             if self._elementwise:
@@ -397,6 +433,11 @@ class Objective(nn.Module):
 
         Raises:
             ValueError: the objective has a term on logits; it would be left out.
+
+        >>> theta = torch.tensor([3.0, -4.0], requires_grad=True)
+        >>> (0.1 * L2([theta]) + 0.01 * L1([theta])).accumulate_()
+        >>> theta.grad
+        tensor([ 0.3100, -0.4100])
         """
         for _, term in self.weighted_terms:
             if not term.about_parameters:
@@ -615,6 +656,10 @@ class Term(Objective):
 
     A built-in term is a formula on the statistics of a row, in plain arithmetic, and the number of its twin in
     csrc/objective.h. It holds at most one number, `parameter`.
+
+    Raises:
+        ValueError: when it is made, of a number out of its range.
+        TypeError: of what is no number; both name the argument, what was expected and what came.
     """
 
     name: ClassVar[str]

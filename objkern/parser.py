@@ -48,6 +48,12 @@ def parse(text: str) -> Objective:
 
     Raises:
         ValueError: says what could not be read. Terms that hold tensors, functions or models cannot be parsed.
+
+    >>> parse("CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss() - 0.01*Entropy()")
+    CrossEntropy(label_smoothing=0.1) + 0.0001*ZLoss() - 0.01*Entropy()
+    >>> parse("CrossEntropie()")
+    Traceback (most recent call last):
+    ValueError: objective: 'CrossEntropie' is not one of BernoulliEntropy, BinaryCrossEntropy, CrossEntropy, ...
     """
     if not isinstance(text, str):
         raise TypeError(f"objective: expected a string but got {type(text).__name__}")

@@ -345,7 +345,13 @@ class ParameterTerm(Term):
 
     @torch.no_grad()
     def accumulate_(self, weight: float | Tensor = 1.0) -> None:
-        """``(weight * term()).backward()`` without a graph: adds to `.grad`, and makes it where there is none."""
+        """``(weight * term()).backward()`` without a graph: adds to `.grad`, and makes it where there is none.
+
+        >>> theta = torch.tensor([3.0, -4.0], requires_grad=True)
+        >>> L2([theta]).accumulate_(0.5)
+        >>> theta.grad
+        tensor([ 1.5000, -2.0000])
+        """
         tensors = self._tensors()
         parameters, origins, weights = ([distributed.own(x) for x in some] for some in tensors)
         gradients = [distributed.gradient_of(theta) for theta in tensors[0]]
@@ -386,6 +392,15 @@ class L2(ParameterTerm):
 
     Source: Krogh and Hertz, "A Simple Weight Decay Can Improve Generalization", 1991; Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", 2019.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> for parameter in layer.parameters():
+    ...     _ = nn.init.constant_(parameter, 2.0)
+    >>> L2(layer)().item(), L2(layer, include_all=True)().item()  # without the bias, and with it
+    (4.0, 6.0)
+    >>> objective = CrossEntropy() + 0.01 * L2(layer)
+    >>> objective
+    CrossEntropy() + 0.01*L2(<Linear>)
     """
 
     name = "l2"
@@ -400,6 +415,11 @@ class L1(ParameterTerm):
     Σ|θ|, over the parameters as `L2` takes them. The derivative at 0 is 0, as torch has it.
 
     Source: Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
+
+    >>> theta = torch.tensor([3.0, -4.0], requires_grad=True)
+    >>> L1([theta])().backward()
+    >>> theta.grad
+    tensor([ 1., -1.])
     """
 
     name = "l1"
@@ -414,6 +434,13 @@ class ElasticNet(ParameterTerm):
     Both in one pass, over the parameters as `L2` takes them. l1, l2 ≥ 0, not both 0.
 
     Source: Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
+
+    Raises:
+        ValueError: a negative weight, or none that is positive.
+
+    >>> theta = torch.tensor([3.0, -4.0])
+    >>> ElasticNet([theta], l1=0.1, l2=0.01)()
+    tensor(0.8250)
     """
 
     name = "elastic_net"
@@ -436,6 +463,19 @@ class L2SP(ParameterTerm):
 
     Source: Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
     2018.
+
+    Raises:
+        ValueError: at a call, a parameter of another shape than when the term was made.
+        ReferenceError: at a call, parameters that are gone: the term does not keep them alive.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> stay = L2SP(layer)
+    >>> stay().item()
+    0.0
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.add_(3.0)
+    >>> stay().item()  # ½ · 2 · 3²
+    9.0
     """
 
     name = "l2_sp"
@@ -483,6 +523,14 @@ class EWC(L2SP):
             `diagonal_fisher` gives it; a parameter without one is left alone. Not negative. Buffers of the term.
 
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017.
+
+    >>> theta = torch.zeros(2, requires_grad=True)
+    >>> stay = EWC([("theta", theta)], fisher={"theta": torch.tensor([1.0, 100.0])})
+    >>> with torch.no_grad():
+    ...     _ = theta.add_(1.0)
+    >>> stay.accumulate_(0.1)
+    >>> theta.grad
+    tensor([ 0.1000, 10.0000])
     """
 
     name = "ewc"
@@ -539,6 +587,13 @@ def diagonal_fisher(
         ValueError: no samples, or a log-likelihood that is no vector.
 
     Source: Kirkpatrick et al., 2017; Kunstner et al., "Limitations of the Empirical Fisher Approximation", 2019.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.constant_(layer.weight, 1.0)
+    >>> def log_likelihood(model, x):  # of a normal distribution with the variance 1, up to a constant
+    ...     return -0.5 * (model(x) - 3.0).square().squeeze(-1)
+    >>> diagonal_fisher(layer, [torch.tensor([[1.0], [2.0]])], log_likelihood)  # mean of 2² and 2²
+    {'weight': tensor([[4.]])}
     """
     parameters = _of_module(model, include_all)
     if not parameters:

@@ -32,7 +32,9 @@ class Strategy:
     """One way; everything is of one rank and one step.
 
     Attributes:
-        sent_forward, sent_backward: bytes of the tensors that it hands to collectives.
+        name: what `plan` calls it.
+        sent_forward: bytes of the tensors that it hands to collectives in the forward pass.
+        sent_backward: and in the backward pass.
         wire: bytes that leave it, by rings: (R − 1)/R of what is gathered or scattered in all, twice that of a sum.
         memory: bytes of weight, gradients, hidden states and what exists of the logits, at the most.
         seconds: products and passes over memory, and then the wire, nothing overlapping.
@@ -48,6 +50,8 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Plan:
+    """What `plan` found, a table when it is printed; ``plan["data parallel"]`` is the `Strategy` of that name."""
+
     rows: int
     features: int
     classes: int
@@ -98,6 +102,19 @@ def plan(
 
     Raises:
         ValueError: a size that is no positive int.
+
+    >>> from objkern.distributed import plan
+    >>> found = plan(8192, 4096, 128256, ranks=8)
+    >>> print(found)
+    8192 rows x 4096 features x 128256 classes, bfloat16, 8 ranks; of one rank:
+                                  sent forward  sent backward  on the wire   memory      time
+    data parallel                          0 B        1.05 GB      1.84 GB  3.97 GB   8.84 ms
+    sharded weight                      131 MB        1.18 GB      2.76 GB  4.23 GB  10.89 ms
+    vocab-parallel logits               852 kB        67.1 MB       123 MB   922 MB   4.60 ms
+    vocab-parallel linear               852 kB         134 MB       241 MB   792 MB   6.65 ms
+    sequence- and vocab-parallel       9.24 MB        67.1 MB       123 MB   792 MB   6.39 ms
+    >>> round(found["vocab-parallel linear"].memory / 1e9, 1)  # GB of each rank
+    0.8
     """
     for name, size in (("rows", rows), ("features", features), ("classes", classes), ("ranks", ranks)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -28,6 +28,10 @@ class Statistics(NamedTuple):
         mean_logprob: Σ log p_j / n, negative cross-entropy against the uniform distribution
         forward_kl: KL(q ‖ p) = Σ q_j (log q_j − log p_j) at a temperature T, q = softmax(r/T) of a reference r
         reverse_kl: KL(p ‖ q) = Σ p_j (log p_j − log q_j), p = softmax(z/T); over the classes that z does not exclude
+
+    >>> s = row_statistics(torch.tensor([[2.0, 1.0, 0.0]]))
+    >>> s.lse, s.max_logit, s.logprob
+    (tensor([2.4076]), tensor([2.]), None)
     """
 
     logprob: Tensor
@@ -44,5 +48,9 @@ class Statistics(NamedTuple):
     reverse_kl: Tensor
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        """With the function applied to every field that is there."""
+        """With the function applied to every field that is there.
+
+        >>> row_statistics(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])).each(torch.Tensor.item).lse
+        2.4076...
+        """
         return Statistics(*(None if field is None else function(field) for field in self))

@@ -46,6 +46,14 @@ class CrossEntropy(Term):
         label_smoothing: ε in [0, 1].
 
     Source: Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision", for smoothing.
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> CrossEntropy(label_smoothing=0.3)(logits, target)
+    tensor(0.7076)
+    >>> F.cross_entropy(logits, target, label_smoothing=0.3)
+    tensor(0.7076)
+    >>> CrossEntropy()(logits, torch.tensor([[0.5, 0.5, 0.0]]))  # probabilities
+    tensor(0.9076)
     """
 
     name, kind, target, reads_class_weight = "cross_entropy", 0, "any", True
@@ -72,6 +80,9 @@ class ZLoss(Term):
     """``logits.logsumexp(-1).square()``
 
     lse², lse = log Σ exp z_j: keeps the normaliser near 1. Source: Chowdhery et al. 2022, "PaLM", section 5.
+
+    >>> ZLoss()(torch.tensor([[2.0, 1.0, 0.0]]))  # lse = 2.4076
+    tensor(5.7966)
     """
 
     name, kind = "z_loss", 1
@@ -85,6 +96,9 @@ class MaxZLoss(Term):
     """``logits.amax(-1).square()``
 
     (max_j z_j)²; the gradient goes to the first maximum. Source: Yang et al. 2023, "Baichuan 2", section 2.
+
+    >>> MaxZLoss()(torch.tensor([[2.0, 1.0, 0.0], [-3.0, -3.0, -5.0]]), reduction="none")
+    tensor([4., 9.])
     """
 
     name, kind = "max_z_loss", 2
@@ -99,6 +113,11 @@ class Entropy(Term):
 
     H(p) = lse − Σ p_j z_j. Subtract it for the confidence penalty. Source: Pereyra et al. 2017, "Regularizing Neural
     Networks by Penalizing Confident Output Distributions".
+
+    >>> Entropy()(torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), reduction="none")  # at most log V
+    tensor([0.8324, 1.0986])
+    >>> CrossEntropy() - 0.1 * Entropy()  # the confidence penalty
+    CrossEntropy() - 0.1*Entropy()
     """
 
     name, kind = "entropy", 3
@@ -117,6 +136,10 @@ class Focal(Term):
         gamma: γ ≥ 0.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection".
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> [round(Focal(gamma)(logits, target).item(), 4) for gamma in (0.0, 1.0, 2.0)]
+    [0.4076, 0.1364, 0.0457]
     """
 
     name, kind, target = "focal", 4, "index"
@@ -146,6 +169,10 @@ class Poly1(Term):
         epsilon: ε, any number; the paper uses −1 to 5.
 
     Source: Leng et al. 2022, "PolyLoss".
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> Poly1(epsilon=1.0)(logits, target)  # 0.4076 + (1 − 0.6652)
+    tensor(0.7424)
     """
 
     name, kind, target = "poly1", 5, "index"
@@ -172,6 +199,10 @@ class GeneralizedCrossEntropy(Term):
 
     Source: Zhang and Sabuncu 2018, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
     Labels".
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> [round(GeneralizedCrossEntropy(q)(logits, target).item(), 4) for q in (1.0, 0.5, 0.001)]
+    [0.3348, 0.3688, 0.4075]
     """
 
     name, kind, target = "generalized_cross_entropy", 6, "index"
@@ -194,6 +225,10 @@ class Unlikelihood(Term):
     """``-(1 - p_y).log()``
 
     Makes the target less likely. Source: Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training".
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> Unlikelihood()(logits, target)
+    tensor(1.0943)
     """
 
     name, kind, target = "unlikelihood", 7, "index"
@@ -213,6 +248,12 @@ class Margin(Term):
         m: the margin, in logits.
 
     Source: Wang et al. 2018, "Additive Margin Softmax for Face Verification".
+
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> Margin(m=0.5)(logits, target)
+    tensor(0.6041)
+    >>> CrossEntropy()(torch.tensor([[1.5, 1.0, 0.0]]), target)
+    tensor(0.6041)
     """
 
     name, kind, target = "margin", 8, "index"
@@ -235,6 +276,9 @@ class LogitL2(Term):
     Σ_j z_j² / V: keeps the logits small, their common offset included. V counts the classes that are not excluded.
     Source: the L2 activity regularizer, on logits as in Dauphin and Cubuk 2021, "Deconstructing the Regularization of
     BatchNorm".
+
+    >>> LogitL2()(torch.tensor([[2.0, 1.0, 0.0]]))
+    tensor(1.6667)
     """
 
     name, kind, element_kind = "logit_l2", 9, 5
@@ -260,6 +304,15 @@ class KLDivergence(Term):
         temperature: T in [1e-6, 1e6], the same for all such terms of an objective.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; Gu et al. 2023, "MiniLLM", for reverse.
+
+    >>> logits, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    >>> KLDivergence("forward", temperature=2.0)(logits, reference=teacher)
+    tensor(0.1217)
+    >>> KLDivergence("reverse", temperature=2.0)(logits, reference=teacher)
+    tensor(0.1240)
+    >>> distilled = CrossEntropy() + 0.5 * KLDivergence(temperature=2.0)
+    >>> distilled(logits, torch.tensor([0]), reference=teacher)
+    tensor(0.4685)
     """
 
     name, kind, reads_reference = "kl_divergence", 10, True
@@ -382,6 +435,18 @@ def custom(fn: Callable[..., Tensor], needs: Sequence[str] | None = None, name: 
             of the per-row tensors given to the call that it has arguments for, flattened to (N,).
         needs: names of the statistics that `fn` reads; lets a call without target fail early, by name.
         name: the key in ``parts``; the function's own name by default.
+
+    Raises:
+        TypeError, ValueError: when it is made, of what is no function, statistic or free name; when it is called, of a
+            value that is not one number per row, or without what `fn` reads.
+
+    >>> def reinforce(s, advantage):
+    ...     return -advantage * s.logprob
+    >>> logits, target = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 2])
+    >>> objective = custom(reinforce, needs=["logprob"]) - 0.01 * Entropy()
+    >>> loss, parts = objective(logits, target, rows={"advantage": torch.tensor([1.0, -1.0])}, return_parts=True)
+    >>> parts["reinforce"]
+    tensor(-0.5719)
     """
     return Custom(fn, needs, name)
 

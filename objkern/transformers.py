@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from . import distributed
 from .objective import Objective
 
+__all__ = ["DeferredLogits", "attach", "compute_loss_func", "detach", "is_attached", "parts"]
+
 # ---- the stand-in for logits ----------------------------------------------------------------------------------------
 
 
@@ -336,7 +338,7 @@ def attach(
 
     For models with a language-model head, causal ones and sequence-to-sequence ones. A scale of the logits, a softcap,
     `final_logits_bias`, `logits_to_keep`, tied embeddings, `num_items_in_batch` and auxiliary losses are as the model
-    has them. In training with labels `outputs.logits` is a `DeferredLogits`, which becomes a tensor, with all the
+    has them. In training with labels ``outputs.logits`` is a `DeferredLogits`, which becomes a tensor, with all the
     memory that takes, when it is used. In evaluation mode it is a tensor, and the loss is the objective's too; without
     labels nothing differs.
 
@@ -359,6 +361,20 @@ def attach(
         TypeError: no objective; a model without a head of its own, or one that is no linear layer.
         ValueError, NotImplementedError: an objective that the fused linear path cannot have with labels alone, as a
             KL divergence without a reference; or a reference that no term reads, or one of other classes.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from objkern.transformers import attach, detach, is_attached, parts
+    >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = attach(LlamaForCausalLM(LlamaConfig(**sizes)), CrossEntropy() + 1e-4 * ZLoss())
+    >>> tokens = torch.arange(12)[None]
+    >>> outputs = model(input_ids=tokens, labels=tokens)
+    >>> outputs.loss.backward()
+    >>> outputs.logits
+    DeferredLogits(shape=(1, 12, 64), dtype=torch.float32, device=cpu)
+    >>> list(parts(model))
+    ['cross_entropy', 'z_loss', 'total', 'lse', 'accuracy', 'target_probability', 'rows']
+    >>> is_attached(detach(model))
+    False
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an objkern.Objective but got {type(objective).__name__}")
@@ -609,6 +625,14 @@ def compute_loss_func(objective: Objective, *, shift: bool | None = None, backen
 
     Raises (when called):
         TypeError, ValueError: labels that do not fit the outputs.
+
+    >>> from objkern.transformers import compute_loss_func
+    >>> loss = compute_loss_func(CrossEntropy(label_smoothing=0.3))
+    >>> outputs = {"logits": torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]])}
+    >>> loss(outputs, torch.tensor([0, 2]))
+    tensor(1.0795)
+    >>> loss(outputs, torch.tensor([0, 2]), num_items_in_batch=8)  # of four such batches
+    tensor(0.2699)
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective: expected an objkern.Objective but got {type(objective).__name__}")

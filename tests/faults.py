@@ -7,7 +7,7 @@ hour, so each place reads `fault == n ? wrong : right`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,16 @@ inline const int planted_fault = [] {{
 """
 
 
+class Span(NamedTuple):
+    """source[begin:end] of a file in csrc, and what stands there wrong."""
+
+    file: str
+    begin: int
+    end: int
+    wrong: str
+    statement: bool
+
+
 class Replacement(NamedTuple):
     """What stands wrong. `text` occurs once in the file; what it says between ⟦ and ⟧ (all of it, without them) is
     replaced: statements if it ends in a semicolon or is empty, an expression otherwise."""
@@ -36,7 +46,7 @@ class Replacement(NamedTuple):
 def plant(csrc: Path, faults: Iterable[Iterable[Replacement]]) -> None:
     """Write a copy of the C++ sources to `csrc`, with fault n (from 1 on) planted. Files that stay as they are keep
     their date."""
-    sources = {path.relative_to(ROOT / "csrc"): path.read_text() for path in sorted((ROOT / "csrc").rglob("*.*"))}
+    sources = _sources()
     changed: set[Path] = set()
     for number, replacements in enumerate(faults, 1):
         for file, text, wrong in replacements:
@@ -46,14 +56,35 @@ def plant(csrc: Path, faults: Iterable[Iterable[Replacement]]) -> None:
             found = source.count(context)
             if found != 1:
                 raise AssertionError(f"{context!r} stands {found} times in {file}")
-            if not right.strip() or right.rstrip().endswith((";", "}")):
-                place = f"if (planted_fault != {number}) {{\n{right}\n}} else {{\n{wrong}\n}}\n"
-            else:
-                place = f"(planted_fault == {number} ? ({wrong}) : ({right}))"
-            sources[Path(file)] = source.replace(context, before + place + after)
+            statement = not right.strip() or right.rstrip().endswith((";", "}"))
+            sources[Path(file)] = source.replace(context, before + _switch(number, right, wrong, statement) + after)
             changed.add(Path(file))
+    _write(csrc, sources, changed)
+
+
+def plant_spans(csrc: Path, spans: Mapping[int, Span]) -> None:
+    """The same, of places that do not overlap, by number. Lines stay where they are."""
+    sources = _sources()
+    for number, (file, begin, end, wrong, statement) in sorted(spans.items(), key=lambda item: -item[1].begin):
+        text = sources[Path(file)]
+        place = _switch(number, text[begin:end], wrong, statement).replace("{\n", "{ ").replace("\n}", " }")
+        sources[Path(file)] = text[:begin] + place.removesuffix("\n") + text[end:]
+    _write(csrc, sources, {Path(span.file) for span in spans.values()})
+
+
+def _switch(number: int, right: str, wrong: str, statement: bool) -> str:
+    if statement:
+        return f"if (planted_fault != {number}) {{\n{right}\n}} else {{\n{wrong}\n}}\n"
+    return f"(planted_fault == {number} ? ({wrong}) : ({right}))"
+
+
+def _sources() -> dict[Path, str]:
+    return {path.relative_to(ROOT / "csrc"): path.read_text() for path in sorted((ROOT / "csrc").rglob("*.*"))}
+
+
+def _write(csrc: Path, sources: dict[Path, str], changed: set[Path]) -> None:
     for name in changed:
-        sources[name] = '#include "planted.h"\n' + sources[name]
+        sources[name] = '#include "planted.h"\n#line 1\n' + sources[name]
     sources[Path("planted.h")] = _SWITCH
     for name, text in sources.items():
         path = csrc / name

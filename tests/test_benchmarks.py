@@ -168,6 +168,32 @@ def test_results_file_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert json.loads((tmp_path / "report" / path.name).read_text()) == json.loads(path.read_text())
 
 
+def test_the_page_shows_the_newest_of_every_case() -> None:
+    """By machine; what was measured once stays, what was measured again is in the list of files alone."""
+    older, newer = ENTRY | {"why": "at first"}, ENTRY | {"why": "again"}
+    other = HEADER | {"machine": HEADER["machine"] | {"cpu": "Another"}}
+    files = [
+        (Path("c.json"), HEADER | {"entries": [newer], "datetime": "2030-03-01T"}),
+        (Path("b.json"), other | {"entries": [older | {"why": "elsewhere"}], "datetime": "2030-02-01T"}),
+        (Path("a.json"), HEADER | {"entries": [older, *LINEAR], "datetime": "2030-01-01T"}),
+        (Path("0.json"), HEADER | {"entries": [older], "datetime": "2029-01-01T"}),
+    ]
+    page = report.page(files)
+    assert [why in page for why in ("again", "elsewhere", "at first")] == [True, True, False]
+    assert "| 1024 × 163840 float32 |" in page
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()[-4:]]
+    shown = {file.partition("]")[0]: count for file, *_, count in cells}
+    assert shown == {"[c.json": "1 of 1", "[b.json": "1 of 1", "[a.json": "16 of 17", "[0.json": "0 of 1"}
+
+
+def test_contents_link_to_every_heading() -> None:
+    """As GitHub makes anchors: lower case, no punctuation, and a number where there is one of the name already."""
+    body = "## A, b: c's\n\n### Plain\n\n### f(x)\n\n## Z\n\n### Plain\n"
+    assert report.contents(body).splitlines() == [
+        "## Contents", "", "- [A, b: c's](#a-b-cs): [Plain](#plain), [f(x)](#fx)", "- [Z](#z): [Plain](#plain-1)",
+    ]  # fmt: skip
+
+
 def test_an_old_results_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps({"datetime": "2020", "benchmarks": []}))
     with pytest.raises(

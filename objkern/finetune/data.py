@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 from .tables import first_line
 
+__all__ = ["Column", "read", "read_all"]
+
 Row = dict[str, Any]
 
 SPLITS = {"train": ("train", "training"), "dev": ("validation", "valid", "dev", "val"), "test": ("test", "testing")}
@@ -90,6 +92,15 @@ def read(source: str | Path, split: str = "train") -> list[Row]:
 
     Raises:
         ValueError: there is no such source or split, or a file cannot be read; it says which, and on which line.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from objkern.finetune.data import read
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "train.jsonl"
+    ...     _ = path.write_text('{"text": "Where is my parcel?", "label": "complaint"}')
+    ...     read(path)
+    [{'text': 'Where is my parcel?', 'label': 'complaint'}]
     """
     parts = _parts_of(source)
     name = _name_in(parts, split, source)

@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
     from .tasks import Example, Task
 
+__all__ = ["apply", "fisher", "parse"]
+
 NAMES = ("l2sp", "ewc", "kl")
 
 
 def parse(spec: str) -> tuple[str, float]:
-    """A name and its coefficient: ``"l2sp:0.01"`` → ``("l2sp", 0.01)``."""
+    """A name and its coefficient: ``"l2sp:0.01"`` → ``("l2sp", 0.01)``.
+
+    >>> from objkern.finetune import retention
+    >>> retention.parse("l2sp:0.01")
+    ('l2sp', 0.01)
+    """
     name, _, number = spec.partition(":")
     try:
         coefficient = float(number)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from .tasks import Evaluation
 
+__all__ = ["RunOptions", "run"]
+
 Splits = dict[str, list[Row]]
 DEV_SHARE = 0.1  # of training rows, where a source has no others to judge by
 SAMPLES = 8  # predictions that a result shows
@@ -54,14 +56,34 @@ class RunOptions:
     """What to train on what.
 
     Attributes:
-        train, dev, test: sources as `data.read` takes them. Without dev, the dev split of `train`'s source, or a tenth
-            of its rows; without test, that of `train`'s source, or none.
+        task: a name among `tasks.TASKS`.
+        train: a source as `data.read` takes it.
+        output: the run's folder.
+        dev: another source; None: the dev split of `train`'s, or a tenth of its rows.
+        test: another source; None: the test split of `train`'s, or none.
         model: a name on a hub or a folder; None: a small one from scratch, of the sizes `new_model`.
         objective: a formula; None: the task's own.
         retain: what keeps the starting model in mind, as `retention.parse` takes it: "l2sp:0.01".
         retain_data: a source of what is not to be forgotten, for "ewc".
+        device: "cpu", "cuda", "cuda:1", ...; "auto": a GPU if there is one.
+        max_length: the longest text, in tokens.
+        pack: of causal-lm: several texts share a sequence, so that no padding is computed.
         dropout: in the place of every rate that the model's configuration has.
         limit: rows of each split.
+        new_model: sizes of a model from scratch.
+        training: how to train.
+
+    Raises:
+        ValueError: names the option, what was expected and what came.
+
+    >>> from pathlib import Path
+    >>> from objkern.finetune.run import RunOptions
+    >>> from objkern.finetune.training import TrainingOptions
+    >>> options = RunOptions("causal-lm", train="chats.jsonl", output=Path("runs/chats"), pack=True,
+    ...                      training=TrainingOptions(strategy="lora:16"))
+    >>> RunOptions("summaries", train="pairs.jsonl", output=Path("runs/pairs"))
+    Traceback (most recent call last):
+    ValueError: task: expected one of sequence-classification, ... but got 'summaries'
     """
 
     task: str
@@ -137,7 +159,7 @@ def run(
     on_record: Callable[[dict[str, Any]], None] = lambda record: None,
     splits: Splits | None = None,
 ) -> dict[str, Any]:
-    """Trains, tests, and writes everything to `options.output`; returns what `result.json` holds.
+    """Trains, tests, and writes everything to ``options.output``; returns what `result.json` holds.
 
     Args:
         resume: go on with the run in that folder.

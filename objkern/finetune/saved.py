@@ -32,6 +32,8 @@ from .whole import whole_folder, writing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["export", "load", "predict", "save"]
+
 ABOUT = "objkern.json"
 _OPTIONS = ("problem", "pack", "prefix")  # of some tasks
 _SHAPE = {

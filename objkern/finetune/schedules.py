@@ -14,17 +14,29 @@ from torch import Tensor
 
 from ..terms import checked_number
 
+__all__ = ["Schedule", "cosine", "linear"]
+
 Shape = Callable[[float], float]  # of the share of the steps that are done, in [0, 1], to the value
 
 
 def linear(begin: float, end: float, until: float = 1.0) -> Shape:
-    """``begin + (end - begin) * min(share / until, 1)``: a line, and `end` from the share `until` of all steps on."""
+    """``begin + (end - begin) * min(share / until, 1)``: a line, and `end` from the share `until` of all steps on.
+
+    >>> from objkern.finetune.schedules import linear
+    >>> [linear(0.0, 0.1, until=0.5)(share) for share in (0.0, 0.25, 0.5, 1.0)]
+    [0.0, 0.05, 0.1, 0.1]
+    """
     _check(begin, end, until)
     return lambda share: begin + (end - begin) * min(share / until, 1.0)
 
 
 def cosine(begin: float, end: float, until: float = 1.0) -> Shape:
-    """``end + (begin - end) * (1 + cos(pi * min(share / until, 1))) / 2``: half a cosine, then `end`."""
+    """``end + (begin - end) * (1 + cos(pi * min(share / until, 1))) / 2``: half a cosine, then `end`.
+
+    >>> from objkern.finetune.schedules import cosine
+    >>> [round(cosine(0.1, 0.0)(share), 4) for share in (0.0, 0.5, 1.0)]
+    [0.1, 0.05, 0.0]
+    """
     _check(begin, end, until)
     return lambda share: end + (begin - end) * (1.0 + math.cos(math.pi * min(share / until, 1.0))) / 2.0
 
@@ -45,6 +57,14 @@ class Schedule:
         shape: of the share of the steps that are done to the value, e.g. `linear(0.0, 0.1, until=0.2)`.
 
     The first step has the share 0, the last one 1.
+
+    >>> from objkern.finetune.schedules import Schedule, linear
+    >>> strength = torch.tensor(0.0)
+    >>> objective = CrossEntropy() - strength * Entropy()
+    >>> schedule = Schedule(strength, linear(0.0, 0.1))
+    >>> schedule.set(step=50, total=101)
+    >>> strength
+    tensor(0.0500)
     """
 
     coefficient: Tensor

@@ -21,20 +21,39 @@ if TYPE_CHECKING:
 
     from .tasks import Task
 
+__all__ = ["SmallModel", "make"]
+
 _ANSWERS = ("label", "tags")  # columns that are no text
 _LETTERS = string.ascii_letters + string.digits + string.punctuation
 
 
 @dataclass(frozen=True)
 class SmallModel:
-    """Sizes of a model that is made from nothing."""
+    """Sizes of a model that is made from nothing.
+
+    Attributes:
+        hidden_size: features, a multiple of 2 · heads.
+        layers: so many; of a T5 so many on either side.
+        heads: of attention.
+        window: tokens that a local attention layer of an encoder sees, half on each side.
+        dropout: in [0, 1).
+        vocabulary: tokens, at most.
+
+    Raises:
+        ValueError: names the size, what was expected and what came.
+
+    >>> from objkern.finetune.small import SmallModel
+    >>> SmallModel(hidden_size=64, heads=3)
+    Traceback (most recent call last):
+    ValueError: hidden_size: expected a multiple of 2 * heads = 6, for rotary positions, but got 64
+    """
 
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
-    window: int = 16  # tokens that a local attention layer of an encoder sees, half on each side
+    window: int = 16
     dropout: float = 0.1
-    vocabulary: int = 3000  # tokens
+    vocabulary: int = 3000
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "window", "vocabulary"):

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from .tasks import Batch, Evaluation, Example, Task
 
+__all__ = ["Outcome", "Progress", "TrainingOptions", "train"]
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": lambda p, **o: torch.optim.SGD(p, momentum=0.9, **o),
 }  # fmt: skip
@@ -51,25 +53,55 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; what and on what is said elsewhere."""
+    """How to train; what and on what is said elsewhere.
+
+    Attributes:
+        epochs: at most.
+        batch_size: rows at a time, on every rank.
+        accumulation: batches of a step, on every rank; the gradient is that of one big batch.
+        optimizer: "adamw", "adam" or "sgd".
+        learning_rate: at its peak.
+        schedule: of the rate after its peak, "linear", "cosine" or "constant".
+        warmup: share of all steps before the peak.
+        weight_decay: of matrices; biases and norms have none.
+        clip: largest norm of the gradient.
+        patience: evaluations without a better one before training stops.
+        metric: that decides which epoch is best; None: the task's own.
+        precision: "float32" or "bfloat16".
+        checkpointing: activations are computed anew in the backward pass.
+        strategy: what trains: "full", "head", "last:2", "lora:16", "prompt:20" or "gradual".
+        parallel: how ranks share the work: "data", "fsdp", "tensor" or "tensor:2".
+        seed: of weights, dropout and order.
+        checkpoint_steps: between checkpoints within an epoch; 0: at its end only.
+
+    Raises:
+        ValueError: names the option, what was expected and what came.
+
+    >>> from objkern.finetune.training import TrainingOptions
+    >>> TrainingOptions(batch_size=4, accumulation=8, learning_rate=2e-5).schedule
+    'linear'
+    >>> TrainingOptions(epochs=0)
+    Traceback (most recent call last):
+    ValueError: epochs: expected a whole number of at least 1 but got 0
+    """
 
     epochs: int = 3
     batch_size: int = 16
-    accumulation: int = 1  # batches of a step, on every rank
+    accumulation: int = 1
     optimizer: str = "adamw"
-    learning_rate: float = 5e-5  # at its peak
+    learning_rate: float = 5e-5
     schedule: str = "linear"
-    warmup: float = 0.1  # share of all steps
-    weight_decay: float = 0.01  # of matrices; biases and norms have none
-    clip: float = 1.0  # largest norm of the gradient
-    patience: int = 3  # evaluations without a better one before training stops
-    metric: str | None = None  # that decides; None: the task's own
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    patience: int = 3
+    metric: str | None = None
     precision: str = "float32"
-    checkpointing: bool = False  # activations are computed anew in the backward pass
+    checkpointing: bool = False
     strategy: str = "full"
-    parallel: str = "data"  # how ranks share the work
+    parallel: str = "data"
     seed: int = 0
-    checkpoint_steps: int = 0  # between checkpoints within an epoch; 0: at its end only
+    checkpoint_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "patience"):
@@ -150,7 +182,7 @@ def train(
     weights of rank 0, whose evaluation counts; it alone writes, and all read its folder.
 
     Args:
-        model: on its device, its strategy applied, and split if `options.parallel` splits it (`parallel.apply`).
+        model: on its device, its strategy applied, and split if ``options.parallel`` splits it (``parallel.apply``).
         score: the evaluation after every epoch.
         objective: for tasks with a language-model head one that is attached to the model already.
         folder: for `checkpoints/`; one folder a run.
@@ -158,7 +190,7 @@ def train(
         resume: from the newest checkpoint of the folder, if there is one.
         schedules: set coefficients of the objective before every step.
         reference: a frozen model that evaluates, whose logits are the objective's reference.
-        layout: of the ranks; without, as `options.parallel` says.
+        layout: of the ranks; without, as ``options.parallel`` says.
 
     Raises:
         FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since

@@ -61,13 +61,14 @@ class Build:
         self.lines += [f"build {target}: cxx {source}", f"  flags = {' '.join([*flags, *self.flags])}"]
         self.objects.append(target)
 
-    def finish(self, others: Iterable[Path]) -> None:
-        """Compile what is out of date, link, and lay the Python files beside. The first object's functions count."""
+    def problems(self, others: Iterable[Path]) -> str | None:
+        """Compile what is out of date, link, and lay the Python files beside. The first object's functions count. What
+        the compiler says, where it fails."""
         library = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         inputs = " ".join(map(str, [*self.objects, *others]))
         self.lines.append(f"build {self.folder / 'objkern' / library}: link {inputs}")
         copy_python(self.folder)
-        self.run()
+        return self.run()
 
     def program(self, target: Path) -> Path:
         """The objects as a program by itself. Vectors have their functions from torch's library."""
@@ -78,33 +79,43 @@ class Build:
             "-ltorch_cpu -lpthread",
             f"build {target}: program {' '.join(map(str, self.objects))}",
         ]
-        self.run()
+        if (found := self.run()) is not None:
+            raise RuntimeError(f"the program does not compile:\n{found}")
         return target
 
-    def run(self) -> None:
+    def run(self) -> str | None:
+        """What does not compile, or None."""
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        done = subprocess.run(["ninja", "-C", str(self.folder)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{self.folder.name}: the kernels do not compile:\n{done.stdout}")
+        done = subprocess.run(["ninja", "-k", "0", "-C", str(self.folder)], capture_output=True, text=True)
+        return done.stdout if done.returncode else None
+
+    def finish(self, others: Iterable[Path]) -> None:
+        if (found := self.problems(others)) is not None:
+            raise RuntimeError(f"the emulated kernels do not compile:\n{found}")
 
 
 def emulated(sanitized: bool = False, faults: Sequence[Iterable[Replacement]] = ()) -> Path:
     """The build of the kernels, with faults that sleep. The sanitized one looks for accesses out of bounds and undefined
     behaviour."""
     folder = KEPT / ("sanitized" if sanitized else "plain")
+    plant(folder / "csrc", faults)
+    build = emulated_kernels(folder, sanitized)
+    binding = [emulated(False, faults) / "objects/bindings_cuda.o"] if sanitized else []
+    build.finish([*binding, *ordinary_objects()])
+    return folder
+
+
+def emulated_kernels(folder: Path, sanitized: bool = False) -> Build:
+    """Of the sources in a folder; the sanitized ones without the binding."""
     csrc = folder / "csrc"
-    plant(csrc, faults)
     build = Build(folder, SANITIZED if sanitized else ())
     for source in (*kernel_sources(csrc), ROOT / "tests/emulation/emulation.cpp"):
         build.compile(source, [*KERNEL, *EMULATED, f"-I{csrc}"])
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-    binding = [*KERNEL, "-O0", "-Wno-psabi", *EMULATED, f"-I{csrc}", *(f"-isystem{path}" for path in includes)]
     if not sanitized:
+        binding = [*KERNEL, "-O0", "-Wno-psabi", *EMULATED, f"-I{csrc}", *(f"-isystem{path}" for path in includes)]
         build.compile(csrc / "bindings_cuda.cpp", binding)
-        build.finish(ordinary_objects())
-    else:
-        build.finish([emulated(False, faults) / "objects/bindings_cuda.o", *ordinary_objects()])
-    return folder
+    return build
 
 
 def library_of_compiler(name: str) -> str:

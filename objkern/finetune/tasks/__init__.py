@@ -19,4 +19,15 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (SequenceClassification, TokenClassification, QuestionAnswering, CausalLM, Seq2Seq)
 }
 
-__all__ = ["TASKS", "Batch", "Evaluation", "Example", "Task"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CausalLM",
+    "Evaluation",
+    "Example",
+    "QuestionAnswering",
+    "Seq2Seq",
+    "SequenceClassification",
+    "Task",
+    "TokenClassification",
+]

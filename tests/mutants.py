@@ -1,0 +1,401 @@
+"""Faults that are drawn from a seed, and whether the tests notice them.
+
+    python -m tests.mutants --count 400 --seed 1               # a quarter each of C++, CUDA (emulated), Triton, Python
+    python -m tests.mutants --count 40 --rooms cpu,python      # fewer, in some of them
+    python -m tests.mutants --seed 1 --only 17,230 --verbose   # these of that draw, with what pytest says
+
+A drawn fault is a place of tests/mutator.py. Those in C++ sleep in one build (tests/faults.py) and are woken one at a
+time; those in Python stand in a copy of the package. A fault is caught if a test fails or ends in a crash, or if the
+tests take far longer than without it. One that no test notices gets a test, or a line in NEUTRAL, which says of its
+place why it changes nothing; nothing is drawn from such places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch.utils import cpp_extension
+
+from . import mutator
+from .emulation import build as emulation
+from .faults import ROOT, VARIABLE, Span, copy_python, plant_spans
+
+KEPT = ROOT / "build/mutants"
+
+
+class Room(NamedTuple):
+    files: tuple[str, ...]  # patterns
+    tests: tuple[tuple[str, ...], ...]  # runs of pytest by their arguments, in this order, until one fails
+    environment: Mapping[str, str] = MappingProxyType({})
+    by_file: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({})  # instead of `tests`
+
+
+def files(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
+INTERPRETED = "tests/interpreted/cases.py"
+EMULATED = "tests/emulation/cases.py"
+OF_CALLS = files("objective", "torch", "corners", "errors", "functional", "linear", "distributed", "transformers")
+OF_LOOP = (
+    files("finetune_training"), files("finetune_tasks", "finetune_saved", "finetune_run", "finetune", "finetune_retention"),
+    files("finetune_ranks", "finetune_reports"),
+)  # fmt: skip
+ROOMS = {
+    "cpu": Room(
+        ("csrc/*.h", "csrc/autograd.cpp", "csrc/default_call.cpp", "csrc/bindings_cpu.cpp", "csrc/cpu/*"),
+        (
+            files("kernels", "pitfalls", "terms", "elementwise"),
+            files("precision", "objective", "divergence", "corners", "default_call", "buffers", "errors", "functional",
+                  "torch", "properties"),
+            files("linear", "penalties", "distributed"),
+        ),
+        {"OBJKERN_CPU_CAPABILITY": "default"},
+    ),
+    "cuda": Room(
+        ("csrc/cuda/*", "csrc/bindings_cuda.cpp"),
+        (
+            (EMULATED, "-k", "every_depth or options or elementwise or many_parameters"),
+            (EMULATED, "-k", "not (every_depth or options or elementwise or many_parameters or random_objectives)"),
+            (EMULATED, *files("kernels", "pitfalls", "precision", "corners", "elementwise")),
+        ),
+        {"MALLOC_PERTURB_": "129"},
+    ),
+    "triton": Room(
+        ("objkern/triton/*.py",),
+        (
+            (INTERPRETED, "-k", "each_term or reductions or elementwise_options or softcap"),
+            (INTERPRETED, "tests/interpreted/functions.py", "-k", "not (each_term or reductions or elementwise_options or softcap)"),
+            files("triton"),
+        ),
+        {"TRITON_INTERPRET": "1"},
+    ),
+    "python": Room(
+        ("objkern/*.py", "objkern/finetune/*.py"),
+        (OF_CALLS,),
+        by_file={
+            "linear": (files("linear"), files("distributed", "transformers", "objective", "divergence", "corners", "penalties")),
+            "distributed": (files("distributed"), files("transformers", "finetune_ranks", "transformers_sharded")),
+            "elementwise": (files("elementwise"), OF_CALLS),
+            "penalties": (files("penalties"), files("finetune_retention", "finetune_ranks", "objective", "distributed")),
+            "functional": (files("functional"), files("elementwise", "torch", "linear")),
+            "reference": (files("terms", "kernels", "objective"), files("corners", "divergence", "precision", "torch")),
+            "terms": (files("terms", "objective"), files("divergence", "elementwise", "torch", "corners")),
+            "batch": (files("objective", "corners", "errors"), OF_CALLS),
+            "transformers": (files("transformers"), files("transformers_sharded", "finetune_tasks", "finetune_ranks")),
+            "objective": (files("objective", "elementwise", "divergence"), OF_CALLS, files("penalties")),
+            "ops": (files("torch", "kernels", "default_call"), OF_CALLS),
+            "scale": (files("distributed", "linear"), files("transformers", "torch")),
+            "finetune/": OF_LOOP,
+        },
+    ),
+}  # fmt: skip
+
+# What presents results to people, and says why something cannot be had, is no mathematics and no loop.
+LEFT_OUT = (
+    "objkern/finetune/reports.py", "objkern/finetune/card.py", "objkern/finetune/tables.py", "objkern/finetune/cli.py",
+    "objkern/finetune/demo.py", "objkern/finetune/small.py", "objkern/finetune/__init__.py", "objkern/__main__.py",
+    "csrc/build_facts.h", "csrc/cuda/kernels.h", "csrc/cuda/device.h",
+)  # fmt: skip
+
+# Places whose faults change no result, and why: (file, what stands in the line, reason).
+NEUTRAL: list[tuple[str, str, str]] = []
+
+
+class Fault(NamedTuple):
+    number: int
+    room: str
+    file: str
+    line: int
+    place: mutator.Place
+
+    def describe(self, source: str) -> dict[str, Any]:
+        right = source[self.place.begin : self.place.end]
+        return {
+            "number": self.number, "room": self.room, "file": self.file, "line": self.line, "kind": self.place.kind,
+            "right": right, "wrong": self.place.wrong,
+        }  # fmt: skip
+
+
+def is_neutral(file: str, lines: str) -> bool:
+    return any(name == file and re.search(text, lines) for name, text, _ in NEUTRAL)
+
+
+@functools.cache
+def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
+    """(file, place) by kind."""
+    found: dict[str, list[tuple[str, mutator.Place]]] = {kind: [] for kind in mutator.KINDS}
+    for path in sorted(path for pattern in ROOMS[room].files for path in ROOT.glob(pattern)):
+        file = str(path.relative_to(ROOT))
+        if file in LEFT_OUT or path.suffix not in (".py", ".h", ".cpp", ".cu"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        for place in mutator.of_python(source) if path.suffix == ".py" else mutator.of_cpp(source):
+            begin, end = source.rfind("\n", 0, place.begin) + 1, source.find("\n", place.end)
+            if not is_neutral(file, source[begin:end]):
+                found[place.kind].append((file, place))
+    return found
+
+
+def draw(name: str, seed: int, first: int) -> Iterator[Fault]:
+    """Without an end, but for the places': the kinds take turns; no two faults touch the same lines."""
+    generator = random.Random(f"{name} {seed}")
+    found = {kind: generator.sample(some, len(some)) for kind, some in places(name).items()}
+    taken: dict[str, set[int]] = {}
+    number = first
+    while any(found.values()):
+        for of_kind in found.values():
+            while of_kind:
+                file, place = of_kind.pop()
+                source = (ROOT / file).read_text(encoding="utf-8")
+                line = source.count("\n", 0, place.begin) + 1
+                lines = range(line, source.count("\n", 0, place.end) + 2)
+                if file.endswith(".py") and not mutator.is_python(source, place):
+                    continue
+                if not taken.setdefault(file, set()).intersection(lines):
+                    taken[file].update(lines)
+                    yield Fault(number, name, file, line, place)
+                    number += 1
+                    break
+
+
+# ---- builds -----------------------------------------------------------------------------------------------------------
+
+
+def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[Fault]]:
+    """A build of the C++ room with `count` faults, and those that it has: what does not compile is replaced."""
+    folder = KEPT / name
+    chosen = [fault for _, fault in zip(range(count + count // 4), faults)]  # noqa: B905 - no more than there are
+    while True:
+        spans = {fault.number: Span(fault.file.removeprefix("csrc/"), *fault.place[1:]) for fault in chosen}
+        plant_spans(folder / "csrc", spans)
+        output = compile_cpu(folder) if name == "cpu" else compile_cuda(folder)
+        if output is None:
+            return folder, chosen[:count]
+        wrong = {
+            (str(Path("csrc", path.split("/csrc/")[-1])), int(line))
+            for path, line in re.findall(r"^(\S+/csrc/\S+?):(\d+):(?:\d+:)? (?:fatal )?error:", output, re.MULTILINE)
+        }
+        bad = {fault.number for fault in chosen if _lines(fault) & wrong}
+        if not bad:
+            raise RuntimeError(f"the faults do not compile:\n{output[-6000:]}")
+        chosen = [fault for fault in chosen if fault.number not in bad]
+        print(f"{name}: {len(bad)} faults do not compile", flush=True)
+        chosen += [fault for _, fault in zip(range(count - len(chosen)), faults)]  # noqa: B905
+
+
+def _lines(fault: Fault) -> set[tuple[str, int]]:
+    source = (ROOT / fault.file).read_text(encoding="utf-8")
+    last = fault.line + source.count("\n", fault.place.begin, fault.place.end)
+    return {(fault.file, line) for line in range(fault.line, last + 1)}
+
+
+def compile_cpu(folder: Path) -> str | None:
+    """None, or what the compiler says. One set of kernels, which is the baseline."""
+    import setup
+
+    csrc = folder / "csrc"
+    build = emulation.Build(folder)
+    includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
+    common = [*(flag for flag in setup.FLAGS if flag != "-O3"), "-O1", "-w", f"-I{csrc}", *includes]
+    aten, _ = setup.CAPABILITIES["default"]
+    variant = [f"-DCPU_CAPABILITY={aten}", f"-DCPU_CAPABILITY_{aten}", "-DOBJKERN_VARIANT=baseline"]
+    for source in (
+        "cpu/kernels",
+        "cpu/dispatch",
+        "cpu/buffers",
+        "bindings",
+        "bindings_cpu",
+        "autograd",
+        "default_call",
+    ):
+        more = {"cpu/kernels": variant, "cpu/dispatch": ["-DOBJKERN_HAS_DEFAULT"]}.get(source, [])
+        macros = [] if source.startswith("cpu/") else ["-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+        build.compile(csrc / f"{source}.cpp", [*common, *macros, *more])
+    build.compile(csrc / "build_facts.cpp", common)
+    return build.problems([])
+
+
+def compile_cuda(folder: Path) -> str | None:
+    return emulation.emulated_kernels(folder).problems(emulation.ordinary_objects())
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """pytest in folders of their own, two at a time; each run is seen to pass without a fault before it counts."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.sound: dict[tuple[str, ...], float] = {}
+        self.lock = threading.Lock()
+        self.locks: dict[tuple[str, ...], threading.Lock] = {}
+
+    def pytest(
+        self, folder: Path, room: Room, arguments: tuple[str, ...], number: int, limit: float
+    ) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+        with tempfile.TemporaryDirectory() as temporary:
+            environment = {
+                "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "OMP_NUM_THREADS": "1",
+                "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": temporary, "TORCHINDUCTOR_CACHE_DIR": f"{KEPT}/inductor", VARIABLE: str(number), **room.environment,
+            }  # fmt: skip
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", start_new_session=True,
+            )  # fmt: skip
+            try:
+                output, _ = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                return 124, ""
+        return process.returncode, output
+
+    def limit(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> float:
+        with self.lock:  # a lock for each, so that the others go on
+            lock = self.locks.setdefault(arguments, threading.Lock())
+        with lock:
+            if arguments not in self.sound:
+                begin = time.monotonic()
+                status, output = self.pytest(folder, room, arguments, 0, 3600)
+                if status != 0:
+                    raise RuntimeError(f"{' '.join(arguments)} fails without a fault:\n{output[-6000:]}")
+                self.sound[arguments] = time.monotonic() - begin
+                print(f"without a fault: {self.sound[arguments]:.0f} s: {' '.join(arguments)}", flush=True)
+        return 60 + 4 * self.sound[arguments]
+
+    def run(self, folder: Path, fault: Fault) -> dict[str, Any]:
+        """What became of it."""
+        room = ROOMS[fault.room]
+        inside = fault.file.removeprefix("objkern/").removesuffix(".py")
+        tests = next(
+            (t for name, t in room.by_file.items() if inside == name or inside.startswith(f"{name}")), room.tests
+        )
+        in_python = fault.file.endswith(".py")
+        path = folder / fault.file
+        source = (ROOT / fault.file).read_text(encoding="utf-8")
+        begin = time.monotonic()
+        found: dict[str, Any] = {"outcome": "survived", "by": ""}
+        for arguments in tests:
+            limit = self.limit(folder, room, arguments)
+            if in_python:
+                path.write_text(
+                    source[: fault.place.begin] + fault.place.wrong + source[fault.place.end :], encoding="utf-8"
+                )
+            try:
+                status, output = self.pytest(folder, room, arguments, fault.number, limit)
+            finally:
+                if in_python:
+                    path.write_text(source, encoding="utf-8")
+            if self.verbose:
+                print(output[-3000:], flush=True)
+            if status == 5 or "no tests ran" in output:
+                raise RuntimeError(f"no tests: {arguments}\n{output}")
+            if status != 0:
+                first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+                found = {"outcome": "caught", "by": first[1] if first else f"status {status}"}
+                break
+        return fault.describe(source) | found | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def copy_of_package(folder: Path) -> Path:
+    """Everything that tests read, with the library beside it."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, names):
+        if (ROOT / name).exists() and not name.startswith("benchmarks/results/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for library in (ROOT / "objkern").glob("*.so"):
+        link = folder / "objkern" / library.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(library)
+    return folder
+
+
+def examine(
+    rooms: Mapping[str, int], seed: int, only: set[int] | None = None, done: Collection[int] = (), verbose: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """So many faults of each room; what became of each."""
+    work: list[tuple[Path | None, Fault]] = []
+    for k, (name, count) in enumerate(rooms.items()):
+        faults = draw(name, seed, 1000 * k + 1)
+        if name in ("cpu", "cuda"):
+            folder, chosen = planted(name, faults, count)
+            copy_python(folder)
+            work += [(folder, fault) for fault in chosen]
+        else:
+            work += [(None, fault) for _, fault in zip(range(count), faults)]  # noqa: B905
+    work = [
+        (folder, fault) for folder, fault in work if (only is None or fault.number in only) and fault.number not in done
+    ]
+    runner, found = Runner(verbose), []
+    own = threading.local()
+    with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
+
+        def one(folder: Path | None, fault: Fault) -> dict[str, Any]:
+            if folder is None:
+                if not hasattr(own, "folder"):
+                    own.folder = copy_of_package(Path(tempfile.mkdtemp(dir=parent)))
+                folder = own.folder
+            return runner.run(folder, fault)
+
+        for done in as_completed([pool.submit(one, *each) for each in work]):
+            found.append(done.result())
+            report(found[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Draw faults and see them caught.")
+    parser.add_argument("--count", type=int, default=40, help="how many in all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rooms", default=",".join(ROOMS), help="of these (default: %(default)s)")
+    parser.add_argument("--only", help="numbers, with commas, of the faults to run")
+    parser.add_argument("--out", type=Path, help="a file of what became of each; those in it are not run again")
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    names = options.rooms.split(",")
+    rooms = {name: options.count // len(names) + (k < options.count % len(names)) for k, name in enumerate(names)}
+    only = set(map(int, options.only.split(","))) if options.only else None
+    known = options.out.read_text().splitlines() if options.out and options.out.exists() else []
+    before = [json.loads(line) for line in known]
+    done = {each["number"] for each in before}
+
+    def report(found: dict[str, Any]) -> None:
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+        mark = "       " if found["outcome"] == "caught" else "SURVIVED"
+        print(
+            f"{found['number']:5} {mark} {found['seconds']:6.1f} s {found['file']}:{found['line']} {found['kind']}: "
+            f"{found['right'][:60]!r} -> {found['wrong'][:60]!r}  {found['by'].split('::')[-1][:60]}", flush=True,
+        )  # fmt: skip
+
+    found = before + examine(rooms, options.seed, only, done, options.verbose, report)
+    caught = sum(each["outcome"] == "caught" for each in found)
+    print(f"{caught} of {len(found)} faults were caught ({100 * caught / max(1, len(found)):.1f} %)")
+    return 0 if caught >= 0.97 * len(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Faults drawn from a seed, in C++, CUDA, Triton and Python: at least 97 of 100 must be caught. See tests/mutants.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import mutants, mutator
+from .faults import ROOT
+
+COUNT = int(os.environ.get("OBJKERN_FAULTS", "40"))
+SEED = int(os.environ.get("OBJKERN_SEED", "0"))
+
+CPP = """\
+#define SIZE 3
+// a comment: 1 + 2
+template <class T, int N = 4>
+T f(const T* x, int64_t n) {
+  if (n > 0 && x[n] != 0.5f) {
+    sum += x[i] * 2;
+    return std::min(a + b, c) < d ? a : -b;
+  }
+  const auto text = "1 + 2";
+  float lanes[7];
+  call(n);
+}
+"""
+PYTHON = '''\
+"""1 + 2"""
+def f(x: Tensor | None = None, n: int = 3) -> int:
+    """3 + 4"""
+    if not x and n < 2:
+        raise ValueError(f"n: {n + 1}")
+    y[0] = max(n * 0.5, -x)
+    return [a for a in y if a != 1]
+'''
+
+
+def made(source: str, places: object) -> set[str]:
+    return {f"{p.kind}: {source[p.begin : p.end]} → {p.wrong}" for p in places}
+
+
+def test_places_in_cpp() -> None:
+    assert made(CPP, mutator.of_cpp(CPP)) == {
+        "operator: n > 0 → n >= 0", "operator: n > 0 && x[n] != 0.5f → n > 0 || x[n] != 0.5f",
+        "operator: x[n] != 0.5f → x[n] == 0.5f", "operator: x[i] * 2 → x[i] / 2", "operator: a + b → a - b",
+        "operator: std::min(a + b, c) < d → std::min(a + b, c) <= d",
+        "operator: std::min(a + b, c) → std::max(a + b, c)", "condition: std::min(a + b, c) < d → !(std::min(a + b, c) < d)",
+        "condition: n > 0 && x[n] != 0.5f → !(n > 0 && x[n] != 0.5f)", "constant: 0 → 1", "constant: 0.5f → 1.0f",
+        "constant: 2 → 3", "constant: 4 → 5", "index: n → 0", "index: i → 0", "dropped: sum += x[i] * 2; → ",
+        "dropped: call(n); → ",
+    }  # fmt: skip
+
+
+def test_places_in_python() -> None:
+    assert made(PYTHON, mutator.of_python(PYTHON)) == {
+        "constant: 3 → 4", "operator: not x and n < 2 → ((not x) or (n < 2))", "operator: n < 2 → n <= 2",
+        "condition: not x → bool(x)", "condition: not x and n < 2 → (not (not x and n < 2))", "constant: 2 → 3",
+        'dropped: raise ValueError(f"n: {n + 1}") → pass', "dropped: y[0] = max(n * 0.5, -x) → pass", "index: 0 → 1",
+        "operator: max → min", "operator: n * 0.5 → ((n) / (0.5))", "constant: 0.5 → 1.0", "operator: -x → (+(x))",
+        "operator: a != 1 → a == 1", "condition: a != 1 → (not (a != 1))", "constant: 1 → 2",
+    }  # fmt: skip
+
+
+def test_a_seed_draws_the_same_faults_of_every_kind() -> None:
+    for name in mutants.ROOMS:
+        faults = [fault for _, fault in zip(range(50), mutants.draw(name, 3, 1), strict=False)]
+        assert faults == [fault for _, fault in zip(range(50), mutants.draw(name, 3, 1), strict=False)]
+        assert faults != [fault for _, fault in zip(range(50), mutants.draw(name, 4, 1), strict=False)]
+        kinds = Counter(fault.place.kind for fault in faults)
+        assert len(faults) == 50
+        assert min(kinds[kind] for kind in ("operator", "constant", "condition", "dropped")) >= 5
+
+
+def test_what_changes_nothing_is_still_there() -> None:
+    for file, text, reason in mutants.NEUTRAL:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert any(mutants.is_neutral(file, line) for line in source.split("\n")), f"{file} has no line like {text!r}"
+        assert reason
+
+
+@pytest.mark.trust
+@pytest.mark.skipif(sys.platform != "linux", reason="C++ is built as Linux has it")
+def test_drawn_faults_are_caught(record_property: Callable[[str, object], None], tmp_path: Path) -> None:
+    rooms = {name: COUNT // 4 + (k < COUNT % 4) for k, name in enumerate(mutants.ROOMS)}
+    found = mutants.examine(rooms, SEED)
+    survived = [each for each in found if each["outcome"] != "caught"]
+    record_property("seed", SEED)
+    record_property("faults", len(found))
+    record_property("caught", len(found) - len(survived))
+    record_property(
+        "survived", "; ".join(f"{e['file']}:{e['line']} {e['right']!r} → {e['wrong']!r}" for e in survived) or "none"
+    )
+    assert len(found) == COUNT
+    assert len(survived) <= 0.03 * COUNT, survived
