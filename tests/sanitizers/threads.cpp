@@ -118,7 +118,8 @@ std::vector<Bytes> through_all_doors(const Batch<A>& batch) {
 
   Rows all = in;
   all.reads = compares ? kEverything : kEverything & ~kDivergences;
-  std::vector<double> centred(kCentred * in.rows), statistics(kStatistics * in.rows), partials(kStatistics * in.rows, 0.3);
+  std::vector<double> centred(kCentred * in.rows), statistics(kStatistics * in.rows),
+      partials(kStatistics * in.rows, 0.3);
   std::vector<A> row_gradient(kRowGradient * in.rows), gradient(in.rows * in.classes);
   doors.statistics(all, centred.data(), statistics.data());
   doors.chain(all, centred.data(), partials.data(), row_gradient.data());
