@@ -26,7 +26,8 @@ STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" 
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
          transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp \
+                 tests/sanitizers/*.cpp tests/sanitizers/ATen/*.h)
 
 .PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs reference wheel check-wheel check-oldest-torch \
         check-oldest-transformers clean

@@ -159,7 +159,8 @@ OBJKERN_INLINE Statistics<R> derive(const Centred<R>& c, const Odds<R>& o, bool 
   if ((reads & kMeanLogit) != 0) s.mean_logit = c.max + (c.sum_t + target_t(c)) * inverse_n;
   if ((reads & kMeanSquareLogit) != 0) {
     const R z_target = finite_target(c);
-    s.mean_square_logit = (c.sum_zz + z_target * z_target) * inverse_n;
+    const R mean = (c.sum_zz + z_target * z_target) * inverse_n;
+    s.mean_square_logit = L::select(L::equal(c.max, c.max), mean, c.max);  // NaN beside a logit of +inf, as all others
   }
   if ((reads & kLogitVariance) != 0) {  // the target joins the others as a second sample of size 1
     const R others = c.classes - L::select(no_target, R(0), R(1));

@@ -24,7 +24,8 @@ from .functional import (
     mse_loss,
     row_statistics,
 )
-from .objective import Objective, parse
+from .objective import Objective
+from .parser import parse
 from .penalties import EWC, L1, L2, L2SP, ElasticNet, diagonal_fisher
 from .statistics import Statistics
 from .terms import *  # noqa: F403  whose __all__ is the one list of them

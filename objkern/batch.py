@@ -27,7 +27,7 @@ def set_validation(mode: str) -> None:
     """
     global _validation
     if mode not in ("cpu", "always"):
-        raise ValueError(f'validation: expected "cpu" or "always" but got {mode!r}')
+        raise ValueError(f'validation: expected "cpu" or "always" but got {shown(mode)}')
     _validation = mode
 
 
@@ -106,19 +106,19 @@ def flatten(
     if classes == 0 and not part:
         raise ValueError(f"logits: expected at least one class but got shape {tuple(size)}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
+        raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {shown(reduction)}')
     if empty not in ("nan", "zero"):
-        raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
+        raise ValueError(f'empty: expected "nan" or "zero" but got {shown(empty)}')
     if type(ignore_index) is not int:
         ignore_index = _integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: expected an int of 64 bits but got {ignore_index}")
+        raise ValueError(f"ignore_index: expected an int of 64 bits but got {shown(ignore_index)}")
     if type(shift) is not int or shift not in (0, 1):
-        raise ValueError(f"shift: expected 0 or 1 but got {shift!r}")
+        raise ValueError(f"shift: expected 0 or 1 but got {shown(shift)}")
     if rows is not None and not isinstance(rows, dict):
         raise TypeError(f"rows: expected a dict of tensors but got {describe(rows)}")
-    if validate not in (None, True, False):
-        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
+    if validate is not None:
+        check_validate(validate)
     check_normalizer(normalizer, reduction)
     if target is not None:
         target = _check_target(target, logits, shape, class_dim)
@@ -141,8 +141,10 @@ def flatten(
             target = target.reshape(-1, *target.shape[len(shape) :])
     return Batch(
         logits, target, class_weight,
-        None if normalizer is None else scalar_tensor("normalizer", normalizer, None),
-        None if type(logit_scale) is float and logit_scale == 1.0 else scalar_tensor("logit_scale", logit_scale, 1.0),
+        None if normalizer is None else scalar_tensor("normalizer", normalizer, None, logits),
+        None
+        if type(logit_scale) is float and logit_scale == 1.0
+        else scalar_tensor("logit_scale", logit_scale, 1.0, logits),
         softcap,
         ignore_index, reduction, empty == "zero", masked,
         logits.is_cpu or bool(validate) or (validate is None and validates(logits)),
@@ -159,10 +161,15 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str) -> None:
         )
 
 
+def check_validate(validate: bool | None) -> None:
+    if not (validate is None or validate is True or validate is False):
+        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
+
+
 def checked_softcap(softcap: float | None) -> float:
     """A cap as the ops take it: 0 is none."""
     if softcap is not None and not (_is_number(softcap) and 1e-30 <= softcap <= 1e30):
-        raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {softcap!r}")
+        raise ValueError(f"softcap: expected a number > 0 (within 1e-30 and 1e30) or None but got {shown(softcap)}")
     return 0.0 if softcap is None else float(softcap)
 
 
@@ -189,7 +196,7 @@ def _check_logits(logits: Tensor, class_dim: int) -> Tensor:
         raise TypeError(f"class_dim: expected an int but got {describe(class_dim)}")
     if class_dim != -1:
         if not -logits.dim() <= class_dim < logits.dim():
-            raise ValueError(f"class_dim: {class_dim} is out of range for logits of shape {tuple(logits.shape)}")
+            raise ValueError(f"class_dim: {shown(class_dim)} is out of range for logits of shape {tuple(logits.shape)}")
         if class_dim != logits.dim() - 1:
             logits = logits.movedim(class_dim, -1)
     return logits
@@ -258,11 +265,15 @@ def check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {logits.device}, as the logits, but got one on {value.device}")
 
 
-def scalar_tensor(name: str, value: float | Tensor | None, neutral: float | None) -> Tensor | None:
+def scalar_tensor(
+    name: str, value: float | Tensor | None, neutral: float | None, beside: Tensor
+) -> Tensor | None:  # fmt: skip
     """0-dim tensor, or None for the neutral value. Numbers stay on the CPU, where every backend can read them."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not (value.is_floating_point() or value.dtype == torch.int64):
             raise ValueError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
+        if value.is_meta and not beside.is_meta:
+            raise ValueError(f"{name}: expected a tensor on {beside.device}, as the logits, but got one on meta")
         return value
     if value is None or (_is_number(value) and value == neutral):
         if value is None and neutral is not None:
@@ -273,7 +284,7 @@ def scalar_tensor(name: str, value: float | Tensor | None, neutral: float | None
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name}: expected a finite number but got {str(value)[:40]}...") from None
+        raise ValueError(f"{name}: expected a finite number but got {describe(value)}") from None
     return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
@@ -289,9 +300,18 @@ def is_autocast(device: torch.device) -> bool:
 def describe(value: object) -> str:
     """What came, for an error message."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"  # which some nested tensors have not
+        return f"a {'nested ' if value.is_nested else ''}{value.dtype} tensor{shape}"
     for field in ("logits", "last_hidden_state"):  # what a model returns, and its repr would print all its tensors
         if hasattr(value, field):
             return f"{type(value).__name__}; pass its .{field}"
-    text = repr(value)
-    return f"{text if len(text) <= 200 else text[:200] + '...'} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
+
+
+def shown(value: object) -> str:
+    """A value as it was written, or the beginning of that."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return "an int of very many digits"
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -8,6 +8,7 @@ buffers, and at most an eighth of the machine's memory unless `set_buffer_limit`
 from __future__ import annotations
 
 from . import _C
+from .batch import shown
 
 
 def buffer_limit() -> int:
@@ -28,7 +29,7 @@ def set_buffer_limit(bytes: int) -> None:
     >>> set_buffer_limit(before)
     """
     if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**63:
-        raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {bytes!r}")
+        raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {shown(bytes)}")
     _C.set_buffer_limit(bytes)
 
 

@@ -22,6 +22,7 @@ from .batch import (
     checked_softcap,
     describe,
     scalar_tensor,
+    shown,
 )
 from .objective import Term
 from .terms import checked_number
@@ -197,9 +198,9 @@ def checked(
     if input.dtype not in DTYPES:
         raise TypeError(f"prediction: expected float32, float64, bfloat16 or float16 but got {describe(input)}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {reduction!r}')
+        raise ValueError(f'reduction: expected "mean", "sum" or "none" but got {shown(reduction)}')
     if empty not in ("nan", "zero"):
-        raise ValueError(f'empty: expected "nan" or "zero" but got {empty!r}')
+        raise ValueError(f'empty: expected "nan" or "zero" but got {shown(empty)}')
     check_normalizer(normalizer, reduction)
     if target is not None:
         if not isinstance(target, Tensor):
@@ -218,14 +219,17 @@ def checked(
     for name, w in zip(("weight", "pos_weight"), weights, strict=True):
         if w is None:
             continue
+        check_dense(name, w)
         check_same_device(name, w, input)
         if not _broadcasts(w.shape, input.shape):
             raise ValueError(
                 f"{name}: expected a shape that broadcasts to {tuple(input.shape)} but got {tuple(w.shape)}"
             )
     return Elements(
-        input, target, *weights, None if normalizer is None else scalar_tensor("normalizer", normalizer, None),
-        None if type(logit_scale) is float and logit_scale == 1.0 else scalar_tensor("logit_scale", logit_scale, 1.0),
+        input, target, *weights, None if normalizer is None else scalar_tensor("normalizer", normalizer, None, input),
+        None
+        if type(logit_scale) is float and logit_scale == 1.0
+        else scalar_tensor("logit_scale", logit_scale, 1.0, input),
         checked_softcap(softcap), reduction, empty == "zero", limits,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, elementwise, linear, ops
-from .batch import DTYPES, Batch, describe, flatten, is_autocast
+from .batch import DTYPES, Batch, check_dense, describe, flatten, is_autocast
 from .elementwise import BernoulliEntropy, BinaryCrossEntropy, MeanSquaredError
 from .statistics import Statistics
 from .terms import CrossEntropy, Entropy, LogitL2, ZLoss, checked_number, checked_temperature
@@ -317,6 +317,8 @@ def linear_cross_entropy(
             "expected equal input and linear_weight last dimensions (in_features), "
             f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
         )
+    if linear_bias is not None and not isinstance(linear_bias, Tensor):
+        raise TypeError(f"linear_bias: expected a tensor or None but got {describe(linear_bias)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise RuntimeError(
             f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
@@ -408,7 +410,8 @@ def binary_cross_entropy_with_logits(
     tensor(0.3731)
     """
     name = "binary_cross_entropy_with_logits"
-    reduction = _checked_elementwise(name, input, target, size_average, reduce, reduction)
+    weights = {"weight": weight, "pos_weight": pos_weight}
+    reduction = _checked_elementwise(name, input, target, weights, size_average, reduce, reduction)
     if target.shape != input.shape:
         raise ValueError(f"Target size ({target.shape}) must be the same as input size ({input.shape})")
     for w in (weight, pos_weight):
@@ -418,7 +421,7 @@ def binary_cross_entropy_with_logits(
     for coefficient, kind, option in (
         (entropy, BernoulliEntropy.element_kind, "entropy"), (logit_l2, LogitL2.element_kind, "logit_l2"),
     ):  # fmt: skip
-        if coefficient != 0.0:
+        if type(coefficient) is not float or coefficient != 0.0:
             terms += [kind, 0.0, checked_number(option, coefficient)]
     return _elementwise(input, target, input.shape, terms, reduction, weight, pos_weight)
 
@@ -449,7 +452,7 @@ def mse_loss(
     >>> mse_loss(prediction, target), mse_loss(prediction, target, weight=torch.tensor([1.0, 3.0]))
     (tensor(2.5000), tensor(3.2500))
     """
-    reduction = _checked_elementwise("mse_loss", input, target, size_average, reduce, reduction)
+    reduction = _checked_elementwise("mse_loss", input, target, {"weight": weight}, size_average, reduce, reduction)
     if target.shape != input.shape:
         warnings.warn(
             f"Using a target size ({target.shape}) that is different to the input size ({input.shape}). This will "
@@ -470,8 +473,9 @@ def mse_loss(
 
 
 def _checked_elementwise(
-    name: str, input: Tensor, target: Tensor, size_average: bool | None, reduce: bool | None, reduction: str
-) -> str:
+    name: str, input: Tensor, target: Tensor, weights: dict[str, Tensor | None], size_average: bool | None,
+    reduce: bool | None, reduction: str,
+) -> str:  # fmt: skip
     """What the elementwise drop-ins share; returns the reduction."""
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -482,6 +486,15 @@ def _checked_elementwise(
             raise TypeError(f"{name}: {argument}: expected a tensor but got {describe(x)}")
         if x.dtype not in DTYPES:
             raise NotImplementedError(f"{name}: {argument}: not implemented for {x.dtype}")
+        check_dense(f"{name}: {argument}", x)
+    for argument, w in weights.items():
+        if w is None:
+            continue
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{name}: {argument}: expected a tensor or None but got {describe(w)}")
+        if w.is_complex():
+            raise TypeError(f"{name}: {argument}: expected real numbers but got {describe(w)}")
+        check_dense(f"{name}: {argument}", w)
     return reduction
 
 

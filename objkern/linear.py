@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import ops, reference
-from .batch import DTYPES, REDUCTIONS, Batch, check_dense, check_same_device, describe, is_autocast
+from .batch import DTYPES, REDUCTIONS, Batch, check_dense, check_same_device, describe, is_autocast, shown
 from .statistics import Statistics
 
 MODES = ("auto", "forward", "recompute")
@@ -77,7 +77,7 @@ def choose_chunk_rows(
         if memory_budget < of_row:
             raise ValueError(
                 f"memory_budget: expected at least {of_row} bytes, one row of {classes} logits and their gradient, "
-                f"but got {memory_budget}"
+                f"but got {shown(memory_budget)}"
             )
         wanted = min(wanted, memory_budget // of_row)
     return wanted

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import numbers
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed, linear, ops
-from .batch import Batch, describe, flatten
+from .batch import Batch, check_validate, describe, flatten, shown
 from .reference import FREE_STATISTICS, evaluate
 from .statistics import Statistics
 
@@ -42,7 +40,7 @@ class Coefficient(NamedTuple):
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise ValueError(f"coefficient: expected a finite number but got {str(value)[:40]}")
+            raise ValueError(f"coefficient: expected a finite number but got {describe(value)}")
         return cls(number)
 
     def times(self, other: Coefficient) -> Coefficient:
@@ -271,7 +269,7 @@ class Objective(nn.Module):
                 part=at is not None,
             )  # fmt: skip
             if gradient not in GRADIENTS:
-                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
             built_in = _check_call(
                 terms, batch, return_parts, "gradient" if gradient == "forward" else None, reference is not None
             )
@@ -379,7 +377,7 @@ class Objective(nn.Module):
                     "objective(F.linear(hidden, weight, bias), target)"
                 )
             if mode not in linear.MODES:
-                raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {mode!r}')
+                raise ValueError(f'mode: expected "auto", "forward" or "recompute" but got {shown(mode)}')
             if gradient == "forward":
                 if mode == "recompute":
                     raise ValueError('gradient="forward" contradicts mode="recompute"')
@@ -406,7 +404,7 @@ class Objective(nn.Module):
             if of_head:
                 layer, batch = linear.with_reference(layer, batch, reference)
             if gradient not in GRADIENTS:
-                raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+                raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
             built_in = _check_call(
                 terms, batch, return_parts, "mode" if mode == "forward" else None, reference is not None
             )
@@ -516,6 +514,10 @@ def _apart(
     tensor = isinstance(weight, Tensor) and weight.dim() == 0
     if not tensor and (isinstance(weight, bool) or not isinstance(weight, numbers.Real)):
         raise TypeError(f"parameter_weight: expected a number or a 0-dim tensor but got {describe(weight)}")
+    try:
+        weight = weight if tensor else float(weight)
+    except OverflowError:
+        raise ValueError(f"parameter_weight: expected a finite number but got {describe(weight)}") from None
     return [pair for pair in terms if not pair[1].about_parameters], _Penalties(penalties, weight)
 
 
@@ -616,8 +618,7 @@ def _check_elementwise_options(
             )
     if reference is not None:
         raise ValueError("reference: has no meaning for terms that compare element by element")
-    if validate not in (None, True, False):
-        raise TypeError(f"validate: expected True, False or None but got {describe(validate)}")
+    check_validate(validate)
 
 
 def _evaluate_elements(
@@ -631,7 +632,7 @@ def _evaluate_elements(
     if not isinstance(return_parts, bool):
         raise TypeError(f"return_parts: expected True or False but got {describe(return_parts)}")
     if gradient not in GRADIENTS:
-        raise ValueError(f'gradient: expected "backward" or "forward" but got {gradient!r}')
+        raise ValueError(f'gradient: expected "backward" or "forward" but got {shown(gradient)}')
     of_elements, of_rows = elementwise.apart(terms, options["reduction"])
     elements = elementwise.checked(prediction, target, elementwise.weights_of(of_elements), limits=True, **options)
     loss, found = elementwise.evaluate(of_elements, backend, elements, gradient == "forward", return_parts)
@@ -733,94 +734,3 @@ class Term(Objective):
 
     def __repr__(self) -> str:
         return self._formula_name()
-
-
-# ---- parsing --------------------------------------------------------------------------------------------------------
-
-
-def parse(text: str) -> Objective:
-    """The objective that a formula describes: ``parse(repr(objective))`` for objectives made of numbers.
-
-    ``parse("CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss() - 0.01*Entropy()")``. The grammar is sums, differences and
-    numeric multiples of terms with numeric arguments; nothing is ever evaluated as code.
-
-    Raises:
-        ValueError: says what could not be read. Terms that hold tensors, functions or models cannot be parsed.
-
-    >>> parse("CrossEntropy(label_smoothing=0.1) + 1e-4*ZLoss() - 0.01*Entropy()")
-    CrossEntropy(label_smoothing=0.1) + 0.0001*ZLoss() - 0.01*Entropy()
-    >>> parse("CrossEntropie()")
-    Traceback (most recent call last):
-    ValueError: objective: 'CrossEntropie' is not one of BernoulliEntropy, BinaryCrossEntropy, CrossEntropy, ...
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"objective: expected a string but got {type(text).__name__}")
-    if held := re.search(r"<[^<>]*>", text):
-        raise ValueError(
-            f"objective: {text[:200]!r} cannot be parsed, because a term in it holds a tensor, a function or a model: "
-            f"{held[0]}"
-        )
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-        return Objective((Coefficient.of(number), term) for number, term in _parse_sum(tree.body, 1.0))
-    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
-        raise ValueError(
-            f"objective: cannot read {text[:200]!r}: {getattr(error, 'msg', 'too large or too deeply nested')}"
-        ) from None
-
-
-def _parse_sum(node: ast.expr, factor: float) -> Iterator[tuple[float, Term]]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
-        yield from _parse_sum(node.left, factor)
-        yield from _parse_sum(node.right, -factor if isinstance(node.op, ast.Sub) else factor)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        yield from _parse_sum(node.operand, -factor if isinstance(node.op, ast.USub) else factor)
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = _parse_number(node.left), _parse_number(node.right)
-        if (left is None) == (right is None):
-            raise ValueError(f"objective: {ast.unparse(node)!r} is not a number times a term")
-        yield from _parse_sum(node.right if right is None else node.left, factor * (right if left is None else left))
-    elif isinstance(node, ast.Call):
-        yield factor, _parse_term(node)
-    else:
-        raise ValueError(f"objective: expected a term such as ZLoss() but got {ast.unparse(node)!r}")
-
-
-def _parse_number(node: ast.expr) -> float | None:
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        inner = _parse_number(node.operand)
-        return inner if inner is None or isinstance(node.op, ast.UAdd) else -inner
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return float(node.value)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        left, right = _parse_number(node.left), _parse_number(node.right)
-        return None if left is None or right is None else left * right
-    return None
-
-
-def _parse_term(node: ast.Call) -> Term:
-    name = ast.unparse(node.func)
-    if name not in Term.registry:
-        raise ValueError(f"objective: {name!r} is not one of {', '.join(sorted(Term.registry))}")
-    arguments = [_parse_argument(name, "argument", value) for value in node.args]
-    keywords = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in keywords:
-            raise ValueError(f"objective: {name}: {ast.unparse(node)!r} gives a keyword twice or unpacks")
-        keywords[keyword.arg] = _parse_argument(name, keyword.arg, keyword.value)
-    try:
-        return Term.registry[name](*arguments, **keywords)
-    except TypeError as error:
-        raise ValueError(f"objective: {name}: {error}") from None
-
-
-def _parse_argument(term: str, argument: str, node: ast.expr) -> float | str:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    number = _parse_number(node)
-    if number is None:
-        raise ValueError(
-            f"objective: {term}: {argument}: expected a number but got {ast.unparse(node)!r}; terms that hold tensors, "
-            "functions or models cannot be parsed"
-        )
-    return number

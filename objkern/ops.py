@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _C, cuda, reference, triton
-from .batch import REDUCTIONS, Batch, validates
+from .batch import REDUCTIONS, Batch, shown, validates
 from .statistics import Statistics
 
 FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
@@ -75,7 +75,7 @@ def backend_for(name: str, logits: Tensor) -> Backend:
             + "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
         )
     if not isinstance(name, str) or name not in NATIVE:
-        raise ValueError(f'backend: expected "auto", "reference" or one of {", ".join(NATIVE)} but got {name!r}')
+        raise ValueError(f'backend: expected "auto", "reference" or one of {", ".join(NATIVE)} but got {shown(name)}')
     reason = why_not(name, device.type, device.index)
     if reason is not None:
         raise ValueError(f'backend: "{name}" cannot run on {device}: {reason}')

@@ -150,6 +150,13 @@ def divergences(batch: Batch, z: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
     # Σ q (log q − log p) as Σ q g(log p − log q), g(t) = exp(t) − 1 − t, which is never negative; q g is
     # p − q + q (log q − log p), and for small differences a series.
     more = (log_q.masked_fill(absent, 0.0) - log_p).masked_fill(absent, 0.0)
+    # At a high temperature both are nearly uniform, and d = (r − z)/T is lost in the difference of two logarithms:
+    # log q − log p = d − log Σ p exp(d), for small d by expm1 and log1p.
+    d = ((r.masked_fill(absent, 0.0) - z.masked_fill(absent, 0.0)) / batch.temperature).masked_fill(absent, 0.0)
+    d = (d - (p * d).detach().sum(-1, keepdim=True)).masked_fill(absent, 0.0)
+    near = (d.abs().amax(-1, keepdim=True) < 0.5) & (absent == excluded).all(-1, keepdim=True)
+    d = d.masked_fill(~near, 0.0)
+    more = torch.where(near & ~absent, d - (p * d.expm1()).sum(-1, keepdim=True).log1p(), more)
     small = more.abs() < 0.5
     little, much = more.masked_fill(~small, 0.0), more.masked_fill(small, 0.0)
     forward = torch.where(small, q * _g(-little), p - q + q * much)

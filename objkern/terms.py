@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, describe
+from .batch import Batch, describe, shown
 from .objective import RESERVED_PARTS, Term
 from .statistics import Statistics
 
@@ -323,7 +323,7 @@ class KLDivergence(Term):
     def __init__(self, direction: str = "forward", temperature: float = 1.0) -> None:
         super().__init__()
         if direction not in ("forward", "reverse"):
-            raise ValueError(f'direction: expected "forward" or "reverse" but got {direction!r}')
+            raise ValueError(f'direction: expected "forward" or "reverse" but got {shown(direction)}')
         self.direction = direction
         self.parameter = checked_temperature(temperature)
 
@@ -359,6 +359,12 @@ class Custom(Term):
         super().__init__()
         if not callable(fn):
             raise TypeError(f"fn: expected a function of the row statistics but got {describe(fn)}")
+        if needs is not None and (
+            not isinstance(needs, (list, tuple, set, frozenset)) or not all(isinstance(need, str) for need in needs)
+        ):
+            raise TypeError(f"needs: expected names of statistics or None but got {describe(needs)}")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name: expected a string or None but got {describe(name)}")
         unknown = sorted(set(needs or ()) - set(Statistics._fields))
         if unknown:
             raise ValueError(f"needs: {unknown} are not among the statistics {', '.join(Statistics._fields)}")
@@ -454,7 +460,7 @@ def checked_number(name: str, value: float, low: float = -math.inf, high: float 
         number = math.inf
     if not (math.isfinite(number) and low <= number <= high):
         bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}" if math.isfinite(low) else "finite"
-        raise ValueError(f"{name}: expected a number {bounds} but got {str(value)[:40]}")
+        raise ValueError(f"{name}: expected a number {bounds} but got {shown(value)}")
     return number
 
 

@@ -43,7 +43,7 @@ def test_a_logit_of_infinity_and_a_row_without_classes_are_nan(classes: int, bac
     x = torch.zeros(3, classes)
     x[0, 1] = INF
     x[1] = -INF
-    for objective in (CrossEntropy(), ZLoss(), MaxZLoss(), Entropy(), Unlikelihood()):
+    for objective in (CrossEntropy(), ZLoss(), MaxZLoss(), Entropy(), Unlikelihood(), LogitL2()):
         for y in (torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0])):
             found = objective(x, y, reduction="none", backend=backend)
             assert found.isnan().tolist() == [True, True, False], (objective, y)

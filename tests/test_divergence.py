@@ -407,3 +407,23 @@ def test_the_inputs_are_not_written_and_results_repeat() -> None:
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1e3, 1e4, 1e6])
+def test_the_reference_keeps_its_digits_at_high_temperatures(direction: str, temperature: float) -> None:
+    """Where both distributions are nearly uniform: two percent were lost at 10⁶, in second derivatives on every backend."""
+    draw = torch.Generator().manual_seed(0)
+    z, r = (torch.randn(4, 50, generator=draw) * 3 + 5 for _ in range(2))
+    z[0, 3] = -torch.inf
+    objective = objkern.KLDivergence(direction, temperature=temperature)
+
+    def run(z: torch.Tensor, r: torch.Tensor) -> list[torch.Tensor]:
+        x = z.clone().requires_grad_()
+        loss = objective(x, reference=r, reduction="none", backend="reference")
+        (g,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad((g * r).sum(), x)
+        return [loss.detach(), g.detach(), h]
+
+    for ours, exact in zip(run(z, r), run(z.double(), r.double()), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=3e-6 * exact.abs().max().item())

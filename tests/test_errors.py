@@ -1,11 +1,17 @@
 """Bad input: the error names the argument, what was expected and what came, and nothing is lost."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import objkern
-from objkern import CrossEntropy, Focal, ZLoss, custom
+from objkern import BinaryCrossEntropy, CrossEntropy, Focal, KLDivergence, LogitL2, ZLoss, custom
+
+from .nonsense import POOL, REFUSALS, named
 
 Z = torch.zeros(4, 6)
 Y = torch.zeros(4, dtype=torch.long)
@@ -124,3 +130,70 @@ def test_changing_logits_before_the_backward_pass_is_noticed() -> None:
     z.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ---- anything for any argument --------------------------------------------------------------------------------------
+
+HIDDEN, WEIGHT = torch.zeros(4, 5), torch.zeros(6, 5)
+DIVERGENCE, OF_ELEMENTS = CrossEntropy() + KLDivergence(), BinaryCrossEntropy() + 0.1 * LogitL2()
+CUSTOM = CrossEntropy() + custom(lambda s, a=None: s.lse)
+BODY = torch.nn.Linear(2, 2)
+ROWS = {"logits": Z, "target": Y}
+LAYER = {"hidden": HIDDEN, "weight": WEIGHT, "target": Y, "bias": None}
+AS_TORCH = ("cross_entropy", "linear_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss")
+
+# name -> (what is called, its arguments, the options that every call has)
+DOORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "objective": (OBJECTIVE.forward, ROWS),
+    "objective that learns": (OBJECTIVE.forward, {"logits": Z.clone().requires_grad_(), "target": Y}),
+    "objective without a target": (ZLoss().forward, {"logits": Z}),
+    "divergence": (DIVERGENCE.forward, ROWS | {"reference": Z}),
+    "custom": (CUSTOM.forward, ROWS),
+    "reference": (OBJECTIVE.forward, ROWS | {"backend": "reference"}),
+    "elements": (OF_ELEMENTS.forward, {"logits": Z, "target": Z}),
+    "penalty": ((objkern.L2(BODY) + OBJECTIVE).forward, ROWS),
+    "linear": (OBJECTIVE.linear, LAYER),
+    "linear that learns": (OBJECTIVE.linear, LAYER | {"weight": WEIGHT.clone().requires_grad_()}),
+    "linear divergence": (DIVERGENCE.linear, LAYER | {"reference": Z}),
+    "linear custom": (CUSTOM.linear, LAYER),
+    "row_statistics": (objkern.row_statistics, ROWS),
+    "linear_row_statistics": (objkern.linear_row_statistics, LAYER),
+    "cross_entropy": (objkern.cross_entropy, {"input": Z, "target": Y}),
+    "linear_cross_entropy": (objkern.linear_cross_entropy, {"input": HIDDEN, "linear_weight": WEIGHT, "target": Y}),
+    "binary_cross_entropy_with_logits": (objkern.binary_cross_entropy_with_logits, {"input": Z, "target": Z}),
+    "mse_loss": (objkern.mse_loss, {"input": Z, "target": Z}),
+    "custom(...)": (custom, {"fn": lambda s: s.lse}),
+    **{term: (getattr(objkern, term), {}) for term in (
+        "CrossEntropy", "Focal", "Poly1", "GeneralizedCrossEntropy", "Margin", "KLDivergence", "BinaryCrossEntropy", "Huber",
+    )},
+    **{term: (getattr(objkern, term), {"parameters": BODY} | more) for term, more in (
+        ("L2", {}), ("L1", {}), ("ElasticNet", {"l1": 0.1, "l2": 0.1}), ("L2SP", {}), ("EWC", {"fisher": {name: p.detach().square() for name, p in BODY.named_parameters()}}),
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size", "ignore:size_average and reduce")
+@pytest.mark.parametrize("door", DOORS)
+def test_anything_for_any_argument(door: str) -> None:
+    """It is taken for what it is, or refused by an error that names the argument: nothing of Python's own about
+    attributes or truth values, nothing from inside."""
+    call, arguments = DOORS[door]
+    names = [name for name in inspect.signature(call).parameters if not (door == "reference" and name == "backend")]
+    wrong, refused = [], 0
+    for name in names:
+        for what, value in POOL.items():
+            try:
+                call(**arguments | {name: value})
+            except REFUSALS as error:
+                refused += 1
+                if not (door in AS_TORCH or named(error, name)):
+                    wrong.append((name, what, error))
+            except RuntimeError as error:  # torch's own
+                if not (door in AS_TORCH or "Inference tensors cannot be saved for backward" in str(error)):
+                    wrong.append((name, what, error))
+            finally:
+                objkern.set_validation("cpu")
+    assert not wrong, "\n".join(
+        f"{name}, {what}: {str(error)[:200]!r} ({type(error).__name__})" for name, what, error in wrong
+    )
+    assert refused > len(POOL) * len(names) // 4

@@ -63,7 +63,7 @@ FAULTS = {
         "objkern/penalties.py", "if include_all or not is_bias_or_norm(name, module):", "if True:", "tests/test_penalties.py"
     ),
     "the sign of a difference lost": Fault(
-        "objkern/objective.py", "-factor if isinstance(node.op, ast.Sub) else factor", "factor",
+        "objkern/parser.py", "[(-number, term) for number, term in more]", "more",
         "tests/test_objective.py -k pars",
     ),
     "a tied weight's penalty twice": Fault(

@@ -44,7 +44,17 @@ def tests(report: Path) -> list[dict[str, Any]]:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "trust", f"--junitxml={report}", *sys.argv[1:]]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "trust",
+            "-o",
+            "junit_family=xunit1",
+            f"--junitxml={report}",
+            *sys.argv[1:],
+        ]
         status = subprocess.run(command, cwd=ROOT).returncode
         if not report.exists():
             return status

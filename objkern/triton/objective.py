@@ -187,7 +187,7 @@ def derive(c, o, v, DENSE: tl.constexpr, READS: tl.constexpr):
         mean_logit = c.max + (c.sum_t + target_t(c)) * inverse_n
     if MEAN_SQUARE_LOGIT & READS:
         z = finite_target(c)
-        mean_square = (c.sum_zz + z * z) * inverse_n
+        mean_square = tl.where(c.max == c.max, (c.sum_zz + z * z) * inverse_n, c.max)  # NaN beside +inf, as all others
     if LOGIT_VARIANCE & READS:  # the target joins the others as a second sample of size 1
         others = c.classes - tl.where(no_target(c), 0.0, 1.0)
         apart = target_t(c) - tl.where(others == 0, 0.0, c.sum_t / others)

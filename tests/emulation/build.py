@@ -56,8 +56,8 @@ class Build:
             f"-L{Path(torch.__file__).parent / 'lib'} -lc10 -ltorch -ltorch_cpu -ltorch_python -ldl",
         ]
 
-    def compile(self, source: Path, flags: list[str]) -> None:
-        target = self.folder / "objects" / f"{source.stem}.o"
+    def compile(self, source: Path, flags: list[str], name: str | None = None) -> None:
+        target = self.folder / "objects" / f"{name or source.stem}.o"
         self.lines += [f"build {target}: cxx {source}", f"  flags = {' '.join([*flags, *self.flags])}"]
         self.objects.append(target)
 
@@ -68,6 +68,23 @@ class Build:
         inputs = " ".join(map(str, [*self.objects, *others]))
         self.lines.append(f"build {self.folder / 'objkern' / library}: link {inputs}")
         copy_python(self.folder)
+        return self.run()
+
+    def program(self, target: Path) -> Path:
+        """The objects as a program by itself. Vectors have their functions from torch's library."""
+        libraries = Path(torch.__file__).parent / "lib"
+        self.lines += [
+            "rule program",
+            f"  command = {CXX} {' '.join(self.flags)} -o $out $in -L{libraries} -Wl,-rpath,{libraries} -lc10 "
+            "-ltorch_cpu -lpthread",
+            f"build {target}: program {' '.join(map(str, self.objects))}",
+        ]
+        if (found := self.run()) is not None:
+            raise RuntimeError(f"the program does not compile:\n{found}")
+        return target
+
+    def run(self) -> str | None:
+        """What does not compile, or None."""
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         done = subprocess.run(["ninja", "-k", "0", "-C", str(self.folder)], capture_output=True, text=True)
         return done.stdout if done.returncode else None
