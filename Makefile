@@ -1,9 +1,9 @@
 # make demo    set up, build, and fine-tune a model with a fused objective next to the same run in plain torch
-# make test    set up, build, and run the tests
+# make test    set up, build, and run the tests; make test-slow runs those that take minutes
 # make bench   time against eager torch, torch.compile and others; BENCH="--size quick" takes about two minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
-# make trust   the long tests; TRUST="-k soak" passes options on
+# make trust   the slow and the long tests; TRUST="-k soak" passes options on
 # make reference  the API reference, from docstrings, in build/reference/index.html
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
@@ -23,7 +23,7 @@ else
 endif
 
 STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" | cksum | cut -d' ' -f1)
-TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
+TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark pytest-xdist expecttest hypothesis \
          transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp \
@@ -61,11 +61,17 @@ build: $(STAMP)
 	@$(PY) build_cuda.py
 	@log=build/build.log; $(PY) setup.py build_ext --inplace > $$log 2>&1 || { cat $$log; exit 1; }
 
+# A process for each processor, which then has one thread.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
 test: build
-	$(PY) -m pytest
+	$(PYTEST)
+
+test-slow: build
+	$(PYTEST) -m slow
 
 # What takes long: docs/guarantees.md has its last figures.
-trust: build
+trust: test-slow
 	$(PY) -m tests.trust $(TRUST)
 
 demo: build

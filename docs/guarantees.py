@@ -78,8 +78,8 @@ def page() -> str:
         "# Guarantees", "",
         "What objkern promises, and the tests that hold it to it. Each guarantee is the answer to a bug that shipped",
         "in a fused loss somewhere; a test names by number those that it holds. Tests in `tests/gpu` run on devices;",
-        "[gpu-status.md](gpu-status.md) says which have. `make test` runs all but the long ones, which `make trust`",
-        "runs; this page is written by `make docs`.", "",
+        "[gpu-status.md](gpu-status.md) says which have. `make test` and `make test-slow` run all but the long ones,",
+        "which `make trust` runs; this page is written by `make docs`.", "",
     ]  # fmt: skip
     of_numbers = tests()
     missing = [number for number, found in of_numbers.items() if not found]

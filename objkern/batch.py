@@ -273,7 +273,7 @@ def scalar_tensor(
         if value.dim() != 0 or not (value.is_floating_point() or value.dtype == torch.int64):
             raise ValueError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
         if value.is_meta and not beside.is_meta:
-            raise ValueError(f"{name}: expected a tensor on {beside.device}, as the logits, but got one on meta")
+            raise ValueError(f"{name}: expected a tensor on {beside.device}, as the other tensors, but got one on meta")
         return value
     if value is None or (_is_number(value) and value == neutral):
         if value is None and neutral is not None:

@@ -354,7 +354,7 @@ def derived(c: Sums, target: Tensor, target_weight: Tensor, beside: Divergence |
         entropy=_times(p_target, nlp_target) + _times(p_others, nlp_others + log_s - mu),
         max_logit=torch.where(c.sum_e == 0, torch.where(has_target, target, torch.nan), largest),
         mean_logit=c.max + (c.sum_t + t_target) / n,
-        mean_square_logit=(c.sum_zz + z_target * z_target) / n,
+        mean_square_logit=torch.where(c.max == c.max, (c.sum_zz + z_target * z_target) / n, c.max),
         logit_variance=(c.sum_dd + apart * apart * c.classes * number / n) / n,
         target_logit=target,
         mean_logprob=-weighted_nlp / n,

@@ -16,7 +16,10 @@ import pytest
 from .emulation import build
 from .faults import VARIABLE, Replacement
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers as Linux has them")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="fibers and sanitizers as Linux has them"),
+]
 
 CASES = "tests/emulation/cases.py"
 EXISTING = [f"tests/test_{name}.py" for name in ("kernels", "pitfalls", "precision", "corners", "elementwise")]

@@ -116,6 +116,7 @@ def test_bad_schedules_are_named(make: Callable[[], object], message: str) -> No
 # ---- the demo -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fused_and_native_learn_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -158,6 +159,7 @@ def test_bad_options_fail_before_training(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_example_learns() -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run(

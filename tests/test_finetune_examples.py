@@ -19,6 +19,7 @@ def test_there_is_one_for_every_task() -> None:
     assert {name.replace("_", "-") for name in EXAMPLES} == set(TASKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_learns(name: str, tmp_path: Path) -> None:
     """The margin is in the example, which fails without it. One thread: the models are too small for two."""

@@ -33,6 +33,8 @@ from objkern.finetune.training import TrainingOptions, train  # noqa: E402
 from .test_finetune_tasks import tokenizer_of_words  # noqa: E402
 from .test_finetune_training import ONE_STEP, REGULARIZED, model_of, rows_of, run, task_of  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NAMES = ["token-classification", "sequence-classification", "several", "causal-lm", "packed", "seq2seq"]
 # (batch size, accumulation) by the number of ranks, all 8 rows in one window: batches for everyone, one too few, ranks

@@ -69,6 +69,7 @@ def test_a_run_from_a_file_to_a_folder(name: str, tmp_path: Path, capsys: pytest
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_by_the_same_command(tmp_path: Path) -> None:
     """SIGTERM in the middle of an epoch: exit status 3, and with --resume the very weights of an undisturbed run."""
     data = written(tmp_path, "sequence-classification", 40)
@@ -370,6 +371,7 @@ def test_an_objective_of_another_kind_is_refused(name: str, formula: str, tmp_pa
 # ---- small models ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_model_is_the_same_from_process_to_process(tmp_path: Path) -> None:
     """One of each kind: words and tags, a decoder, an encoder and a decoder."""
     code = """
@@ -488,6 +490,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Captur
     assert "expected something to search for" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_is_that_of_an_undisturbed_one(tmp_path: Path) -> None:
     """Ended by SIGTERM in the midst of a run and before its first step, and by SIGKILL: it goes on with that run."""
     pytest.importorskip("optuna")

@@ -211,6 +211,7 @@ def kill_and_resume(folder: Path) -> None:
     forked(folder / "killed", None)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_resumed(tmp_path: Path) -> None:
     """28: SIGKILL ten times, wherever it hits; the final weights are bit-equal to an undisturbed run's."""
     root = Path(__file__).parent.parent

@@ -46,6 +46,7 @@ def test_the_table_of_the_suite_names_tests_that_exist() -> None:
     assert len(named) > 20
 
 
+@pytest.mark.slow
 def test_a_part_of_the_suite_runs_on_a_stand_in() -> None:
     """So that what needs a GPU to mean something does not need one to be found broken."""
     chosen = (
@@ -138,6 +139,7 @@ def test_without_a_device_the_command_says_so() -> None:
     assert done.stdout.startswith("There is no CUDA device here: ")
 
 
+@pytest.mark.slow
 def test_a_dry_run(tmp_path: Path) -> None:
     """Each kind of step once, by its real command."""
     chosen = [

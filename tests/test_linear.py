@@ -753,7 +753,9 @@ def test_numbers_on_meta_are_refused() -> None:
     """One of them would send the whole call to the fake ops, and the loss would be memory that nobody wrote."""
     hidden, weight, _, labels = inputs(torch.float32)
     number = torch.tensor(2.0, device="meta")
-    with pytest.raises(ValueError, match="logit_scale: expected a tensor on cpu, as the hidden states"):
+    with pytest.raises(
+        ValueError, match="logit_scale: expected a tensor on cpu, as the other tensors, but got one on meta"
+    ):
         CrossEntropy().linear(hidden, weight, labels, logit_scale=number)
     with pytest.raises(ValueError, match="normalizer: expected a tensor on cpu"):
         CrossEntropy().linear(hidden, weight, labels, normalizer=number)

@@ -15,6 +15,8 @@ import build_cuda
 
 from .faults import ROOT, VARIABLE, Replacement, copy_python, plant
 
+pytestmark = pytest.mark.slow
+
 ROWS = [f"tests/test_{name}.py" for name in ("kernels", "pitfalls", "precision", "terms")]
 ELEMENTS = ["tests/test_elementwise.py"]
 

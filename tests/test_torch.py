@@ -529,7 +529,9 @@ def test_a_meta_tensor_beside_real_logits_is_refused() -> None:
     objective = CrossEntropy() + torch.nn.Parameter(torch.tensor(0.1)) * ZLoss()
     with pytest.raises(ValueError, match="coefficient: expected a tensor on cpu, as the logits, but got one on meta"):
         objective.to("meta")(x, y)
-    with pytest.raises(ValueError, match="logit_scale: expected a tensor on cpu, as the logits, but got one on meta"):
+    with pytest.raises(
+        ValueError, match="logit_scale: expected a tensor on cpu, as the other tensors, but got one on meta"
+    ):
         CrossEntropy()(x, y, logit_scale=torch.ones((), device="meta"))
     with pytest.raises(ValueError, match=r"logit_scale: .* but got one on meta"):
         objkern.row_statistics(x, y, logit_scale=torch.ones((), device="meta"))

@@ -61,6 +61,7 @@ def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("half", HALVES)
+@pytest.mark.slow
 def test_the_interpreted_kernels_agree_with_the_reference(half: str, running: dict[str, subprocess.Popen[str]]) -> None:
     output, _ = running[half].communicate(timeout=900)
     assert running[half].returncode == 0, output[-6000:]
@@ -79,6 +80,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_caught(name: str, tmp_path: Path) -> None:
     """A test that still passes when the kernel is wrong is no test."""
     file, old, new, case = FAULTS[name]
