@@ -7,21 +7,21 @@ buffers, and at most an eighth of the machine's memory unless `set_buffer_limit`
 
 from __future__ import annotations
 
-from . import _C
+from .native import core
 
 
 def buffer_limit() -> int:
     """Bytes of freed gradients that may be kept."""
-    return _C.buffer_limit()
+    return core().buffer_limit()
 
 
 def set_buffer_limit(bytes: int) -> None:
     """Keep at most so many bytes of freed gradients; 0 keeps none and gives back what is kept."""
     if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**63:
         raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {bytes!r}")
-    _C.set_buffer_limit(bytes)
+    core().set_buffer_limit(bytes)
 
 
 def release_buffers() -> None:
     """Give the memory of freed gradients back to the system."""
-    _C.release_buffers()
+    core().release_buffers()
