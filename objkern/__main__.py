@@ -70,6 +70,9 @@ def bench(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if _C is None:
+        print(f"objkern bench: {native.why_not()}", file=sys.stderr)
+        return 2
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"objkern bench: needs {' and '.join(missing)} (pip install pytest pytest-benchmark)", file=sys.stderr)
