@@ -4,6 +4,8 @@
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and time on it; GPU="--quick" passes options on
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make trust   the long tests; TRUST="-k soak" passes options on
+# make check-arm        the CPU kernels on Arm: a cross compiler and qemu
+# make check-versions   build and test with other torches and Pythons; VERSIONS="--torch newest" passes options on
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
@@ -25,10 +27,11 @@ STAMP := build/.environment-$(shell echo "$(PY) $(VIRTUAL_ENV) $(CONDA_PREFIX)" 
 TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark expecttest hypothesis \
          transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp \
+       tests/arm/*.cpp)
 
 .PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs wheel check-wheel check-oldest-torch \
-        check-oldest-transformers clean
+        check-oldest-transformers check-arm check-versions clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -114,6 +117,12 @@ check-oldest-torch: $(STAMP)
 
 check-oldest-transformers: build
 	$(PY) -m tests.check_oldest_transformers || [ $$? -eq 77 ]
+
+check-arm: build
+	$(PY) -m tests.check_arm || [ $$? -eq 77 ]
+
+check-versions: build
+	$(PY) -m tests.check_versions $(VERSIONS) || [ $$? -eq 77 ]
 
 clean:
 	rm -rf build dist runs objkern/_C*.so *.egg-info

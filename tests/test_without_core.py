@@ -87,7 +87,8 @@ calls["buffers"] = objkern.release_buffers
 for name, call in calls.items():
     try: call(); print(name, "ran")
     except Exception as error: print(name, type(error).__name__, str(error).replace(chr(10), " "))
-print(objkern.L2(torch.nn.Linear(2, 2))().item() > 0)  # eager torch, as on any device without kernels
+model = torch.nn.Linear(2, 2)
+print(objkern.L2(model)().item() > 0)  # eager torch, as on any device without kernels
 """
     first, *said, last = python("-c", code).splitlines()
     assert first == last == "True"
