@@ -138,6 +138,8 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
             reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
         options = _options(batch)
         terms, tensor = program
+        if _C is None:
+            without_core.refuse_tangents(*batch, tensor)
         if tensor is not None:
             options["coefficient_tensor"] = tensor
         if batch.normalizer is not None:
@@ -154,6 +156,8 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
     def statistics(batch: Batch) -> Statistics:
         if checks_labels and batch.validate:
             reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
+        if _C is None:
+            without_core.refuse_tangents(*batch)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return named_statistics(found, batch)
 

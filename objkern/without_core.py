@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 # ---- schemas --------------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,15 @@ def _gradient_rules(kind: _Kind) -> tuple[Callable[..., Any], Callable[..., None
         return _in_places(dict(zip(wanted, second, strict=True)), len(arguments))
 
     return backward, keep
+
+
+def refuse_tangents(*inputs: Any) -> None:
+    """autograd's Python rules would take a tensor with a tangent, and no gradient, for one without."""
+    for x in inputs:
+        if isinstance(x, Tensor) and x.is_floating_point() and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                'objkern: forward-mode derivatives are not implemented; use reverse mode, or backend="reference"'
+            )
 
 
 def register_derivatives() -> None:

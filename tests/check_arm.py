@@ -28,8 +28,6 @@ from .faults import ROOT, VARIABLE, Replacement, plant
 
 CXX, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 TESTS = [f"tests/test_{name}.py" for name in ("terms", "precision", "pitfalls", "kernels", "elementwise", "divergence")]
-# Not of the kernels: what other processes say, in which there is no qemu; and the system's memory.
-NOT_HERE = "not subprocess"
 
 # What is wrong, and a test that must say so.
 FAULTS = {
