@@ -5,6 +5,8 @@
 # make wheel   a wheel in dist/; make check-wheel builds one and looks into it, installs it elsewhere, and runs it
 # make trust   the slow and the long tests; TRUST="-k soak" passes options on
 # make reference  the API reference, from docstrings, in build/reference/index.html
+# make check-arm        the CPU kernels on Arm: a cross compiler and qemu
+# make check-versions   build and test with other torches and Pythons; VERSIONS="--torch newest" passes options on
 # make lint | docs | build | check-oldest-torch | check-oldest-transformers | clean
 #
 # Which Python: PYTHON=/path/to/python if given, else the active environment, else .venv in this folder, made on first
@@ -27,10 +29,10 @@ TOOLS := pybind11 ninja setuptools wheel pytest pytest-benchmark pytest-xdist ex
          transformers tokenizers safetensors accelerate peft datasets pyarrow scikit-learn sacrebleu \
          matplotlib tensorboard optuna tqdm numpy ruff clang-format
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.h tests/emulation/*.cpp \
-                 tests/sanitizers/*.cpp tests/sanitizers/ATen/*.h)
+                 tests/sanitizers/*.cpp tests/sanitizers/ATen/*.h tests/arm/*.cpp)
 
-.PHONY: help build test trust demo lint format bench bench-kept-pages gpu docs reference wheel check-wheel check-oldest-torch \
-        check-oldest-transformers clean
+.PHONY: help build test test-slow trust demo lint format bench bench-kept-pages gpu docs reference wheel check-wheel \
+        check-oldest-torch check-oldest-transformers check-arm check-versions clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -128,6 +130,12 @@ check-oldest-torch: $(STAMP)
 
 check-oldest-transformers: build
 	$(PY) -m tests.check_oldest_transformers || [ $$? -eq 77 ]
+
+check-arm: build
+	$(PY) -m tests.check_arm || [ $$? -eq 77 ]
+
+check-versions: build
+	$(PY) -m tests.check_versions $(VERSIONS) || [ $$? -eq 77 ]
 
 clean:
 	rm -rf build dist runs objkern/_C*.so *.egg-info

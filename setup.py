@@ -3,25 +3,31 @@
 Torch-free sources (the kernels) become objects by a ninja file of our own, because each wants its own flags: one
 object per CPU instruction set, and nvcc's per CUDA source. The binding is an ordinary torch extension that links them.
 
+    OBJKERN_NATIVE             1 (default): build the kernels; 0: install the Python files alone, without a compiler
     OBJKERN_CPU_CAPABILITIES   which instruction sets to build, e.g. "default,avx2" (default: all that apply here)
     OBJKERN_CUDA, TORCH_CUDA_ARCH_LIST   whether to build the CUDA kernels, and for what; see build_cuda.py
 """
 
+import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
 
 import build_cuda  # noqa: E402
+import build_sbom  # noqa: E402
 
 INCLUDES = ["csrc", *cpp_extension.include_paths()]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
@@ -104,9 +110,43 @@ def compile_objects(build_dir: Path, cuda: build_cuda.Build | None) -> list[str]
     return [str(path) for path in objects]
 
 
+WITHOUT_COMPILER = (
+    'To install without kernels, for backend="reference" and "triton" alone: OBJKERN_NATIVE=0 pip install '
+    "--no-build-isolation . (docs/building.md)"
+)
+
+
+def is_native() -> bool:
+    asked = os.environ.get("OBJKERN_NATIVE", "1")
+    if asked not in ("0", "1"):
+        raise SystemExit(f'OBJKERN_NATIVE: expected "0" or "1" but got "{asked}"')
+    return asked == "1"
+
+
+def check_tools() -> None:
+    """A compiler that reads C++20, Python's headers and ninja: what is missing shows here and not in a long log."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    wanted = "Install GCC 11 or newer (Debian: apt-get install g++) or name a C++20 compiler by CXX. "
+    if shutil.which(compiler[0]) is None:
+        raise SystemExit(f"objkern: there is no C++ compiler: {compiler[0]} is no program. {wanted}{WITHOUT_COMPILER}")
+    program = "#include <Python.h>\n#include <bit>\nstatic_assert(std::has_single_bit(8u));\nint main() { return 0; }\n"
+    command = [*compiler, "-std=c++20", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-fsyntax-only", "-"]
+    tried = subprocess.run(command, input=program, capture_output=True, text=True)
+    if tried.returncode:
+        raise SystemExit(
+            f"objkern: {compiler[0]} compiles no C++20 with Python's headers (Debian: python3-dev):\n{tried.stderr}"
+            f"{wanted}{WITHOUT_COMPILER}"
+        )
+    if shutil.which("ninja") is None:
+        raise SystemExit(f"objkern: there is no ninja: pip install ninja. {WITHOUT_COMPILER}")
+
+
 class BuildExtension(cpp_extension.BuildExtension):
+    cuda: build_cuda.Build | None = None  # what was built
+
     def build_extensions(self) -> None:
-        cuda = build_cuda.plan(os.environ)
+        check_tools()
+        cuda = self.cuda = build_cuda.plan(os.environ)
         (extension,) = self.extensions
         extension.extra_objects = compile_objects(Path(self.build_temp).resolve() / "kernels", cuda)
         if cuda is not None:
@@ -122,15 +162,36 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
+class Wheel(bdist_wheel):
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        """And the bill of materials, which has a place among the metadata."""
+        super().egg2dist(egginfo_path, distinfo_path)
+        native = self.distribution.has_ext_modules()
+        cuda = self.get_finalized_command("build_ext").cuda if native else None
+        found = build_sbom.document(
+            self.distribution.get_version(), torch.__version__,
+            build_sbom.pybind11_version(cpp_extension.include_paths()) if native else None,
+            None if cuda is None else cuda.toolkit.version,
+        )  # fmt: skip
+        folder = Path(distinfo_path) / "sboms"
+        folder.mkdir()
+        (folder / build_sbom.NAME).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def extension() -> cpp_extension.CppExtension:
+    return cpp_extension.CppExtension(
+        "objkern._C",
+        ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp", "csrc/default_call.cpp"],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=[*FLAGS, *WARNINGS],
+    )
+
+
 if __name__ == "__main__":  # tests read the flags above
+    native = is_native()
+    if not native:
+        build_cuda.say("no native kernels: OBJKERN_NATIVE=0")
     setup(
-        ext_modules=[
-            cpp_extension.CppExtension(
-                "objkern._C",
-                ["csrc/bindings.cpp", "csrc/bindings_cpu.cpp", "csrc/autograd.cpp", "csrc/default_call.cpp"],
-                include_dirs=[str(ROOT / "csrc")],
-                extra_compile_args=[*FLAGS, *WARNINGS],
-            )
-        ],
-        cmdclass={"build_ext": BuildExtension},
+        ext_modules=[extension()] if native else [],
+        cmdclass={"bdist_wheel": Wheel} | ({"build_ext": BuildExtension} if native else {}),
     )

@@ -14,20 +14,21 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__, cuda, triton
+from . import __version__, cuda, native, triton
+from .native import _C
 
 
 def info() -> str:
     """Version, backends and what they were built for, one fact a line."""
-    build = _C.build_info()
+    build = None if _C is None else _C.build_info()
     facts = {
         "objkern": __version__,
-        "torch": f"{torch.__version__} (built against {build['torch']})",
+        "torch": torch.__version__ + ("" if build is None else f" (built against {build['torch']})"),
         "python": f"{platform.python_version()} on {platform.machine()}",
-        "compiler": f"GCC {build['compiler']}",
-        "cpu backend": _cpu(build["cpu_capability"]),
+        "compiler": "none: no native kernels" if build is None else f"GCC {build['compiler']}",
+        "cpu backend": f"cannot run: {native.why_not()}" if build is None else _cpu(build["cpu_capability"]),
         "cuda backend": _cuda(),
-        "cuda kernels": _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
+        "cuda kernels": "none" if build is None else _cuda_kernels(build["cuda_archs"], build["cuda_compiler"]),
         "triton backend": triton.summary(),
         "reference backend": "runs on any device (eager torch)",
         "threads": str(torch.get_num_threads()),
@@ -68,6 +69,9 @@ def bench(arguments: list[str]) -> int:
             "repository, not with an installed package: clone it, build it (make build), and run make bench there",
             file=sys.stderr,
         )
+        return 2
+    if _C is None:
+        print(f"objkern bench: {native.why_not()}", file=sys.stderr)
         return 2
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:

@@ -7,13 +7,13 @@ buffers, and at most an eighth of the machine's memory unless `set_buffer_limit`
 
 from __future__ import annotations
 
-from . import _C
 from .batch import shown
+from .native import core
 
 
 def buffer_limit() -> int:
     """Bytes of freed gradients that may be kept."""
-    return _C.buffer_limit()
+    return core().buffer_limit()
 
 
 def set_buffer_limit(bytes: int) -> None:
@@ -30,9 +30,9 @@ def set_buffer_limit(bytes: int) -> None:
     """
     if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**63:
         raise ValueError(f"bytes: expected an int >= 0 of 64 bits but got {shown(bytes)}")
-    _C.set_buffer_limit(bytes)
+    core().set_buffer_limit(bytes)
 
 
 def release_buffers() -> None:
     """Give the memory of freed gradients back to the system."""
-    _C.release_buffers()
+    core().release_buffers()

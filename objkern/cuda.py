@@ -6,13 +6,15 @@ import functools
 
 import torch
 
-from . import _C
+from .native import _C
 
 
 def missing() -> list[str]:
     """All that keeps the kernels from running on any device: one who mends the first wants to know of the second."""
     reasons = []
-    if _C.build_info()["cuda_archs"] is None:
+    if _C is None:
+        reasons.append("the native kernels are not built (docs/building.md)")
+    elif _C.build_info()["cuda_archs"] is None:
         reasons.append("built without CUDA kernels (they take nvcc, and OBJKERN_CUDA not 0; see docs/building.md)")
     else:
         devices, reason = _C.cuda_support()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, without_core
 from .batch import (
     DTYPES,
     REDUCTIONS,
@@ -24,6 +24,7 @@ from .batch import (
     scalar_tensor,
     shown,
 )
+from .native import _C
 from .objective import Term
 from .terms import checked_number
 
@@ -292,6 +293,8 @@ def run_family(
 ) -> tuple[Tensor, Tensor]:
     kernels = getattr(torch.ops, family)
     terms, tensor = program
+    if _C is None:
+        without_core.refuse_tangents(*e, tensor)
     options: dict[str, Any] = {
         name: value
         for name, value in (

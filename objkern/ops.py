@@ -1,7 +1,8 @@
 """From batches to kernels: the choice of a backend, and what the custom ops need beside their kernels.
 
-The ops, their CPU kernels and their first derivatives are C++ (csrc/bindings.cpp, csrc/autograd.cpp). Here are their
-fake versions for torch.compile, their rules under vmap, and the derivatives that go through the reference.
+The ops, their CPU kernels and their first derivatives are C++ (csrc/bindings.cpp, csrc/autograd.cpp; where that is not
+built, without_core.py has the ops). Here are their fake versions for torch.compile, their rules under vmap, and the
+derivatives that go through the reference.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, cuda, reference, triton
+from . import cuda, native, reference, triton, without_core
 from .batch import REDUCTIONS, Batch, shown, validates
+from .native import _C
+from .reads import row_gradient_fields as fields_of
 from .statistics import Statistics
 
 FAMILIES = ("objkern", "objkern_triton")  # namespaces of ops, defined in csrc/bindings.cpp
 CENTRED = 21  # fields of Centred in csrc/objective.h
 _FREE = len(reference.FREE_STATISTICS)
+if _C is None:
+    without_core.define_ops()
 
 
 class Program(NamedTuple):
@@ -62,11 +67,12 @@ def backend_for(name: str, logits: Tensor) -> Backend:
     """The backend asked for by name, or for "auto" the best that runs on the device; what cannot run raises."""
     if name == "reference":
         return REFERENCE
-    if (name in ("auto", "cpu")) and (logits.is_cpu or logits.is_meta):
+    if (name in ("auto", "cpu")) and (logits.is_cpu or logits.is_meta) and _C is not None:
         return CPU
     device = logits.device
     if name == "auto":
-        reasons = {kind: why_not(kind, device.type, device.index) for kind in AUTOMATIC}
+        kinds = ("cpu",) if logits.is_cpu or logits.is_meta else AUTOMATIC
+        reasons = {kind: why_not(kind, device.type, device.index) for kind in kinds}
         for kind, reason in reasons.items():
             if reason is None:
                 return NATIVE[kind]
@@ -90,7 +96,7 @@ def default_call(
 
     The short way is for rows of logits with class labels where `options` are the very objects of `defaults`.
     """
-    if program.tensor is not None or type(logits) is not Tensor or torch.compiler.is_compiling():
+    if program.tensor is not None or type(logits) is not Tensor or torch.compiler.is_compiling() or _C is None:
         return None
     if not logits.is_cpu and validates(logits):
         return None
@@ -101,7 +107,7 @@ def default_call(
 def why_not(name: str, device_type: str, index: int | None) -> str | None:
     """Why a backend cannot run on a device, or None."""
     if name == "cpu":
-        return None if device_type in ("cpu", "meta") else "its kernels are for CPU tensors"
+        return native.why_not() if device_type in ("cpu", "meta") else "its kernels are for CPU tensors"
     if name == "triton":
         return triton.why_not(device_type)
     if device_type != "cuda":
@@ -132,6 +138,8 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
             reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
         options = _options(batch)
         terms, tensor = program
+        if _C is None:
+            without_core.refuse_tangents(*batch, tensor)
         if tensor is not None:
             options["coefficient_tensor"] = tensor
         if batch.normalizer is not None:
@@ -148,6 +156,8 @@ def _native(name: str, family_name: str, checks_labels: bool = False) -> Backend
     def statistics(batch: Batch) -> Statistics:
         if checks_labels and batch.validate:
             reference.check_labels(batch.target, batch.logits.shape[1], batch.ignore_index)
+        if _C is None:
+            without_core.refuse_tangents(*batch)
         found, _ = statistics_op(batch.logits, batch.target, **_options(batch))
         return named_statistics(found, batch)
 
@@ -367,7 +377,7 @@ def _fake_objective(
 def row_gradient_fields(terms: list[float], class_weight: Tensor | None, target: Tensor | None) -> int:
     """How many numbers a row keeps for its gradient."""
     dense = target is not None and target.is_floating_point()
-    return _C.row_gradient_fields(terms, class_weight is not None, dense)
+    return fields_of(terms, class_weight is not None, dense)
 
 
 def _fake_fused(terms: list[float], reduction: int, logits: Tensor, *options: Any, **others: Any) -> tuple[Tensor, ...]:
@@ -490,6 +500,8 @@ for _family_name in FAMILIES:
         torch.library.register_vmap(f"{_family_name}::{_name}", one_by_one(_op))
 
 
+if _C is None:
+    without_core.register_derivatives()
 CPU = _native("cpu", "objkern")
 NATIVE = {
     "cpu": CPU,

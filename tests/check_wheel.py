@@ -2,11 +2,12 @@
 
     python -m tests.check_wheel dist/objkern-*.whl
 
-Machine code for every architecture in every CUDA file, asked of cuobjdump; no CUDA library, run path or folder of the
+Its bill of materials names what was built with; machine code for every architecture in every CUDA file, asked of cuobjdump; no CUDA library, run path or folder of the
 machine that built it; and in a fresh environment, from an empty directory, an import, a loss and `objkern info`. What
 was to be built is what build_cuda.plan says of this environment, as it said to setup.py. No GPU is needed.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,8 +19,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
 import build_cuda
+import build_sbom
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,16 +42,43 @@ def name_problems(name: str) -> list[str]:
     return [] if re.fullmatch(r"objkern-[\d.]+-cp3\d+-cp3\d+-\w+\.whl", name) else [f"a wheel called {name}"]
 
 
-def content_problems(names: list[str]) -> list[str]:
-    """The package and its metadata, one library, nothing from a build before."""
+def content_problems(names: list[str], native: bool = True) -> list[str]:
+    """The package and its metadata, one library (none in a wheel without kernels), nothing from a build before."""
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "objkern").rglob("*.py")}
     found = {name for name in names if not re.match(r"objkern-[\d.]+\.dist-info/", name)}
     libraries = {name for name in found if re.fullmatch(r"objkern/_C\.[\w-]+\.so", name)}
     strange = sorted(found - libraries - expected)
     return [
-        *([] if len(libraries) == 1 else [f"expected one library but found {sorted(libraries)}"]),
+        *(
+            []
+            if len(libraries) == native
+            else [f"expected {'one' if native else 'no'} library but found {sorted(libraries)}"]
+        ),
         *(f"{name} is missing" for name in sorted(expected - found)),
         *(f"{name} does not belong in a wheel" for name in strange),
+    ]
+
+
+def bill_problems(archive: zipfile.ZipFile, native: bool, cuda: build_cuda.Build | None) -> list[str]:
+    """The bill of materials: there, where PEP 770 wants it, and made of what this environment builds with."""
+    bills = [name for name in archive.namelist() if re.fullmatch(r"objkern-[\d.]+\.dist-info/sboms/[^/]+", name)]
+    if [Path(name).name for name in bills] != [build_sbom.NAME]:
+        return [f"expected one bill of materials, {build_sbom.NAME}, but found {bills}"]
+    bill = json.loads(archive.read(bills[0]))
+    expected = {"torch": torch.__version__}
+    if native:
+        expected["pybind11"] = build_sbom.pybind11_version(cpp_extension.include_paths())
+    if cuda is not None:
+        expected["cudart_static"] = cuda.toolkit.version
+    found = {part["name"]: part["version"] for part in bill["components"]}
+    main = bill["metadata"]["component"]
+    of_wheel = re.match(r"objkern-([\d.]+)\.dist-info", bills[0])[1]
+    (whole, *_) = bill["dependencies"]
+    return [
+        *([] if bill["bomFormat"] == "CycloneDX" else [f"a bill of materials in {bill['bomFormat']}"]),
+        *([] if found == expected else [f"the bill of materials lists {found} instead of {expected}"]),
+        *([] if main["version"] == of_wheel else [f"the bill of materials is of objkern {main['version']}"]),
+        *([] if set(whole["dependsOn"]) == set(expected) else [f"objkern depends on {whole['dependsOn']} by its bill"]),
     ]
 
 
@@ -131,6 +161,7 @@ def run_problems(wheel: Path, cuda: build_cuda.Build | None, scratch: Path) -> l
 def problems_of(wheel: Path, cuda: build_cuda.Build | None) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         problems = name_problems(wheel.name) + content_problems(archive.namelist())
+        problems += bill_problems(archive, True, cuda)
         library = next(Path(archive.extract(name, folder)) for name in archive.namelist() if name.endswith(".so"))
         problems += library_problems(output(["readelf", "-dW", str(library)]))
         problems += folder_problems(library.read_bytes())

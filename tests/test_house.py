@@ -114,3 +114,41 @@ for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-13), (torch.b
 print('same')
 """
     assert run_python(code) in ("same", "cannot run here")
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_is_bitwise_the_same_for_any_number_of_threads(capability: str) -> None:
+    """Few long rows, which threads share, and many short ones; elements; a penalty: run again, and on other threads."""
+    code = f"""
+import os; os.environ['OBJKERN_CPU_CAPABILITY'] = {capability!r}
+import torch, objkern
+from objkern import _C
+if _C.build_info()['cpu_capability'] is None: print('cannot run here'); raise SystemExit
+from tests.conftest import EVERY_TERM, random_rows
+rows = [random_rows(*shape, dtype) for shape in ((3, 40961), (67, 1003), (1000, 9)) for dtype in (torch.float32, torch.bfloat16)]
+elements = torch.randn(100003), torch.rand(100003)
+theta = torch.nn.Parameter(torch.randn(300001))
+def everything():
+    found = []
+    for z, y in rows:
+        for gradient in ('backward', 'forward'):
+            x = z.clone().requires_grad_()
+            loss = objkern.parse(EVERY_TERM)(x, y, gradient=gradient)
+            loss.backward(torch.tensor(0.7))
+            found += [loss.detach(), x.grad]
+        found += objkern.row_statistics(z, y)[:10]
+    x = elements[0].clone().requires_grad_()
+    loss = (objkern.BinaryCrossEntropy() + objkern.Huber())(x, elements[1])
+    penalty = objkern.ElasticNet([theta], 0.1, 0.2)()
+    loss.backward()
+    return [*found, loss.detach(), x.grad, penalty.detach(), *torch.autograd.grad(penalty, theta)]
+first = None
+for threads in (2, 1, 3, 2):
+    torch.set_num_threads(threads)
+    found = everything()
+    first = first or found
+    for place, (a, b) in enumerate(zip(first, found, strict=True)):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (threads, place)
+print('same')
+"""
+    assert run_python(code) in ("same", "cannot run here")

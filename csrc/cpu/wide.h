@@ -15,7 +15,9 @@ namespace objkern::cpu {
 inline namespace OBJKERN_VARIANT {
 namespace {
 
-constexpr int64_t kSegment = 8192;  // elements that are summed in the accumulation type before they join float64 sums
+// Elements that are summed in the accumulation type before they join float64 sums: no more than 1024 a lane, for each
+// addition rounds, and no more than the cache keeps. With the four lanes of NEON 8192 would cost half a digit.
+constexpr int64_t kSegment = std::min<int64_t>(8192, 1024 * Vec<float>::size());
 
 // Whether logits and gradient outgrow the last-level cache, so that little of the gradient would still be in it when
 // somebody reads it. Below three quarters of it, the reader gains more from the cache than the writer from going past

@@ -16,7 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import _C
+from ..reads import DIVERGENCES as DIVERGENCES
+from ..reads import reads_of, row_gradient_fields
 
 FEW = 32  # classes up to which a row belongs to a thread
 NARROW = 1024  # classes up to which several rows share a program
@@ -90,7 +91,6 @@ def words(*numbers: float) -> tuple[int, ...]:
 # ---- terms ----------------------------------------------------------------------------------------------------------
 
 _ELEMENT_KINDS = 6  # ElementKind in csrc/elementwise.h
-DIVERGENCES = 1024 | 2048  # of `Reads` in csrc/objective.h
 _DEPTHS = {3: 0, 5: 1, 6: 2, 10: 3, 15: 3}  # by the number of fields that a row's gradient keeps
 
 
@@ -113,9 +113,9 @@ class Terms:
             kind = int(kind)
             kinds.append(2 * kind + (parameter != 0))
             numbers += (parameter, coefficient)
-            reads |= _C.reads_of(kind, parameter)
+            reads |= reads_of(kind, parameter)
             smoothed |= kind == 0 and parameter > 0
-        return cls(tuple(kinds), words(*numbers), reads, _C.row_gradient_fields(terms, weighted, dense), smoothed)
+        return cls(tuple(kinds), words(*numbers), reads, row_gradient_fields(terms, weighted, dense), smoothed)
 
     @property
     def depth(self) -> int:
