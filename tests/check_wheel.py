@@ -2,9 +2,10 @@
 
     python -m tests.check_wheel dist/objkern-*.whl
 
-Its bill of materials names what was built with; machine code for every architecture in every CUDA file, asked of cuobjdump; no CUDA library, run path or folder of the
-machine that built it; and in a fresh environment, from an empty directory, an import, a loss and `objkern info`. What
-was to be built is what build_cuda.plan says of this environment, as it said to setup.py. No GPU is needed.
+Its bill of materials names what was built with; machine code for every architecture in every CUDA file, asked of
+cuobjdump; no CUDA library, run path or folder of the machine that built it; and in a fresh environment, from an empty
+directory, an import, a loss and `objkern info`. What was to be built is what build_cuda.plan says of this environment,
+as it said to setup.py. No GPU is needed.
 """
 
 import json
