@@ -70,7 +70,7 @@ def test_the_example_fits_the_sources() -> None:
 def test_a_term_by_the_book(tmp_path: Path) -> None:
     for name in ("objkern", "csrc", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "build_cuda.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_cuda.py", "build_sbom.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for file, places in PLACES.items():
         path = tmp_path / file

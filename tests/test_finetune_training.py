@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,6 +394,20 @@ def test_schedules_of_coefficients_and_a_reference(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**options)
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    """Of all examples, each once; the seed decides."""
+    examples = [SimpleNamespace(number=number, length=number % 5) for number in range(64)]
+
+    def order(epoch: int, seed: int = 0) -> list[int]:
+        steps = training.windows(examples, TrainingOptions(seed=seed, batch_size=4), epoch, 2)
+        return [example.number for window in steps for batch in window for example in batch]
+
+    assert order(1) == order(1)
+    assert sorted(order(1)) == list(range(64))
+    assert order(1) != order(2)
+    assert order(1) != order(1, seed=1)
 
 
 def test_rates() -> None:

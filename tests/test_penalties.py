@@ -236,6 +236,9 @@ def test_which_parameters(net: Net) -> None:
     tied = Net()
     tied.other = tied.first
     assert names(L2(tied)) == ["first.weight", "last.weight"]
+    del tied.other
+    tied.last.weight = tied.first.weight  # of two modules that are not the same
+    assert names(L2(tied)) == ["first.weight"]
 
 
 def test_a_term_does_not_own_the_model(net: Net) -> None:
