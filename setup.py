@@ -18,7 +18,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it came with the environment, and pip was told to use it
+    raise SystemExit(f'objkern: setuptools is {setuptools.__version__}; first: pip install "setuptools>=77"')
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise SystemExit(
+        "objkern: there is no torch to build against; first: pip install torch, and then: pip install "
+        "--no-build-isolation ."
+    ) from None
+
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension

@@ -168,7 +168,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python", action="append", help="an interpreter; several times for several")
     parser.add_argument("--torch", action="append", help=f'a version, or "{NEWEST}"; several times for several')
     parser.add_argument("--every-pair", action="store_true", help="every Python with every torch")
-    parser.add_argument("--keep", action="store_true", help="keep the environments in build/versions, also of what passes")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the environments in build/versions, also of what passes"
+    )
     options = parser.parse_args(arguments)
     named = {version_of(python) or python: python for python in options.python or ()} or interpreters()
     missing = [] if options.python else [version for version in PYTHONS if version not in named]
