@@ -8,6 +8,7 @@ object per CPU instruction set, and nvcc's per CUDA source. The binding is an or
     OBJKERN_CUDA, TORCH_CUDA_ARCH_LIST   whether to build the CUDA kernels, and for what; see build_cuda.py
 """
 
+import functools
 import json
 import os
 import platform
@@ -18,7 +19,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it came with the environment, and pip was told to use it
+    raise SystemExit(f'objkern: setuptools is {setuptools.__version__}; first: pip install "setuptools>=77"')
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise SystemExit(
+        "objkern: there is no torch to build against; first: pip install torch, and then: pip install "
+        "--no-build-isolation ."
+    ) from None
+
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
@@ -142,11 +156,14 @@ def check_tools() -> None:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    cuda: build_cuda.Build | None = None  # what was built
+    @functools.cached_property
+    def cuda(self) -> build_cuda.Build | None:
+        """What is built; asked also where a wheel's metadata are made and nothing is compiled."""
+        return build_cuda.plan(os.environ)
 
     def build_extensions(self) -> None:
         check_tools()
-        cuda = self.cuda = build_cuda.plan(os.environ)
+        cuda = self.cuda
         (extension,) = self.extensions
         extension.extra_objects = compile_objects(Path(self.build_temp).resolve() / "kernels", cuda)
         if cuda is not None:

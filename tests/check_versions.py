@@ -147,7 +147,8 @@ def check(interpreter: str, torch: str, folder: Path) -> dict[str, Any]:
         if done.returncode == 0:
             found["outcome"] = "passes"
         else:
-            found["why"] = "\n".join(line for line in done.stdout.splitlines() if line.startswith("FAILED"))[-3000:]
+            said = done.stdout.replace(str(folder), "").splitlines()
+            found["why"] = "\n".join(line for line in said if line.startswith(("FAILED", "E   ")))[-6000:]
     except (StepFailed, subprocess.TimeoutExpired) as failure:
         lines = str(failure).replace(str(ROOT), "").splitlines()
         found["why"] = lines[-1] if found["outcome"] == "could not be had" else "\n".join(lines)
@@ -167,7 +168,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python", action="append", help="an interpreter; several times for several")
     parser.add_argument("--torch", action="append", help=f'a version, or "{NEWEST}"; several times for several')
     parser.add_argument("--every-pair", action="store_true", help="every Python with every torch")
-    parser.add_argument("--keep", action="store_true", help="keep the environments in build/versions")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the environments in build/versions, also of what passes"
+    )
     options = parser.parse_args(arguments)
     named = {version_of(python) or python: python for python in options.python or ()} or interpreters()
     missing = [] if options.python else [version for version in PYTHONS if version not in named]
@@ -180,7 +183,9 @@ def main(arguments: list[str]) -> int:
         folder = Path(tempfile.mkdtemp(prefix=f"python{python}-torch{torch}-", dir=parent))
         results.append({"python": python, "torch": torch} | check(named[python], torch, folder))
         print(results[-1]["outcome"], results[-1].get("why", ""), flush=True)
-        if not options.keep:
+        if options.keep or results[-1]["outcome"] in ("does not build", "fails"):
+            print(f"its environment is in {folder.relative_to(ROOT)}", flush=True)
+        else:
             shutil.rmtree(folder)
     results += [
         {"python": version, "torch": pinned_torch(), "outcome": "could not be had", "why": "no such interpreter"}

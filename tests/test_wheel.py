@@ -1,12 +1,15 @@
 """The checks of a built wheel notice what they are for; `make check-wheel` runs them on the real one."""
 
+import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import build_cuda
 from tests import check_wheel
 
 ROOT = Path(__file__).parent.parent
@@ -101,5 +104,21 @@ def test_the_source_distribution_can_be_built(tmp_path: Path) -> None:
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    expected = {*sources, "setup.py", "build_cuda.py", "pyproject.toml", "LICENSE", "README.md"}
+    expected = {*sources, "setup.py", "build_cuda.py", "build_sbom.py", "pyproject.toml", "LICENSE", "README.md"}
     assert expected - found == set()
+
+
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_the_bill_of_materials_is_made_where_nothing_is_compiled(wanted: str, tmp_path: Path) -> None:
+    """pip asks for the metadata in a process of its own, and puts those into the wheel that it builds afterwards."""
+    environment = os.environ | {"OBJKERN_CUDA": wanted}
+    try:
+        cuda = build_cuda.plan(environment)
+    except SystemExit as without:
+        pytest.skip(str(without))
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "dist_info", "-o", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120, env=environment)
+    (bill,) = tmp_path.glob("*.dist-info/sboms/*")
+    with zipfile.ZipFile(tmp_path / "objkern.whl", "w") as archive:
+        archive.write(bill, str(bill.relative_to(tmp_path)))
+        assert check_wheel.bill_problems(archive, True, cuda) == []

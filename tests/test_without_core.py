@@ -227,6 +227,24 @@ def test_a_build_without_a_compiler_says_what_to_do(environment: dict[str, str],
     assert "OBJKERN_NATIVE" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (
+            "import setuptools; setuptools.__version__ = '65.5.0'",
+            'setuptools is 65.5.0; first: pip install "setuptools>=77"',
+        ),
+        ("import sys; sys.modules['torch'] = None", "there is no torch to build against; first: pip install torch"),
+    ],
+)
+def test_an_environment_that_lacks_what_builds_says_so(before: str, said: str) -> None:
+    """As a new virtual environment does, where pip is told to build with what is there."""
+    code = f"{before}; import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"objkern: {said}")
+
+
 def test_the_wheel_without_kernels(tmp_path: Path) -> None:
     """It belongs to no Python version and no machine, holds the Python files alone, and lists what it needs."""
     done = subprocess.run(

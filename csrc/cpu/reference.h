@@ -17,7 +17,10 @@ struct Reference {
   using V = Vec<A>;
   using Pack = typename W::Pack;
 
-  static constexpr int64_t kAtOnce = 1024;  // classes, which the first cache keeps from the maxima to the sums
+  // Classes, which the first cache keeps from the maxima to the sums. With few lanes, whose long sums take many
+  // additions, they are fewer and summed by themselves; see Running in wide.h.
+  static constexpr bool kFewLanes = sizeof(A) == 4 && W::kLanes < 8;
+  static constexpr int64_t kAtOnce = kFewLanes ? 256 : 1024;
 
   const Rows& in;
   const Transform<A>& transform;
@@ -131,7 +134,8 @@ struct Reference {
       const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
       const bool far = far_apart(finite(top_z), finite(top_r));
       const auto add = [&]<bool kUsual>() __attribute__((always_inline)) {
-        DivergenceSums<V> own = sums;  // in registers
+        DivergenceSums<V> own;  // in registers
+        if constexpr (!kFewLanes) own = sums;
         packs(x, row, first, last, [&](const Pack& z, const Pack& r_, auto whole) __attribute__((always_inline)) {
           constexpr bool kFinite = kUsual && whole;
 #pragma GCC unroll 2
@@ -147,6 +151,11 @@ struct Reference {
             add_class<sizeof(A) == 8, kReverse, kFinite>(own, e, f, d);
           }
         });
+        if constexpr (kFewLanes) {
+          for (const auto field : {&DivergenceSums<V>::e, &DivergenceSums<V>::f, &DivergenceSums<V>::ed,
+                                   &DivergenceSums<V>::eg, &DivergenceSums<V>::fd, &DivergenceSums<V>::fg})
+            own.*field = own.*field + sums.*field;
+        }
         sums = own;
       };
       if (far || excluded || absent) [[unlikely]] {

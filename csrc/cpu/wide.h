@@ -34,8 +34,9 @@ struct Wide {
   using V = Vec<A>;
   using Element = T;
 
-  // Classes whose maximum is compared with the running one at once, and whose exponentials overlap.
-  static constexpr int kVectors = Vec<float>::size() == 16 ? 8 : 4, kPacks = kVectors / W::kVectors;
+  // Classes whose maximum is compared with the running one at once, and whose exponentials overlap. AVX-512 and NEON
+  // have 32 registers for them.
+  static constexpr int kVectors = Vec<float>::size() == 8 ? 4 : 8, kPacks = kVectors / W::kVectors;
   static constexpr int64_t kBlock = kVectors * W::kLanes;
   struct Block {
     typename W::Pack pack[kPacks];
@@ -151,6 +152,8 @@ struct Wide {
   template <Depth kDepth>
   struct Running {
     static constexpr bool kCounts = kDepth >= Depth::kEntropy, kSquares = kDepth >= Depth::kSquare;
+    // Every addition to a sum rounds, and the four lanes of NEON take twice as many as eight: a block is summed first.
+    static constexpr bool kFewLanes = sizeof(A) == 4 && W::kLanes < 8;
     A top = std::numeric_limits<A>::lowest();  // not −inf: −inf − (−inf) would be NaN
     V max{top}, e{A(0)}, et{A(0)}, t{A(0)}, zz{A(0)};
     double t_shift = 0;  // what Σ t lacks, because its terms were taken relative to smaller maxima
@@ -210,14 +213,20 @@ struct Wide {
       for (int i = 1; i < kVectors; ++i) high = at::vec::clamp_min(block[i], high);
       if (any_above(high, max)) [[unlikely]]
         raise(horizontal_max(high));
-      if constexpr (kCounts) {
-        if (careful) [[unlikely]] {
-          for (int i = 0; i < kVectors; ++i) done(i, add_without_minus_inf(block[i]));
-          return;
-        }
-        whole += kBlock;
+      [[maybe_unused]] const V e_before = e, et_before = et, t_before = t, zz_before = zz;
+      if constexpr (kFewLanes) e = et = t = zz = V(A(0));
+      if (kCounts && careful) [[unlikely]] {
+        for (int i = 0; i < kVectors; ++i) done(i, add_without_minus_inf(block[i]));
+      } else {
+        if constexpr (kCounts) whole += kBlock;
+        for (int i = 0; i < kVectors; ++i) done(i, add(block[i]));
       }
-      for (int i = 0; i < kVectors; ++i) done(i, add(block[i]));
+      if constexpr (kFewLanes) {
+        e = e_before + e;
+        et = et_before + et;
+        t = t_before + t;
+        zz = zz_before + zz;
+      }
     }
   };
 
