@@ -36,6 +36,7 @@ from torch.utils import cpp_extension
 from . import mutator
 from .emulation import build as emulation
 from .faults import ROOT, VARIABLE, Span, plant_spans
+from .fork_server import Server
 
 KEPT = ROOT / "build/mutants"
 
@@ -123,8 +124,22 @@ LEFT_OUT = (
     "csrc/build_facts.h", "csrc/cuda/kernels.h", "csrc/cuda/device.h",
 )  # fmt: skip
 
-# Places whose faults change no result, and why: (file, what stands in the line, reason).
-NEUTRAL: list[tuple[str, str, str]] = []
+
+class Neutral(NamedTuple):
+    """Places whose faults change no result, and why."""
+
+    file: str
+    line: str  # a pattern that its lines have
+    reason: str
+    wrong: str = ""  # a pattern that the wrong text has: other faults of these lines are drawn
+
+
+# What only tunes speed, and what cannot come out otherwise.
+NEUTRAL: tuple[Neutral, ...] = (
+    Neutral(
+        "csrc/cpu/dispatch.cpp", r"found\.(second|last)|_SC_LEVEL|Caches found", "caches decide on block sizes alone"
+    ),
+)
 
 
 class Fault(NamedTuple):
@@ -142,14 +157,10 @@ class Fault(NamedTuple):
         }  # fmt: skip
 
 
-def is_neutral(file: str, lines: str) -> bool:
-    return any(name == file and re.search(text, lines) for name, text, _ in NEUTRAL)
-
-
 @functools.cache
-def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
-    """(file, place) by kind."""
-    found: dict[str, list[tuple[str, mutator.Place]]] = {kind: [] for kind in mutator.KINDS}
+def every_place(room: str) -> tuple[tuple[str, str, mutator.Place], ...]:
+    """(file, lines, place), also those that change nothing."""
+    found = []
     for path in sorted(path for pattern in ROOMS[room].files for path in ROOT.glob(pattern)):
         file = str(path.relative_to(ROOT))
         if file in LEFT_OUT or path.suffix not in (".py", ".h", ".cpp", ".cu"):
@@ -157,8 +168,21 @@ def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
         source = path.read_text(encoding="utf-8")
         for place in mutator.of_python(source) if path.suffix == ".py" else mutator.of_cpp(source, MACROS):
             begin, end = source.rfind("\n", 0, place.begin) + 1, source.find("\n", place.end)
-            if not is_neutral(file, source[begin:end]):
-                found[place.kind].append((file, place))
+            found.append((file, source[begin:end], place))
+    return tuple(found)
+
+
+def is_neutral(known: Neutral, file: str, lines: str, place: mutator.Place) -> bool:
+    return file == known.file and bool(re.search(known.line, lines)) and bool(re.search(known.wrong, place.wrong))
+
+
+@functools.cache
+def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
+    """(file, place) by kind."""
+    found: dict[str, list[tuple[str, mutator.Place]]] = {kind: [] for kind in mutator.KINDS}
+    for file, lines, place in every_place(room):
+        if not any(is_neutral(known, file, lines, place) for known in NEUTRAL):
+            found[place.kind].append((file, place))
     return found
 
 
@@ -256,27 +280,33 @@ class Runner:
         self.sound: dict[tuple[str, ...], float] = {}
         self.lock = threading.Lock()
         self.locks: dict[tuple[str, ...], threading.Lock] = {}
+        self.own = threading.local()
+        self.servers: list[Server] = []
+
+    def server(self, room: Room) -> Server:
+        """This thread's."""
+        servers = self.own.__dict__
+        if id(room) not in servers:
+            environment = {
+                "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "OMP_NUM_THREADS": "1",
+                "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": f"{KEPT}/inductor", **room.environment,
+            }  # fmt: skip
+            servers[id(room)] = Server(environment)
+            with self.lock:
+                self.servers.append(servers[id(room)])
+        return servers[id(room)]
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
 
     def pytest(
         self, folder: Path, room: Room, arguments: tuple[str, ...], number: int, limit: float
     ) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+        options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
         with tempfile.TemporaryDirectory() as temporary:
-            environment = {
-                "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "OMP_NUM_THREADS": "1",
-                "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": temporary, "TORCHINDUCTOR_CACHE_DIR": f"{KEPT}/inductor", VARIABLE: str(number), **room.environment,
-            }  # fmt: skip
-            process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", start_new_session=True,
-            )  # fmt: skip
-            try:
-                output, _ = process.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
-                return 124, ""
-        return process.returncode, output
+            environment = {"TMPDIR": temporary, VARIABLE: str(number)}
+            return self.server(room).run(folder, (*options, *arguments), environment, limit)
 
     def limit(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> float:
         with self.lock:  # a lock for each, so that the others go on
@@ -373,6 +403,7 @@ def examine(
                 report(found[-1])
         finally:
             pool.shutdown(cancel_futures=True)
+            runner.close()
     return found
 
 
