@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from . import mutants, mutator
-from .faults import ROOT
 
 COUNT = int(os.environ.get("OBJKERN_FAULTS", "40"))
 SEED = int(os.environ.get("OBJKERN_SEED", "0"))
