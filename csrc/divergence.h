@@ -82,12 +82,13 @@ template <bool kDouble, bool kReverse, bool kFinite = false, class R>
 }
 
 // To maxima that are larger by `up_z` and `up_r`, both over T: with s = up_z − up_r, d becomes d + s and
-// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d. An infinite `up_r`: r has excluded every class so far.
+// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d. An infinite `up_r`: r has excluded every class so far; NaN, as
+// −∞ − (−∞) is: and goes on.
 struct Raise {
   double less_z, less_r, s, change, g_e, g_f;  // change: exp(−up_z) − exp(−up_r)
 
   OBJKERN_INLINE Raise(double up_z, double up_r) : less_z(std::exp(-up_z)), less_r(0), s(0), change(0), g_e(0), g_f(0) {
-    if (up_r == std::numeric_limits<double>::infinity()) return;
+    if (!(up_r < std::numeric_limits<double>::infinity())) return;
     less_r = std::exp(-up_r);
     s = up_z - up_r;
     const bool small = std::fabs(s) < 0.5;
