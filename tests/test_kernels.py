@@ -67,6 +67,63 @@ def test_masks_of_the_lowest_number_and_of_minus_infinity(classes: int) -> None:
     assert_like_float64(REGULARIZED, z[2:5], y[2:5])
 
 
+@pytest.mark.parametrize("first", [torch.finfo(torch.float32).min, -2.0])
+@pytest.mark.parametrize("classes", [300, 20000])
+def test_a_first_block_with_one_class(classes: int, first: float) -> None:
+    """What is rescaled when the maximum rises may be a single exponential."""
+    z, _ = random_rows(2, classes, torch.float32)
+    z[:, : classes // 2] = -torch.inf
+    z[0, 0] = z[1, 7] = first
+    y = torch.tensor([classes - 1, classes - 2])
+    for objective in (CrossEntropy(), Entropy()) if first < -1e30 else (REGULARIZED,):
+        assert_like_float64(objective, z, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [9, 300])
+def test_statistics_of_a_row_with_no_class_but_the_target(classes: int, dtype: torch.dtype) -> None:
+    z = torch.full((1, classes), -torch.inf, dtype=dtype)
+    z[0, 7] = 2.5
+    found = objkern.row_statistics(z, torch.tensor([7]))
+    exact = objkern.row_statistics(z.double(), torch.tensor([7]), backend="reference")
+    for name, ours, truth in zip(found._fields, found, exact, strict=True):
+        if truth is not None:
+            torch.testing.assert_close(ours.double(), truth, msg=name)
+
+
+@pytest.mark.parametrize("classes", [9, 300, 16385])
+def test_the_maximum_may_stand_anywhere(classes: int) -> None:
+    """Its share of a gradient goes to the first class that has it."""
+    places = [0, 1, 7, classes // 2, classes - 1]
+    z, _ = random_rows(len(places), classes, torch.float32)
+    z[torch.arange(len(places)), places] = z[-1, 3] = 20.0
+    y = torch.tensor([3, 1, 2, 5, classes - 1])
+    objective = 0.1 * objkern.MaxZLoss() + CrossEntropy()
+    for some in (slice(None), slice(2), slice(3, None)):  # few rows are split among threads
+        assert_like_float64(objective, z[some], y[some])
+        _, parts = objective(z[some], y[some], reduction="none", return_parts=True)
+        assert torch.equal(parts["accuracy"], (z[some].argmax(1) == y[some]).float())
+    nothing = torch.tensor(0.0) * objkern.MaxZLoss()
+    assert not loss_and_gradient(nothing, z, y)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_excluded_class_may_stand_anywhere(dtype: torch.dtype) -> None:
+    """One −inf in a row, in each place of a block; also where exponentials are kept."""
+    rows, classes = 512, 300
+    z, y = random_rows(rows, classes, dtype)
+    place = torch.arange(rows) % classes
+    z[torch.arange(rows), place] = -torch.inf
+    y = torch.where(y == place, (y + 1) % classes, y)
+    assert_like_float64(REGULARIZED, z[:classes], y[:classes])
+    both = [
+        torch.autograd.grad(REGULARIZED(x, y, reduction="sum", gradient=gradient), x)[0]
+        for gradient in ("forward", "backward")
+        for x in [z.clone().requires_grad_()]
+    ]
+    torch.testing.assert_close(*both, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_target_may_stand_anywhere(dtype: torch.dtype) -> None:
     """Every place in a block, in the last block, and in the order that bfloat16 pairs are taken in."""
@@ -97,6 +154,22 @@ def test_a_softcap_keeps_its_digits(classes: int) -> None:
     for scale in (0.01, 1.0, 30.0):  # both ways of taking the hyperbolic tangent
         z, y = random_rows(5, classes, torch.float32, scale)
         assert_like_float64(CrossEntropy(), z, y, softcap=20.0)
+
+
+@pytest.mark.parametrize("options", [{"logit_scale": 0.7}, {"softcap": 6.0}, {"logit_scale": -1.3, "softcap": 6.0}], ids=str)
+@pytest.mark.parametrize("classes", [9, 300])
+def test_scale_and_cap(classes: int, options: dict[str, float]) -> None:
+    """At every depth of sums; nothing is kept of logits that were transformed."""
+    z, y = random_rows(5, classes, torch.float32)
+    for objective in (CrossEntropy(), REGULARIZED, REGULARIZED + objkern.MaxZLoss()):
+        assert_like_float64(objective, z, y, **options)
+    z, y = random_rows(512, classes, torch.float32)
+    both = []
+    for gradient in ("forward", "backward"):
+        x = z.clone().requires_grad_()
+        loss = REGULARIZED(x, y, gradient=gradient, **options)
+        both += [loss.detach(), *torch.autograd.grad(loss, x)]
+    torch.testing.assert_close(both[:2], both[2:], rtol=1e-5, atol=1e-9)
 
 
 # ---- rounding to bfloat16 ---------------------------------------------------------------------------------------------
@@ -178,10 +251,10 @@ def test_narrow_rows_of_every_width(rows: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(gradient.double(), exact[1], rtol=8e-3, atol=8e-3 if z.element_size() == 2 else 1e-6)
 
 
-@pytest.mark.parametrize("classes", [2, 9, 33, 64])
+@pytest.mark.parametrize("classes", [2, 9, 33, 64, 300, 9000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("excluded", [False, True])
-def test_narrow_rows_with_weights_and_dense_targets(classes: int, smoothing: float, excluded: bool) -> None:
+def test_rows_with_weights_and_dense_targets(classes: int, smoothing: float, excluded: bool) -> None:
     generator = torch.Generator().manual_seed(classes)
     z, y = random_rows(19, classes, torch.float32)
     if excluded:
@@ -190,10 +263,12 @@ def test_narrow_rows_with_weights_and_dense_targets(classes: int, smoothing: flo
     weight = torch.rand(classes, generator=generator) + 0.1
     q = torch.rand(19, classes, generator=generator).softmax(-1)
     every = f"CrossEntropy(label_smoothing={smoothing})"
-    for objective in (CrossEntropy(weight, smoothing), CrossEntropy(weight, smoothing) - 0.2 * Entropy() + LogitL2()):
+    weighted = CrossEntropy(weight, smoothing)
+    for objective in (weighted, weighted - 0.2 * Entropy() + LogitL2(), weighted + 0.1 * objkern.MaxZLoss()):
         assert_like_float64(objective, z, y)
         assert_like_float64(objective, z, q)
     assert_like_float64(objkern.parse(every), z, q)
+    assert_like_float64(objkern.parse(every) + 0.1 * objkern.MaxZLoss(), z, q)
 
 
 # ---- sums by tile -------------------------------------------------------------------------------------------------------
@@ -217,6 +292,36 @@ def test_sums_do_not_depend_on_the_number_of_threads(rows: int, classes: int, gr
         torch.set_num_threads(before)
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), REGULARIZED], ids=["plain", "regularized"])
+def test_gradients_of_the_forward_pass_do_not_depend_on_the_number_of_threads(objective: objkern.Objective) -> None:
+    """Where many threads split rows, a single one must not keep exponentials of them."""
+    z, y = random_rows(19, 22000, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            x = z.clone().requires_grad_()
+            found += torch.autograd.grad(objective(x, y, gradient="forward"), x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("classes", [16384, 16385, 24575])
+def test_few_long_rows(classes: int) -> None:
+    """They are split; an ignored one stays empty."""
+    z, y = random_rows(3, classes, torch.float32)
+    z[0, -1], y[1], y[2] = 12.0, -100, classes - 1
+    for objective in (REGULARIZED, objkern.parse(EVERY_TERM)):
+        exact = loss_and_gradient(objective, z.double(), y, backend="reference")
+        torch.testing.assert_close(loss_and_gradient(objective, z, y)[1].double(), exact[1], rtol=1e-5, atol=1e-7)
+        x = z.clone().requires_grad_()
+        loss = objective(x, y, reduction="sum", gradient="forward")
+        torch.testing.assert_close(loss.detach().double(), exact[0].sum(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(loss, x)[0].double(), exact[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1, 5), (37, 9), (50, 70)])
@@ -246,13 +351,16 @@ def test_many_labels_are_counted_and_checked() -> None:
     y[20000] = 3
     with pytest.raises(IndexError, match="row 20000 holds label 3"):
         CrossEntropy()(z, y)
+    y[0] = -1
+    with pytest.raises(IndexError, match="row 0 holds label -1"):
+        CrossEntropy()(z, y)
 
 
 # ---- exponentials kept from the sums for the gradient -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("classes", [300, 1003, 9000])
+@pytest.mark.parametrize("classes", [257, 300, 1003, 9000])
 @pytest.mark.parametrize("objective", [CrossEntropy(), REGULARIZED], ids=["plain", "regularized"])
 def test_a_gradient_from_kept_exponentials(objective: objkern.Objective, classes: int, dtype: torch.dtype) -> None:
     """With a maximum that rises from block to block, masked classes, and logits far below the others."""
