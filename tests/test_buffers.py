@@ -1,5 +1,7 @@
 """The memory of large gradients is used again, and never while somebody holds it."""
 
+import os
+
 import pytest
 import torch
 
@@ -66,9 +68,12 @@ def test_what_is_kept_is_bounded() -> None:
     size = live[0].nbytes
     del live
     assert size * 2 <= _C.kept_bytes() <= 2 * (size + 4096)
+    objkern.set_buffer_limit(_C.kept_bytes())
+    assert _C.kept_bytes() >= size * 2
     objkern.set_buffer_limit(size)
     assert _C.kept_bytes() <= size
     objkern.set_buffer_limit(0)
+    assert objkern.buffer_limit() == 0
     gradient(torch.randn(BIG))
     assert _C.kept_bytes() == 0
     with pytest.raises(ValueError, match="bytes: expected an int >= 0 of 64 bits but got -1"):
@@ -82,6 +87,29 @@ def test_a_small_gradient_does_not_hold_a_large_buffer() -> None:
     small = gradient(torch.randn(BIG))
     assert _C.kept_bytes() >= size
     assert small.untyped_storage().nbytes() == small.nbytes
+
+
+def test_a_buffer_serves_what_has_its_size_or_a_quarter_of_it() -> None:
+    large = gradient(torch.randn(4096, 512))  # 8 MiB: no part of a page is left
+    place = large.data_ptr()
+    del large
+    for rows, served in ((4096, True), (1024, True), (1023, False)):
+        found = gradient(torch.randn(rows, 512))
+        assert (found.data_ptr() == place) == served
+        del found
+
+
+def test_sizes_are_those_of_what_is_held_now() -> None:
+    for rows in (300, 400, 350, 500):  # the system may give the same address again
+        objkern.release_buffers()
+        g = gradient(torch.randn(rows, 2000))
+        size = g.nbytes
+        del g
+        assert size <= _C.kept_bytes() < size + 4096
+
+
+def test_the_limit_is_an_eighth_of_the_memory() -> None:
+    assert objkern.buffer_limit() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
 
 
 def test_small_gradients_are_not_kept() -> None:

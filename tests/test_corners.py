@@ -228,8 +228,10 @@ def test_a_row_without_a_finite_logit(objective: objkern.Objective, classes: int
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("row", [[math.nan], [INF], [math.nan, -INF], [3.0, math.nan]])
-def test_nan_and_infinity_beside_no_other_class(row: list[float], backend: str) -> None:
-    loss, parts = CrossEntropy()(torch.tensor([row]), torch.tensor([0]), backend=backend, return_parts=True)
+@pytest.mark.parametrize("excluded", [0, 300])
+def test_nan_and_infinity_beside_no_other_class(excluded: int, row: list[float], backend: str) -> None:
+    logits = torch.tensor([row + excluded * [-INF]])
+    loss, parts = CrossEntropy()(logits, torch.tensor([0]), backend=backend, return_parts=True)
     assert loss.isnan()
     assert parts["accuracy"] == 0
 

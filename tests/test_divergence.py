@@ -119,6 +119,45 @@ def test_what_the_reference_excludes() -> None:
     assert (KLDivergence("reverse")(z, reference=r, reduction="none") == torch.inf).all()
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("classes", "excluded"), [(3000, 1100), (3000, 2100), (20000, 8192), (20000, 17000)])
+def test_a_reference_that_excludes_whole_pieces_of_a_row(classes: int, excluded: int, direction: str) -> None:
+    z, r = pair(2, classes, torch.float32, 1.0)
+    z[0, 1500] = 15.0  # the maximum rises while nothing of the reference is there
+    r[:, :excluded] = -torch.inf
+    term = KLDivergence(direction)
+    found = value_and_gradient(lambda x: term(x, reference=r, reduction="none"), z)
+    exact = value_and_gradient(lambda x: term(x, reference=r.double(), reduction="none", backend="reference"), z.double())
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-6, atol=0.0)
+    if direction == "forward":
+        torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"logit_scale": 0.7}, {"softcap": 6.0}, {"logit_scale": 0.7, "softcap": 6.0}], ids=str)
+@pytest.mark.parametrize("classes", [9, 1003])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_alone_beside_scale_and_cap(direction: str, classes: int, options: dict) -> None:
+    z, r = pair(5, classes, torch.float32, 1.0)
+    term = KLDivergence(direction, 1.5)
+    found = value_and_gradient(lambda x: term(x, reference=r, reduction="none", **options), z)
+    exact = value_and_gradient(
+        lambda x: term(x, reference=r.double(), reduction="none", backend="reference", **options), z.double()
+    )
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [9, 300])
+def test_what_parts_report_beside_a_divergence_alone(classes: int) -> None:
+    z, r = pair(5, classes, torch.float32, 1.0)
+    y = z.argmax(1)
+    y[3] = (y[3] + 1) % classes
+    _, parts = KLDivergence()(z, y, reference=r, return_parts=True)
+    torch.testing.assert_close(parts["lse"], z.logsumexp(1).mean())
+    torch.testing.assert_close(parts["accuracy"], torch.tensor(0.8))
+    torch.testing.assert_close(parts["target_probability"], z.softmax(1).gather(1, y[:, None]).mean())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("classes", [2, 8, 9, 12, 41, 1000, 1029])
@@ -143,8 +182,9 @@ def test_what_the_logits_exclude_counts_nowhere(classes: int, direction: str, dt
 @pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_reference_of_another_dtype_or_layout(other: torch.dtype) -> None:
     z, r = pair(4, 33, torch.bfloat16, 1.0)
-    exact = KLDivergence()(z, reference=r)
-    torch.testing.assert_close(KLDivergence()(z, reference=r.to(other)), exact)
+    exact = value_and_gradient(lambda x: KLDivergence()(x, reference=r), z)
+    torch.testing.assert_close(value_and_gradient(lambda x: KLDivergence()(x, reference=r.to(other)), z), exact)
+    exact = exact[0]
     images, beside = z.t().reshape(1, 33, 4), r.t().reshape(1, 33, 4)
     torch.testing.assert_close(KLDivergence()(images, reference=beside, class_dim=1), exact)
     torch.testing.assert_close(KLDivergence()(z.view(2, 2, 33), reference=r.view(2, 2, 33)), exact)

@@ -101,20 +101,26 @@ def test_options_together(dtype: torch.dtype, weighted: bool, smoothing: float, 
     [[1e38, -1e37, 0.0], [1e30, 1e30, 1e30]],
 ])  # fmt: skip
 @pytest.mark.parametrize("target", [[0, 1], [2, 2], [1, 0]])
-def test_infinities_and_nan_as_in_torch(values: list, target: list, weighted: bool, smoothing: float) -> None:
-    weight = torch.tensor([0.5, 0.0, 2.0]) if weighted else None
+@pytest.mark.parametrize("times", [1, 70])
+def test_infinities_and_nan_as_in_torch(
+    times: int, values: list, target: list, weighted: bool, smoothing: float
+) -> None:
+    weight = torch.tensor([0.5, 0.0, 2.0]).repeat(times) if weighted else None
     assert_same(
-        torch.tensor(values), torch.tensor(target),
+        torch.tensor(values).repeat(1, times), torch.tensor(target),
         {"weight": weight, "label_smoothing": smoothing, "reduction": "none"},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_minus_infinity_under_probabilities(smoothing: float) -> None:
+@pytest.mark.parametrize("times", [1, 70])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_minus_infinity_under_probabilities(weighted: bool, times: int, smoothing: float) -> None:
     """0·(−inf) is NaN in torch, and stays so in the drop-in; an Objective excludes the class."""
-    x = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 2.0, 1.0]])
-    q = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]])
-    assert_same(x, q, {"label_smoothing": smoothing, "reduction": "none"})
+    x = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 2.0, 1.0]]).repeat(1, times)
+    q = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5]]).repeat(1, times) / times
+    weight = torch.tensor([0.5, 1.5, 2.0]).repeat(times) if weighted else None
+    assert_same(x, q, {"weight": weight, "label_smoothing": smoothing, "reduction": "none"})
     assert torch.isfinite(objkern.CrossEntropy(label_smoothing=smoothing)(x, q))
 
 

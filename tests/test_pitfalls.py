@@ -139,18 +139,19 @@ def test_all_rows_ignored(objective: objkern.Objective, gradient: str) -> None:
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_no_rows(rows: int) -> None:
+@pytest.mark.parametrize("gradient", GRADIENT)
+@pytest.mark.parametrize("classes", [5, 300, 40000])
+def test_no_rows(classes: int, gradient: str) -> None:
     """12: an empty batch keeps its graph and gives torch's values."""
-    x = torch.randn(0, 5, requires_grad=True)
+    x = torch.randn(0, classes, requires_grad=True)
     y = torch.empty(0, dtype=torch.long)
     assert REGULARIZED(x, y).isnan()
     assert REGULARIZED(x, y, reduction="sum") == 0
     assert REGULARIZED(x, y, reduction="none").shape == (0,)
-    loss = REGULARIZED(x, y, empty="zero")
+    loss = REGULARIZED(x, y, empty="zero", gradient=gradient)
     loss.backward()
     assert loss == 0
-    assert x.grad.shape == (0, 5)
+    assert x.grad.shape == (0, classes)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
