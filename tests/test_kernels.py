@@ -1,6 +1,8 @@
 """Inside the CPU kernels: the running maximum, rows on their side, stores at odd places, roundings, sums by tile."""
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -449,3 +451,72 @@ def test_the_gradient_of_a_part_of_the_vocabulary(objective: str, classes: int, 
             torch.testing.assert_close(found, whole[:, part], rtol=1e-6, atol=1e-9)
             found = OPS.statistics_gradient(f, centred, False, inside, y - begin, **of_part)
             torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)
+
+
+# ---- what lies beside a tensor --------------------------------------------------------------------------------------
+
+
+def between_walls(x: torch.Tensor, end: bool) -> torch.Tensor:
+    """A copy that begins, or ends, beside a page that nobody may read or write."""
+    pages = -(-x.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for wall in (0, pages + 1):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+    offset = (pages + 1) * mmap.PAGESIZE - x.nbytes if end else mmap.PAGESIZE
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view_as(x)
+    return copy.copy_(x)
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rows", "classes"), [(3, 9), (9, 33), (8, 96), (5, 203), (2, 16385)])
+def test_nothing_beside_a_tensor_is_touched(rows: int, classes: int, dtype: torch.dtype, end: bool) -> None:
+    """A step too far, in whatever a call reads or writes, is a crash."""
+    z, y = random_rows(rows, classes, dtype)
+    y[rows // 2] = -100
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q, beside = torch.rand(rows, classes).softmax(1).to(dtype), torch.randn(rows, classes).to(dtype)
+    weighted = {"class_weight": (torch.rand(classes) + 0.1).to(wide)}
+    upstream = torch.rand(rows).to(wide)
+    calls: list[tuple[list[float], torch.Tensor | None, dict]] = [
+        ([0.0, 0.0, 1.0], y, {}), (TERMS, y, weighted), (TERMS, q, weighted), (TERMS, q.to(wide), {"softcap": 6.0}),
+        ([11.0, 1.0, 1.0], None, {"reference": beside}),
+        ([10.0, 1.0, 1.0], None, {"reference": beside.to(wide), "softcap": 6.0}),
+        ([*TERMS, 10.0, 1.0, 1.0, 11.0, 1.0, 1.0], y, {"reference": beside}),
+    ]  # fmt: skip
+    for terms, target, options in calls:
+        results = []
+        for place in (torch.clone, lambda x: between_walls(x, end)):
+            x, t = place(z), None if target is None else place(target)
+            o = {name: place(value) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+            fused, later = place(z), place(z)
+            OPS.fused.into(terms, 2, x, t, **o, gradient=fused)
+            loss, _, kept = OPS.objective(terms, 0, x, t, **o)
+            OPS.gradient.into(place(upstream), place(kept), False, terms, 0, x, t, **o, gradient=later)
+            s, centred = OPS.statistics(x, t, **o)
+            of_statistics = place(z)
+            OPS.statistics_gradient.into(place(s), place(centred), False, x, t, **o, gradient=of_statistics)
+            results.append([loss, fused.clone(), later.clone(), s, of_statistics.clone()])
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (7, 9), (3, 16), (33, 1001)])
+def test_nothing_beside_elements_is_touched(shape: tuple[int, ...], dtype: torch.dtype, end: bool) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    z, y = torch.randn(shape).to(dtype), torch.rand(shape).to(dtype)
+    weights = {"weight": torch.rand(shape[-1:]).to(wide), "pos_weight": torch.rand(shape).to(wide)}
+    upstream = torch.rand(shape).to(wide)
+    terms = [0.0, 0.1, 1.0, 1.0, 0.0, 0.2, 4.0, 0.5, 0.3]
+    for target in (y, y.to(wide)):
+        results = []
+        for place in (torch.clone, lambda x: between_walls(x, end)):
+            x, t = place(z), place(target)
+            o = {name: place(value) for name, value in weights.items()}
+            results.append([
+                *OPS.elementwise(terms, 0, x, t, **o, with_parts=True), *OPS.elementwise_fused(terms, 2, x, t, **o),
+                OPS.elementwise_gradient(place(upstream), False, terms, 0, x, t, **o),
+            ])  # fmt: skip
+        torch.testing.assert_close(*results, rtol=0, atol=0)
