@@ -54,6 +54,7 @@ ALL_EAGER = {
     "BinaryCrossEntropy(label_smoothing=0.1)": 1.0, "BernoulliEntropy()": -0.1, "MeanSquaredError()": 0.5,
     "MeanAbsoluteError()": 0.25, "Huber(delta=0.3)": 2.0, "LogitL2()": 0.01,
 }  # fmt: skip
+ELEMENTS = [0.0, 0.1, 1.0, 2.0, 0.0, 0.5]  # two terms, as the ops take them
 SHAPES = [(), (1,), (7,), (31,), (3, 5), (33, 129), (2, 40_000)]
 REDUCE = {"mean": Tensor.mean, "sum": Tensor.sum, "none": lambda x: x}
 
@@ -115,6 +116,20 @@ def test_the_closed_form_of_the_binary_gradient(dtype: torch.dtype) -> None:
     mean = BinaryCrossEntropy()(z.requires_grad_(), y)
     (gradient,) = torch.autograd.grad(mean, z)
     torch.testing.assert_close(gradient, (torch.sigmoid(z) - y) / 18)
+
+
+@pytest.mark.parametrize("name", ["MeanSquaredError()", "MeanAbsoluteError()", "Huber()"])
+def test_a_prediction_that_is_right_has_no_gradient(name: str) -> None:
+    value, gradient = results(lambda z: objective(name)(z, torch.arange(40.0), reduction="none"), torch.arange(40.0))
+    assert not value.any()
+    assert not gradient.any()
+
+
+def test_parts_are_there_where_they_are_asked_for() -> None:
+    z, y = inputs((3, 5), torch.float32)
+    for asked in (False, True):
+        assert torch.ops.objkern.elementwise(ELEMENTS, 0, z, y, with_parts=asked)[1].shape == (2 * asked, 3, 5)
+        assert torch.ops.objkern.elementwise(ELEMENTS, 1, z, y, with_parts=asked)[1].shape == (2 * asked,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from .conftest import EVERY_TERM
 
 OPS = torch.ops.objkern
 TERMS = [0.0, 0.1, 1.0, 1.0, 0.0, 0.01, 3.0, 0.0, -0.1]  # (kind, parameter, coefficient) of three terms
+ELEMENTS = [0.0, 0.1, 1.0, 2.0, 0.0, 0.5]  # of two elementwise terms
 OBJECTIVE = CrossEntropy(label_smoothing=0.1) + 0.01 * ZLoss() - 0.1 * Entropy()
 CUSTOM = CrossEntropy() + 0.1 * custom(lambda s: s.entropy * s.lse, name="product")
 LABELS = torch.tensor([1, -100, 2, 3, 6])
@@ -548,9 +550,30 @@ def test_vmap_over_nothing() -> None:
     ("call", "message"),
     [
         (lambda x, y: OPS.objective([0.5, 0.0, 1.0], 1, x, y), "term kind 0.5 is not known"),
+        (lambda x, y: OPS.objective([-1.0, 0.0, 1.0], 1, x, y), "term kind -1 is not known"),
+        (lambda x, y: OPS.objective([12.0, 0.0, 1.0], 1, x, y), "term kind 12 is not known"),
         (lambda x, y: OPS.objective([99.0, 0.0, 1.0], 1, x, y), "term kind 99 is not known"),
+        (lambda x, y: OPS.elementwise([6.0, 0.0, 1.0], 1, x, x), "term kind 6 is not known"),
         (lambda x, y: OPS.objective([0.0, 0.0], 1, x, y), "a kind, a parameter and a coefficient"),
-        (lambda x, y: OPS.objective(TERMS, 7, x, y), "reduction: expected 0, 1 or 2"),
+        (lambda x, y: OPS.objective(TERMS, 3, x, y), "reduction: expected 0, 1 or 2"),
+        (lambda x, y: OPS.objective(TERMS, -1, x, y), "reduction: expected 0, 1 or 2"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, normalizer=torch.ones(1)), "normalizer: expected a 0-dim"),
+        (lambda x, y: OPS.objective(TERMS, 1, x[0], y), "expected .rows, classes."),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y[1:]), "labels but got"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y[:, None]), "labels but got"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, x.detach()[:, 1:].exp()), "expected probabilities of shape"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, class_weight=torch.ones(8)), "class weight: expected"),
+        (lambda x, y: OPS.objective(TERMS, 1, x, y, class_weight=torch.ones(9, 1)), "class weight: expected"),
+        (lambda x, y: OPS.objective([10.0, 1.0, 1.0], 1, x), "KLDivergence needs one"),
+        (lambda x, y: OPS.objective([10.0, 1.0, 1.0], 1, x, reference=x[:, 1:]), "reference: expected logits of shape"),
+        (lambda x, y: OPS.objective([10.0, 1.0, 1.0], 1, x, reference=x, temperature=0.0), "temperature: expected"),
+        (lambda x, y: OPS.objective([10.0, 1.0, 1.0], 1, x, reference=x, masked=False), "have to be excluded"),
+        (lambda x, y: OPS.elementwise(ELEMENTS, 1, x, x[1:]), "target: expected the shape"),
+        (lambda x, y: OPS.elementwise(ELEMENTS, 1, x, x, softcap=-1.0), "softcap: expected a number >= 0"),
+        (lambda x, y: OPS.elementwise(ELEMENTS, 1, x, x, weight=torch.ones(9) * 1j), "weight: expected real"),
+        (lambda x, y: OPS.elementwise(ELEMENTS, 1, x, x, weight=torch.ones(8)), "weight: expected a shape"),
+        (lambda x, y: OPS.elementwise_fused(ELEMENTS, 0, x, x), "the gradient of unreduced losses"),
+        (lambda x, y: OPS.elementwise_gradient(torch.ones(3), False, ELEMENTS, 0, x, x), "upstream: expected"),
         (lambda x, y: OPS.objective(TERMS, 1, x), "target: a term needs one"),
         (lambda x, y: OPS.objective(TERMS, 1, x, y, softcap=-1.0), "softcap: expected a number >= 0"),
         (lambda x, y: OPS.objective(TERMS, 1, x, y, logit_scale=torch.ones(1)), "logit_scale: expected a 0-dim"),
@@ -569,6 +592,68 @@ def test_ops_refuse_nonsense(call: Callable[..., Any], message: str) -> None:
     x, y = plain_batch(5)
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         call(x, y)
+
+
+def test_what_an_earlier_op_kept_belongs_to_its_logits() -> None:
+    x, y = plain_batch(5)
+    x = x.detach()
+    one, factor = torch.ones(()), torch.tensor(2.0)
+    _, _, kept, gradient = OPS.fused(TERMS, 1, x, y)
+    for wrong in (kept[:-1], kept[:, 1:].contiguous(), kept.double(), kept.t().contiguous().t(), kept[0]):
+        with pytest.raises(RuntimeError, match="row_gradient does not belong"):
+            OPS.gradient(one, wrong, False, TERMS, 1, x, y)
+    for wrong in (gradient[1:], gradient.bfloat16(), gradient.double(), gradient.t().contiguous().t()):
+        with pytest.raises(RuntimeError, match="gradient does not belong"):
+            OPS.gradient.into(one, kept, False, TERMS, 1, x, y, gradient=wrong)
+    half = OPS.fused(TERMS, 1, x.bfloat16(), y)
+    with pytest.raises(RuntimeError, match="gradient does not belong"):
+        OPS.rescale(half[3][1:], factor, half[2], TERMS, 1, x.bfloat16(), y)
+    statistics, centred = OPS.statistics(x, y)
+    for wrong in (centred[:-1], centred[:, 1:].contiguous(), centred.float(), centred.t().contiguous().t(), centred[0]):
+        with pytest.raises(RuntimeError, match="centred sums do not belong"):
+            OPS.statistics_gradient(statistics, wrong, False, x, y)
+    for wrong in (statistics[:-1], statistics[:, 1:], statistics[0]):
+        with pytest.raises(RuntimeError, match="partials: expected"):
+            OPS.statistics_gradient(wrong, centred, False, x, y)
+    halves = OPS.elementwise_fused(ELEMENTS, 1, x.bfloat16(), x)[2]
+    for wrong in (halves[1:], halves.t().contiguous().t(), halves.half()):
+        with pytest.raises(RuntimeError, match="gradient does not belong"):
+            OPS.elementwise_rescale(wrong, factor, ELEMENTS, 1, x.bfloat16(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.7, torch.inf])
+def test_a_finished_gradient_times_what_comes_from_above(factor: float, dtype: torch.dtype) -> None:
+    """Rounded once; and nothing comes of ignored rows, whatever the factor."""
+    x, y = plain_batch(5)
+    x = x.detach().to(dtype)
+    y[1] = -100
+    for objective, target in ((CrossEntropy(), y), (objkern.MeanSquaredError(), torch.rand(x.shape).to(dtype))):
+        found = []
+        for gradient in ("forward", "backward"):
+            z = x.clone().requires_grad_()
+            found += torch.autograd.grad(objective(z, target, gradient=gradient) * factor, z)
+        torch.testing.assert_close(*found, rtol=1e-6 if dtype == torch.float32 else 0.0, atol=0.0, equal_nan=True)
+
+
+def test_a_gradient_for_which_there_is_no_memory() -> None:
+    logits = torch.zeros(1, 1 << 24).expand(1 << 22, -1)  # 2^48 bytes in a row
+    with pytest.raises(RuntimeError, match="no memory for a gradient of 281474976710656 bytes"):
+        OPS.fused([0.0, 0.0, 1.0], 2, logits, torch.zeros(1 << 22, dtype=torch.long))
+
+
+@pytest.mark.parametrize("gradient", ["backward", "forward"])
+def test_what_was_saved_goes_with_the_backward_pass(gradient: str) -> None:
+    x, y = plain_batch(5)
+    logits = 2.0 * x.detach().requires_grad_()
+    held = weakref.ref(logits)
+    loss = CrossEntropy()(logits, y, gradient=gradient)
+    del logits
+    assert held() is not None
+    loss.backward()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_asking_which_backend_runs_breaks_no_graph() -> None:
