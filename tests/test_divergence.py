@@ -127,13 +127,17 @@ def test_a_reference_that_excludes_whole_pieces_of_a_row(classes: int, excluded:
     r[:, :excluded] = -torch.inf
     term = KLDivergence(direction)
     found = value_and_gradient(lambda x: term(x, reference=r, reduction="none"), z)
-    exact = value_and_gradient(lambda x: term(x, reference=r.double(), reduction="none", backend="reference"), z.double())
+    exact = value_and_gradient(
+        lambda x: term(x, reference=r.double(), reduction="none", backend="reference"), z.double()
+    )
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-6, atol=0.0)
     if direction == "forward":
         torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{"logit_scale": 0.7}, {"softcap": 6.0}, {"logit_scale": 0.7, "softcap": 6.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 0.7}, {"softcap": 6.0}, {"logit_scale": 0.7, "softcap": 6.0}], ids=str
+)
 @pytest.mark.parametrize("classes", [9, 1003])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_alone_beside_scale_and_cap(direction: str, classes: int, options: dict) -> None:

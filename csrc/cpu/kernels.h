@@ -51,7 +51,7 @@ struct Doors {
   void (*scan)(const Rows&, int64_t begin, int64_t end, int64_t& counted, bool& bad);
   // centred: (kCentred, rows) float64; statistics: (kStatistics, rows) float64
   void (*statistics)(const Rows&, double* centred, double* statistics);
-  // values: (size + kFreeStatistics, rows) float64, or (size + kFreeStatistics) sums;
+  // values: (size + kFreeStatistics, rows) float64, or (size + kFreeStatistics) sums; the free ones only if asked for;
   // row_gradient: (kRowGradient, rows) of the accumulation type
   void (*objective)(const Rows&, const Program&, double* values, void* row_gradient);
   // gradient: (rows, classes) of dtype, contiguous

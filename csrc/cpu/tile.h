@@ -152,8 +152,6 @@ void epilogue(const Rows& in, const Program& program, const Tile& tile, int64_t 
       values.put(program.size, s.lse, first, n, all, counts);
       values.put(program.size + 1, c.target_is_max, first, n, all, counts);
       values.put(program.size + 2, odds.p_target, first, n, all, counts);
-    } else if (values.per_row) {
-      for (int k = 0; k < kFreeStatistics; ++k) values.put(program.size + k, V(0.0), first, n, all, counts);
     }
     store_row_gradient(in, chain(c, odds, s, partials, in.reads, dense, in.class_weight != nullptr), first, n,
                        some_ignored, row_gradient);

@@ -88,7 +88,7 @@ struct Wide {
   }
 
   // Sums over a segment of z, whose element `hole` (if it is one of them) is left out. `lane`: which of the kept rows.
-  Piece collect_segment(int64_t row, int64_t segment, int64_t lane = 0) {
+  Piece collect_segment(int64_t row, int64_t segment, int64_t lane) {
     if ((in.reads & ~int64_t{kDivergences}) == 0 && !in.free_statistics) return {};  // nobody asks
     const int64_t begin = segment * kSegment, count = std::min(kSegment, n - begin), hole = label(in, row) - begin;
     const T* x = logits(row) + begin;
@@ -362,8 +362,7 @@ struct Wide {
   }
 
   // Classes [begin, end) of a row's gradient; begin is a multiple of the pack. `lane`: which of the kept rows.
-  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out,
-             int64_t lane = 0) const {
+  void write(int64_t row, const RowGradient<A>& g, A upstream, int64_t begin, int64_t end, T* out, int64_t lane) const {
     const auto simple = [&]<Depth kDepth>() {
       if (kept_e.empty()) {
         write_simple<kDepth>(row, g, upstream, begin, end, out);
