@@ -84,7 +84,7 @@ def serve() -> None:
     import torch.testing._internal.optests  # noqa: F401
     import transformers  # noqa: F401
 
-    answers = os.fdopen(os.dup(1), "w")
+    answers, caller = os.fdopen(os.dup(1), "w"), os.getppid()
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile() as file:
@@ -92,7 +92,12 @@ def serve() -> None:
             if process == 0:
                 child(request, file.fileno())
             end = time.monotonic() + request["limit"]
-            while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            # Until it ends, it is too late, or nobody waits for it any more.
+            while (
+                (ended := os.waitpid(process, os.WNOHANG)) == (0, 0)
+                and time.monotonic() < end
+                and os.getppid() == caller
+            ):
                 time.sleep(0.02)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)

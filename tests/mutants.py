@@ -37,6 +37,7 @@ from . import mutator
 from .emulation import build as emulation
 from .faults import ROOT, VARIABLE, Span, plant_spans
 from .fork_server import Server
+from .neutral import NEUTRAL, Neutral
 
 KEPT = ROOT / "build/mutants"
 
@@ -54,28 +55,53 @@ def files(*names: str) -> tuple[str, ...]:
 
 INTERPRETED = "tests/interpreted/cases.py"
 EMULATED = "tests/emulation/cases.py"
-OF_CALLS = files("objective", "torch", "corners", "errors", "functional", "linear", "distributed", "transformers")
+# What takes seconds a case: compilation, derivatives of derivatives by differences, random objectives.
+LONG = "compile or opcheck or gradgradcheck or opinfo or random_objectives or anything_for_any_argument"
+
+
+def quick(*names: str) -> tuple[str, ...]:
+    return (*files(*names), "-k", f"not ({LONG})")
+
+
+OF_CALLS = ("objective", "torch", "corners", "errors", "functional", "linear", "distributed", "transformers")
+CALLS = (quick(*OF_CALLS), (*files(*OF_CALLS), "-k", LONG))
 OF_LOOP = (
     files("finetune_training"), files("finetune_tasks", "finetune_saved", "finetune_run", "finetune", "finetune_retention"),
     files("finetune_ranks", "finetune_reports"),
 )  # fmt: skip
+INSIDE = quick("kernels", "pitfalls", "terms", "elementwise")
+AROUND = quick(
+    "precision", "objective", "divergence", "corners", "default_call", "buffers", "errors", "functional", "torch"
+)
+BEYOND = quick("linear", "penalties", "house")
+# Compiled code calls the same kernels, and other ranks do.
+DERIVATIVES = (
+    *files("objective", "torch", "elementwise", "functional", "divergence"),
+    "-k",
+    f"({LONG}) and not compile",
+)
 ROOMS = {
     "cpu": Room(
         ("csrc/*.h", "csrc/autograd.cpp", "csrc/default_call.cpp", "csrc/bindings_cpu.cpp", "csrc/cpu/*"),
-        (
-            files("kernels", "pitfalls", "terms", "elementwise"),
-            files("precision", "objective", "divergence", "corners", "default_call", "buffers", "errors", "functional",
-                  "torch", "properties"),
-            files("linear", "penalties", "distributed"),
-        ),
+        (INSIDE, AROUND, BEYOND, DERIVATIVES),
         {"OBJKERN_CPU_CAPABILITY": "default"},
+        {
+            "csrc/autograd": (quick("objective", "torch"), INSIDE, AROUND, BEYOND, DERIVATIVES),
+            "csrc/default_call": (quick("default_call", "objective"), INSIDE, AROUND, BEYOND, DERIVATIVES),
+            "csrc/divergence": (quick("divergence"), AROUND, INSIDE, BEYOND, DERIVATIVES),
+            "csrc/cpu/reference": (quick("divergence"), AROUND, INSIDE, BEYOND, DERIVATIVES),
+            "csrc/elementwise": (quick("elementwise"), AROUND, DERIVATIVES),
+            "csrc/cpu/elementwise": (quick("elementwise"), AROUND, DERIVATIVES),
+            "csrc/cpu/buffers": (quick("buffers"), INSIDE, AROUND),
+            "csrc/batch": (INSIDE, quick("functional", "errors", "torch"), AROUND, BEYOND, DERIVATIVES),
+        },
     ),
     "cuda": Room(
-        ("csrc/cuda/*", "csrc/bindings_cuda.cpp"),
+        ("csrc/cuda/*", "csrc/bindings_cuda.cpp", "csrc/numbers.h", "csrc/objective.h", "csrc/divergence.h"),
         (
             (EMULATED, "-k", "every_depth or options or elementwise or many_parameters"),
             (EMULATED, "-k", "not (every_depth or options or elementwise or many_parameters or random_objectives)"),
-            (EMULATED, *files("kernels", "pitfalls", "precision", "corners", "elementwise")),
+            (EMULATED, *quick("kernels", "pitfalls", "precision", "corners", "elementwise")),
         ),
         {"MALLOC_PERTURB_": "129"},
     ),
@@ -90,25 +116,25 @@ ROOMS = {
     ),
     "python": Room(
         ("objkern/*.py", "objkern/finetune/*.py"),
-        (OF_CALLS,),
+        CALLS,
         by_file={
-            "linear": (files("linear"), files("distributed", "transformers", "objective", "divergence", "corners", "penalties")),
+            "linear": (files("linear"), quick("distributed", "transformers", "objective", "divergence", "corners", "penalties")),
             "distributed": (files("distributed"), files("transformers", "finetune_ranks", "transformers_sharded")),
-            "elementwise": (files("elementwise"), OF_CALLS),
-            "penalties": (files("penalties"), files("finetune_retention", "finetune_ranks", "objective", "distributed")),
-            "functional": (files("functional"), files("elementwise", "torch", "linear")),
-            "reference": (files("terms", "kernels", "objective"), files("corners", "divergence", "precision", "torch")),
-            "terms": (files("terms", "objective"), files("divergence", "elementwise", "torch", "corners")),
-            "batch": (files("objective", "corners", "errors"), OF_CALLS),
+            "elementwise": (files("elementwise"), *CALLS),
+            "penalties": (files("penalties"), quick("finetune_retention", "finetune_ranks", "objective", "distributed")),
+            "functional": (quick("functional"), (*files("functional"), "-k", LONG), files("elementwise", "torch", "linear")),
+            "reference": (quick("terms", "kernels", "objective"), quick("corners", "divergence", "precision", "torch"), *CALLS),
+            "terms": (quick("terms", "objective"), files("divergence", "elementwise", "torch", "corners")),
+            "batch": (quick("objective", "corners", "errors"), *CALLS),
             "transformers": (files("transformers"), files("transformers_sharded", "finetune_tasks", "finetune_ranks")),
-            "objective": (files("objective", "elementwise", "divergence"), OF_CALLS, files("penalties")),
-            "ops": (files("torch", "kernels", "default_call"), OF_CALLS),
-            "parser": (files("parser", "objective", "reference"),),
+            "objective": (quick("objective", "elementwise", "divergence"), *CALLS, files("penalties")),
+            "ops": (quick("torch", "kernels", "default_call"), *CALLS),
+            "parser": (files("parser"), files("objective", "reference")),
             "native": (files("without_core", "house"),),
             "without_core": (files("without_core"),),
-            "reads": (files("without_core", "terms", "linear"),),
-            "buffers": (files("buffers"), OF_CALLS),
-            "scale": (files("distributed", "linear"), files("transformers", "torch")),
+            "reads": (files("without_core"), files("terms", "linear")),
+            "buffers": (files("buffers"), *CALLS),
+            "scale": (files("distributed"), files("linear", "transformers", "torch")),
             "finetune/": OF_LOOP,
         },
     ),
@@ -123,23 +149,6 @@ LEFT_OUT = (
     "objkern/finetune/demo.py", "objkern/finetune/small.py", "objkern/finetune/__init__.py", "objkern/__main__.py",
     "csrc/build_facts.h", "csrc/cuda/kernels.h", "csrc/cuda/device.h",
 )  # fmt: skip
-
-
-class Neutral(NamedTuple):
-    """Places whose faults change no result, and why."""
-
-    file: str
-    line: str  # a pattern that its lines have
-    reason: str
-    wrong: str = ""  # a pattern that the wrong text has: other faults of these lines are drawn
-
-
-# What only tunes speed, and what cannot come out otherwise.
-NEUTRAL: tuple[Neutral, ...] = (
-    Neutral(
-        "csrc/cpu/dispatch.cpp", r"found\.(second|last)|_SC_LEVEL|Caches found", "caches decide on block sizes alone"
-    ),
-)
 
 
 class Fault(NamedTuple):
@@ -172,7 +181,9 @@ def every_place(room: str) -> tuple[tuple[str, str, mutator.Place], ...]:
     return tuple(found)
 
 
-def is_neutral(known: Neutral, file: str, lines: str, place: mutator.Place) -> bool:
+def is_neutral(known: Neutral, room: str, file: str, lines: str, place: mutator.Place) -> bool:
+    if known.room not in ("", room):
+        return False
     return file == known.file and bool(re.search(known.line, lines)) and bool(re.search(known.wrong, place.wrong))
 
 
@@ -181,7 +192,7 @@ def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
     """(file, place) by kind."""
     found: dict[str, list[tuple[str, mutator.Place]]] = {kind: [] for kind in mutator.KINDS}
     for file, lines, place in every_place(room):
-        if not any(is_neutral(known, file, lines, place) for known in NEUTRAL):
+        if not any(is_neutral(known, room, file, lines, place) for known in NEUTRAL):
             found[place.kind].append((file, place))
     return found
 
