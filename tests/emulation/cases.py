@@ -543,6 +543,19 @@ def test_a_divergence_alone(direction: str, classes: int, dtype: torch.dtype) ->
             )
 
 
+def test_a_divergence_alone_without_parts() -> None:
+    """Nothing of a row but its gradient is asked for: no sums, and every class is written."""
+    for classes in (9, 130, 1031):
+        z, y = batch(classes, torch.float32)
+        r = beside(z, torch.float32)
+        gradients = []
+        for x, options in ((z, {"gradient": "forward"}), (z.double(), {"backend": "reference"})):
+            leaf = x.clone().requires_grad_()
+            loss = KLDivergence("forward")(leaf, y, reference=r, **options)
+            gradients += [g.double() for g in torch.autograd.grad(loss, leaf)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 def test_a_small_divergence_keeps_its_digits() -> None:
     z, _ = batch(1031, torch.float32)
     r = z + 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
