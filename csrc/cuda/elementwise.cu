@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kElementThreads = 256;
 #ifdef OBJKERN_EMULATED
-constexpr int64_t kMostElementBlocks = 3, kElementsOfBlock = 100;  // so that the tests' few elements do
+constexpr int64_t kMostElementBlocks = 18, kElementsOfBlock = 100;  // so that the tests' few elements do
 #else
 constexpr int64_t kMostElementBlocks = 2048;
 constexpr int64_t kElementsOfBlock = 8192;  // that are worth a block of their own
