@@ -193,7 +193,6 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
         if (!whole && i < there) loss[i] = total[i];
-      continue;
     }
     if constexpr (!kWrites) continue;
     A up[kVector];
