@@ -75,7 +75,7 @@ ROOMS = {
         (
             (EMULATED, "-k", "every_depth or options or elementwise or many_parameters"),
             (EMULATED, "-k", "not (every_depth or options or elementwise or many_parameters or random_objectives)"),
-            (EMULATED, *files("kernels", "pitfalls", "precision", "corners", "elementwise")),
+            (EMULATED, *emulation.EXISTING, "-k", emulation.OF_A_GPU),
         ),
         {"MALLOC_PERTURB_": "129"},
     ),
