@@ -130,7 +130,6 @@ void run_objective(Stack* stack, To to) {
   Launch call(in, in.reads());
   Rows& rows = call.batch.rows;
   rows.smoothed = in.smoothed();
-  rows.free_statistics = in.with_parts;
   if (with_gradient) gradient = call.gradient(in, gradient);
   const cuda::Program program = call.program(in);
   const int numbers = in.with_parts ? 1 + program.size + kFreeStatistics : 1;

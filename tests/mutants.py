@@ -101,7 +101,7 @@ ROOMS = {
         (
             (EMULATED, "-k", "every_depth or options or elementwise or many_parameters"),
             (EMULATED, "-k", "not (every_depth or options or elementwise or many_parameters or random_objectives)"),
-            (EMULATED, *quick("kernels", "pitfalls", "precision", "corners", "elementwise")),
+            (*emulation.EXISTING, "-k", f"({emulation.OF_A_GPU}) and not ({LONG})"),
         ),
         {"MALLOC_PERTURB_": "129"},
     ),

@@ -22,19 +22,6 @@ pytestmark = [
 ]
 
 CASES = "tests/emulation/cases.py"
-EXISTING = [f"tests/test_{name}.py" for name in ("kernels", "pitfalls", "precision", "corners", "elementwise")]
-
-# Tests of the CPU's kernels, or of what a GPU does otherwise, and why.
-NOT_OF_A_GPU = {
-    "test_rows_that_begin_between_boundaries": "the order of a row's sum depends on where it begins modulo 16 bytes",
-    "test_narrow_rows_of_every_width": "the same; test_every_size_under_every_plan has these sizes",
-    "test_any_strides": "the same; test_rows_that_begin_anywhere has these strides",
-    "test_a_gradient_larger_than_the_caches": "the same, and the CPU's caches",
-    "test_bad_labels_name_row_and_label": "they give NaN; test_a_bad_label_is_a_row_of_nan",
-    "test_many_labels_are_counted_and_checked": "the same; test_many_rows counts them",
-    "40000": "a size for pieces and threads of the CPU's",
-    "test_offsets_beyond_two_to_the_31": "4 GB, written thread by thread; test_rows_farther_apart_than_32_bits_can_tell",
-}
 
 # The runs that must pass: name -> (pytest's arguments, whether under the sanitizers).
 PART = "every_size or anywhere or elementwise"
@@ -42,7 +29,7 @@ RUNS: dict[str, tuple[list[str], bool]] = {
     "sizes": ([CASES, "-k", PART], False),
     "schedules, masks, labels": ([CASES, "-k", f"not ({PART})"], False),
     "the tests of the CPU kernels": (
-        [*EXISTING, "-k", f"not ({' or '.join(f'({test})' for test in NOT_OF_A_GPU)})"],
+        [*build.EXISTING, "-k", build.OF_A_GPU],
         False,
     ),
     "sanitized": (

@@ -115,7 +115,7 @@ struct Affine {
 
   // Whether the divergence from a reference is all that there is.
   OBJKERN_DEVICE bool is_share_alone() const {
-    if (!kFull || rows.reference == nullptr || !transform.is_identity()) return false;
+    if (rows.reference == nullptr || !transform.is_identity()) return false;
     const A others[] = {g.target_grad, g.exp_1,   g.exp_t,   g.const_1, g.const_z,
                         g.const_t,     g.const_w, g.const_q, g.max_grad};
     bool zero = true;  // of a NaN it is not
@@ -168,17 +168,16 @@ struct Affine {
       if (rows.reference != nullptr) Beside<T>{rows, row}.load(start, r);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) unpack<T>(loaded.words[i], z + i * Element<T>::kVector);
+    bool ordinary = false;
     if constexpr (kOrdinary) {  // one comparison an element in place of three
       A low = z[0];
 #pragma unroll
       for (int i = 1; i < kVector; ++i) low = std::fmin(low, z[i]);
-      if (low - g.max > A(kLeastExponent)) {
+      ordinary = low - g.max > A(kLeastExponent);
+    }
+    if (ordinary) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) d[i] = at_ordinary(z[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i, r[i]);
-      }
+      for (int i = 0; i < kVector; ++i) d[i] = at_ordinary(z[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) d[i] = at(z[i], start + i, r[i]);

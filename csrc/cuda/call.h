@@ -13,7 +13,7 @@ constexpr int kMostCounts = 128;      // blocks of that kernel
 constexpr int kLabelsOfCount = 2048;  // labels of each, if that are not too few for many rows
 // Clusters, or blocks of several rows; each takes rows in turn beyond that.
 #ifdef OBJKERN_EMULATED
-constexpr int kMostRowTeams = 3;  // so that the tests' few rows do
+constexpr int kMostRowTeams = 80;  // so that the tests' rows do
 #else
 constexpr int kMostRowTeams = 1 << 15;
 #endif

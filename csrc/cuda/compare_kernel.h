@@ -69,7 +69,7 @@ compare_kernel(OBJKERN_ARGUMENT CompareCall call) {
   const Transform<A, kTransform> transform(rows, call.logit_scale);
   const ExpOver<T> exp_over(rows.temperature);
   const A low = A(-kInfinity);
-  const int warp = thread_index() / kWarp, warps = (block_threads() + kWarp - 1) / kWarp;
+  const int warp = thread_index() / kWarp, warps = block_threads() / kWarp;
   const auto finite = [low](A max) { return max == low ? A(0) : max; };
 
   for (int64_t row = block_index(); row < rows.rows; row += block_count()) {

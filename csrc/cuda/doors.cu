@@ -86,8 +86,13 @@ int64_t tile_bytes(const Rows& rows, int cluster) {
   return tile_of(rows, cluster) * element_size(rows.dtype) + 16;  // it may begin within 16 bytes
 }
 
+// Rows that a block, or a cluster of them, has at once.
+int64_t slots_of(const Plan& plan) {
+  return plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
+}
+
 int64_t teams_of(const Rows& rows, const Plan& plan) {
-  const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
+  const int64_t slots = slots_of(plan);
   const int64_t most = plan.teams == 0 ? kMostRowTeams : std::min<int64_t>(plan.teams, kMostRowTeams);
   return std::clamp<int64_t>((rows.rows + slots - 1) / slots, 1, most);
 }
@@ -103,7 +108,7 @@ RowCall call_of(const Rows& rows, const Scalar& logit_scale, const Plan& plan) {
 }
 
 Grid grid_of(const Rows& rows, const Plan& plan, int64_t teams, int64_t quantities) {
-  const int64_t slots = plan.lanes == 0 ? 1 : kLanesThreads / plan.lanes;
+  const int64_t slots = slots_of(plan);
   const int64_t shared = table(rows).tile_offset(quantities * slots);
   if (plan.lanes != 0) return {teams, kLanesThreads, 1, shared};
   return {teams * plan.cluster, kBlockThreads, plan.cluster,

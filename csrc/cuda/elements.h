@@ -172,7 +172,7 @@ struct Transform {
       gain = in.unscaled ? A(1) : scale;
     }
   }
-  OBJKERN_DEVICE bool is_identity() const { return scale == A(1) && gain == A(1) && cap == A(0); }
+  OBJKERN_DEVICE bool is_identity() const { return scale == A(1) && cap == A(0); }
   OBJKERN_DEVICE A operator()(A x) const {
     if constexpr (kOn) {
       if (x == A(-kInfinity)) return x;

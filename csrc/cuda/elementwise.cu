@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kElementThreads = 256;
 #ifdef OBJKERN_EMULATED
-constexpr int64_t kMostElementBlocks = 3, kElementsOfBlock = 100;  // so that the tests' few elements do
+constexpr int64_t kMostElementBlocks = 18, kElementsOfBlock = 100;  // so that the tests' few elements do
 #else
 constexpr int64_t kMostElementBlocks = 2048;
 constexpr int64_t kElementsOfBlock = 8192;  // that are worth a block of their own
@@ -193,7 +193,6 @@ element_kernel(OBJKERN_ARGUMENT ElementCall call) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
         if (!whole && i < there) loss[i] = total[i];
-      continue;
     }
     if constexpr (!kWrites) continue;
     A up[kVector];

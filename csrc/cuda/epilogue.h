@@ -46,8 +46,6 @@ OBJKERN_DEVICE void share_scales(const RowCall& call, S& shared) {
     rows += shuffle_xor(rows, step);
     weight += shuffle_xor(weight, step);
   }
-  rows = shuffle(rows, 0);
-  weight = shuffle(weight, 0);
   if (lane == 0) shared.counted = rows;
   for (int k = lane; k < program.size; k += kWarp) {
     const Term& term = program.terms[k];

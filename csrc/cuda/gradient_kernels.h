@@ -74,10 +74,9 @@ gradient_kernel(OBJKERN_ARGUMENT GradientCall call) {
     const Label label(rows, row);
     const T* const x = static_cast<const T*>(rows.logits) + row * rows.row_stride;
     const RowGradient<A> g = load_row_gradient<A>(call, row);
-    int place = -1;
+    int place = -1;                          // nowhere
     if constexpr (kDepth == Depth::kFull) {  // whole rows
       const bool searches = there && !label.ignored && g.max_grad != A(0);
-      place = std::numeric_limits<int>::max();
       if (searches) place = first_at(x, classes, label.column, g.max, transform, thread, threads);
       for (int step = min(threads, kWarp) / 2; step > 0; step /= 2) place = min(place, shuffle_xor(place, step));
       if (whole_blocks) {

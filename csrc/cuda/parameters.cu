@@ -73,7 +73,7 @@ parameters_kernel(OBJKERN_ARGUMENT ParametersCall call) {
       sum += l1 * std::fabs(d) + A(0.5) * l2 * f * d * d;
       return A(0);
     } else {
-      const A sign = d > A(0) ? A(1) : d < A(0) ? A(-1) : d * A(0);  // of a NaN a NaN
+      const A sign = d > A(0) ? A(1) : d < A(0) ? A(-1) : d;  // of a NaN a NaN
       return (l1 * sign + l2 * f * d) * upstream;
     }
   };

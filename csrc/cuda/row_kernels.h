@@ -220,7 +220,7 @@ lanes_kernel(OBJKERN_ARGUMENT RowCall call) {
       if constexpr (kPass == Pass::kReread) {
         const Affine<T, G, kDepth, kTransform> affine(rows, transform, row, label.column,
                                                       g.max_grad != A(0) ? others.first : -1, A(1), g);
-        affine.write(x, gradient, 0, end, lane, width);
+        affine.write(x, gradient, 0, static_cast<int>(rows.classes), lane, width);  // also where nothing was collected
       }
     }
   }

@@ -259,7 +259,7 @@ struct Collector {
 // From the merged sums of a row to its centred sums; `z` is the target's logit, or −inf.
 template <class A, Depth kDepth>
 OBJKERN_DEVICE Centred<A> centred(const Rows& rows, const Sums<A, kDepth>& others, int target, A z, A weight) {
-  const bool alone = others.max == A(-kInfinity) && others.e == A(0), no_target = z == A(-kInfinity);
+  const bool alone = others.max == A(-kInfinity), no_target = z == A(-kInfinity);
   const A own = target >= 0 ? A(1) : A(0), n = static_cast<A>(rows.classes);
   Centred<A> c;
   c.max = others.e != others.e ? others.e : alone ? A(0) : others.max;

@@ -27,6 +27,26 @@ EMULATED = ["-DOBJKERN_EMULATED", "-DOBJKERN_CUDA_KEY=CPU", "-DOBJKERN_VARIANT=e
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 
 
+# Tests of the ops that these kernels must pass too.
+EXISTING = [
+    f"tests/test_{name}.py" for name in ("kernels", "pitfalls", "precision", "corners", "elementwise", "functional")
+]
+
+# Tests of the CPU's kernels, or of what a GPU does otherwise, and why.
+NOT_OF_A_GPU = {
+    "test_rows_that_begin_between_boundaries": "the order of a row's sum depends on where it begins modulo 16 bytes",
+    "test_narrow_rows_of_every_width": "the same; test_every_size_under_every_plan has these sizes",
+    "test_any_strides": "the same; test_rows_that_begin_anywhere has these strides",
+    "test_a_gradient_larger_than_the_caches": "the same, and the CPU's caches",
+    "test_bad_labels_name_row_and_label": "they give NaN; test_a_bad_label_is_a_row_of_nan",
+    "test_many_labels_are_counted_and_checked": "the same; test_many_rows counts them",
+    "test_errors_have_torchs_type": "a bad label gives NaN",
+    "40000": "a size for pieces and threads of the CPU's",
+    "test_offsets_beyond_two_to_the_31": "4 GB, written thread by thread; test_rows_farther_apart_than_32_bits_can_tell",
+}
+OF_A_GPU = f"not ({' or '.join(f'({test})' for test in NOT_OF_A_GPU)})"
+
+
 def kernel_sources(csrc: Path) -> list[Path]:
     return sorted((csrc / "cuda").glob("*.cu"))
 

@@ -210,13 +210,51 @@ def test_many_rows(lanes: int) -> None:
         assert_same(found, truth(objective, z, y), torch.float32)
 
 
+def test_so_many_labels_that_a_warp_adds_up_their_counts_twice() -> None:
+    """2048 labels a block, and more blocks than a warp has lanes."""
+    z, y = random_rows(70_000, 3, torch.float32)
+    y[::3] = -100
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    for objective in (PLAIN, CrossEntropy(weight)):
+        found = objective(z, y)
+        torch.testing.assert_close(found.double(), objective(z.double(), y, backend="reference"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "plan"), [(70, Plan(2, True)), (70, Plan(1)), (603, Plan(lanes=32))], ids=str)
+def test_so_many_blocks_that_several_warps_add_up_their_sums(rows: int, plan: Plan) -> None:
+    z, y = random_rows(rows, 9, torch.float32)
+    with control.device(control.H100._replace(multiprocessors=4000)):
+        for number in range(3):
+            control.seed(number)
+            found = run(REGULARIZED, z, y, plan, gradient="forward")
+            assert_same(found, truth(REGULARIZED, z, y), torch.float32)
+
+
+def test_as_many_terms_as_there_may_be() -> None:
+    """More than there are lanes in a warp, or warps in a block."""
+    z, y = batch(9, torch.float32)
+    rows = [CrossEntropy(), ZLoss(), Entropy(), LogitL2()]
+    elements = [objkern.MeanSquaredError(), objkern.MeanAbsoluteError(), objkern.Huber(), objkern.BinaryCrossEntropy()]
+    probabilities = torch.rand(z.shape, generator=torch.Generator().manual_seed(0))
+    for terms, target in ((rows, y), (elements, probabilities)):
+        many = sum((k + 1) / 64 * terms[k % 4] for k in range(64))
+        for plan in (Plan(1), Plan(lanes=2)):
+            found = run(many, z, target, plan, gradient="forward")
+            assert_same(found, truth(many, z, target), torch.float32)
+        with pytest.raises(ValueError, match="at most 64"):
+            run(many + terms[0], z, target)
+
+
 def test_a_gradient_whose_blocks_take_turns() -> None:
+    upstream = torch.linspace(-1, 2, 70)
     with control.device(SMALL):
         for classes in (9, 600, 1025):
             z, y = random_rows(70, classes, torch.float32)
             y[5] = -100
-            found = run(SQUARE, z, y, upstream=torch.linspace(-1, 2, 70), reduction="none")
-            assert_same(found, truth(SQUARE, z, y, torch.linspace(-1, 2, 70).double(), reduction="none"), torch.float32)
+            for objective in (SQUARE, SQUARE + MaxZLoss()):
+                found = run(objective, z, y, upstream=upstream, reduction="none")
+                exact = truth(objective, z, y, upstream.double(), reduction="none")
+                assert_same(found, exact, torch.float32)
 
 
 # ---- schedules ----------------------------------------------------------------------------------------------------------
@@ -289,6 +327,8 @@ def test_masked_tiles(plan: Plan) -> None:
         for objective in (PLAIN, SQUARE, EVERY, MaxZLoss()):
             found = run(objective, z, y, plan, gradient="forward")
             assert_same(found, truth(objective, z, y), dtype)
+        spread = custom(lambda s: s.logit_variance + s.mean_logit)
+        assert_same(run(spread, z, None, plan), truth(spread, z, None), dtype, "variance")
         z[6] = -torch.inf
         with control.plan(plan):
             loss = PLAIN(z, y, reduction="none")
@@ -313,14 +353,17 @@ def test_one_finite_logit_at_every_position(plan: Plan) -> None:
     torch.testing.assert_close(x.grad, wanted, rtol=1e-6, atol=0)
 
 
-@every_cluster
+@every_plan
 def test_a_maximum_that_rises_and_a_maximum_twice(plan: Plan) -> None:
-    """Sums rescaled to a larger maximum; of equal maxima the first one has the gradient of max-z, in whatever tile."""
-    z = torch.linspace(-30, 10, 1031).repeat(4, 1)
+    """Sums rescaled to a larger maximum, also by its last digit; of equal maxima the first one has the gradient of
+    max-z, in whatever tile."""
+    z = torch.linspace(-30, 10, 1031).repeat(5, 1)
     z[1] = z[0].flip(0)
     z[2] = 0.0
     z[3, [200, 500, 900]] = 20.0
-    y = torch.tensor([5, 6, 7, 8])
+    z[4] -= 9.8
+    z[4, -1] = torch.nextafter(z[4, -2], torch.tensor(torch.inf))
+    y = torch.tensor([5, 6, 7, 8, 9])
     for dtype in (torch.float32, torch.bfloat16):
         found = run(EVERY, z.to(dtype), y, plan, gradient="forward")
         assert_same(found, truth(EVERY, z.to(dtype), y), dtype)
@@ -333,7 +376,32 @@ def test_a_maximum_that_rises_and_a_maximum_twice(plan: Plan) -> None:
     twice = torch.zeros(len(first), 1031)
     twice[range(len(first)), first] = twice[:, -1] = 20.0
     found = run(MaxZLoss(), twice, torch.zeros_like(first), plan, gradient="forward")
-    assert torch.equal(found.fused.nonzero()[:, 1], first)
+    for written in (found.gradient, found.fused):
+        assert torch.equal(written.nonzero()[:, 1], first)
+
+
+@pytest.mark.parametrize("plan", [None, Plan(1), Plan(2, True), Plan(lanes=2)], ids=str)
+def test_the_maximum_at_every_place(plan: Plan | None) -> None:
+    """Its gradient, which is exactly 1 where it is 1/2, is found by whatever thread, and by the next launch."""
+    for classes in (9, 130, 1031):
+        places = torch.arange(0, classes, 1 if classes < 1031 else 17)
+        z = torch.full((len(places), classes), -3.0).scatter_(1, places[:, None], 0.5)
+        y = (places + 1) % classes
+        expected = torch.zeros_like(z).scatter_(1, places[:, None], 1.0)
+        for gradient in ("forward", "backward"):
+            found = run(MaxZLoss(), z, y, plan, upstream=2.0, reduction="sum", gradient=gradient)
+            assert torch.equal(found.gradient, 2 * expected)
+            assert found.fused is None or torch.equal(found.fused, expected)
+
+
+@pytest.mark.parametrize("plan", [Plan(1), Plan(2, True), Plan(lanes=1), Plan(lanes=4)], ids=name_of)
+def test_of_equal_maxima_the_first_is_predicted(plan: Plan) -> None:
+    pairs = torch.combinations(torch.arange(11))
+    z = torch.zeros(len(pairs), 11).scatter_(1, pairs, 3.0)
+    for objective in (PLAIN, REGULARIZED, MaxZLoss()):
+        for label, accuracy in ((0, 1.0), (1, 0.0)):
+            found = run(objective, z, pairs[:, label].contiguous(), plan, reduction="none")
+            assert (found.parts["accuracy"] == accuracy).all()
 
 
 # ---- labels -------------------------------------------------------------------------------------------------------------
@@ -368,6 +436,10 @@ def test_a_bad_label_is_a_row_of_nan(label: int, plan: Plan) -> None:
         found = run(objective, z, y, plan, reduction="none", validate=False)
         assert found.loss[3].isnan()
         assert found.gradient[3].isnan().all()
+        if "accuracy" in found.parts:
+            assert found.parts["accuracy"][3] == 0
+            assert found.parts["lse"][3].isnan()
+            assert found.parts["target_probability"][3].isnan()
         without = y.clone()
         without[3] = -100
         expected = truth(objective, z, without, reduction="none")
@@ -535,7 +607,10 @@ def test_a_divergence_alone(direction: str, classes: int, dtype: torch.dtype) ->
     term = KLDivergence(direction, 1.7)
     for r in (beside(z, dtype), beside(z, torch.float64 if dtype == torch.float64 else torch.float32)):
         r = r.masked_fill(r == -torch.inf, 1000.0)  # which a class that is excluded must not show
-        for options in ({"reduction": "none"}, {"gradient": "forward"}):
+        for options in (
+            {"reduction": "none"}, {"gradient": "forward"}, {"gradient": "forward", "softcap": 1.0},
+            {"gradient": "forward", "logit_scale": torch.tensor(2.0, dtype=torch.float64)},
+        ):  # fmt: skip
             arguments = (up,) if "reduction" in options else ()
             options["reference"] = r
             assert_same(
@@ -543,14 +618,80 @@ def test_a_divergence_alone(direction: str, classes: int, dtype: torch.dtype) ->
             )
 
 
-def test_a_small_divergence_keeps_its_digits() -> None:
-    z, _ = batch(1031, torch.float32)
-    r = z + 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
-    for direction in ("forward", "reverse"):
-        found = KLDivergence(direction)(z, reference=r, reduction="none")
-        exact = KLDivergence(direction)(z.double(), reference=r, reduction="none", backend="reference")
-        assert (exact < 1e-5).all()
-        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("size", "offset"), [(1e-3, 0.0), (1e-5, 0.0), (0.1, 4000.0)])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.bfloat16, 0.5)], ids=str)
+def test_a_small_divergence_keeps_its_digits(
+    dtype: torch.dtype, scale: float, size: float, offset: float, direction: str
+) -> None:
+    """And so does its gradient, also where an offset lies between the two. That of KL(q ‖ p) is p − q."""
+    z, _ = batch(1031, dtype)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    r = z.float() * scale + size * noise + offset
+    options = {"reference": r, "reduction": "none", "logit_scale": scale}
+    found = run(KLDivergence(direction), z, None, None, 1.0, **options)
+    exact = truth(KLDivergence(direction), z, None, 1.0, **options)
+    assert (exact.loss < 10 * size**2).all()
+    torch.testing.assert_close(found.loss.double(), exact.loss, rtol=2e-4, atol=0.0)
+    tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
+    bound = tolerance * exact.gradient.abs().max().item() if direction == "reverse" else 2e-7
+    torch.testing.assert_close(found.gradient.double(), exact.gradient, rtol=tolerance, atol=bound)
+
+
+@every_dtype
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_divergence_whose_maxima_stand_anywhere(direction: str, dtype: torch.dtype) -> None:
+    """So far above all else that exp overflows if one of them is overlooked; more rows than there are blocks."""
+    for classes in (130, 1031):
+        places = torch.arange(0, classes, 1 if classes < 1031 else 13)
+        z = torch.zeros(len(places), classes, dtype=dtype)
+        r = z.scatter(1, (7 * places[:, None]) % classes, 300.0)
+        z = z.scatter(1, places[:, None], 300.0)
+        term = KLDivergence(direction, 1.7)
+        up = torch.linspace(-1.0, 2.0, len(z))
+        options = {"reference": r, "reduction": "none"}
+        found, exact = run(term, z, None, None, up, **options), truth(term, z, None, up, **options)
+        torch.testing.assert_close(found.loss.double(), exact.loss, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(found.gradient.double(), exact.gradient, rtol=TOLERANCE[dtype], atol=1e-4)
+
+
+def test_a_divergence_alone_without_parts() -> None:
+    """Nothing of a row but its gradient is asked for: no sums, and every class is written."""
+    for classes in (9, 130, 1031):
+        z, y = batch(classes, torch.float32)
+        r = beside(z, torch.float32)
+        gradients = []
+        for x, options in ((z, {"gradient": "forward"}), (z.double(), {"backend": "reference"})):
+            leaf = x.clone().requires_grad_()
+            loss = KLDivergence("forward")(leaf, y, reference=r, **options)
+            gradients += [g.double() for g in torch.autograd.grad(loss, leaf)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", [None, Plan(1), Plan(2, True)], ids=str)
+def test_half_precision_gradients_of_a_divergence(plan: Plan | None, dtype: torch.dtype) -> None:
+    for objective in (KLDivergence("forward"), KLDivergence("reverse"), CrossEntropy() + KLDivergence("forward")):
+        terms = [x for c, t in objkern.parse(repr(objective)).weighted_terms for x in (t.kind, t.parameter, c)]
+        for classes in (9, 130, 1040):
+            z, y = batch(classes, torch.float32, 4)
+            r = beside(z, torch.float32).clamp(min=-9.0)
+            with control.plan(plan):
+                wide = torch.ops.objkern.fused(terms, 1, z, y, reference=r)[3]
+                out = torch.full(z.shape, torch.nan, dtype=dtype)
+                torch.ops.objkern.fused.into(terms, 1, z, y, reference=r, gradient=out)
+            assert_rounded(out, wide)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 129])
+def test_statistics_and_divergences_of_few_rows_and_of_many(rows: int) -> None:
+    """As many as there are threads in the block that makes coefficients of derivatives, and one more."""
+    z, y = random_rows(rows, 9, torch.float32)
+    term = PLAIN + 0.5 * KLDivergence("forward") + custom(lambda s: s.lse * s.entropy)
+    options = {"reference": beside(z, torch.float32).clamp(min=-9.0) if rows else z, "reduction": "none"}
+    for objective in (PLAIN, KLDivergence("forward"), term):
+        more = options if objective is not PLAIN else {"reduction": "none"}
+        assert_same(run(objective, z, y, **more), truth(objective, z, y, **more), torch.float32)
 
 
 def test_statistics_beside_a_reference() -> None:
@@ -680,6 +821,57 @@ def test_the_gradient_of_the_forward_pass_in_place(upstream: float, dtype: torch
         assert not found[0][2].any()
 
 
+def test_a_gradient_under_an_upstream_of_one_is_left_as_it_is() -> None:
+    z, y = batch(9, torch.float32)
+    ops, terms = torch.ops.objkern, [0.0, 0.0, 1.0]
+    _, _, kept = ops.objective(terms, 1, z, y)
+    x = torch.rand(z.shape)
+    for upstream in (1.0, 2.0):
+        given, of_elements = torch.full_like(z, 5.0), torch.full_like(z, 5.0)
+        ops.rescale(given, torch.tensor(upstream), kept, terms, 1, z, y)
+        ops.elementwise_rescale(of_elements, torch.tensor(upstream), [2.0, 0.0, 1.0], 1, z, x)
+        for gradient, expected in (
+            (given, ops.gradient(torch.tensor(upstream), kept, False, terms, 1, z, y)),
+            (of_elements, 2 * upstream * (z - x) / z.numel()),
+        ):
+            torch.testing.assert_close(gradient, torch.full_like(z, 5.0) if upstream == 1 else expected)
+
+
+def test_what_an_earlier_op_did_not_make_is_refused() -> None:
+    z, y = batch(9, torch.float32)
+    x, ops, terms = torch.rand(z.shape), torch.ops.objkern, [0.0, 0.0, 1.0]
+    one, of_elements = torch.ones(()), ([2.0, 0.0, 1.0], 1, z, x)
+    _, _, kept = ops.objective(terms, 1, z, y)
+    _, centred = ops.statistics(z, y)
+    for call, message in (
+        (lambda: ops.gradient(torch.ones(ROWS + 1), kept, False, terms, 1, z, y), r"expected \(\) or"),
+        (lambda: ops.gradient(torch.ones(ROWS, 1), kept, False, terms, 1, z, y), r"expected \(\) or"),
+        (lambda: ops.gradient(one, kept[1:], False, terms, 1, z, y), "row_gradient does not belong"),
+        (lambda: ops.rescale(torch.empty_like(z), one, kept[1:], terms, 1, z, y), "row_gradient does not belong"),
+        (lambda: ops.rescale(torch.empty_like(z).half(), one, kept, terms, 1, z, y), "gradient does not belong"),
+        (lambda: ops.rescale(torch.empty_like(z), torch.ones(ROWS), kept, terms, 1, z, y), "0-dim"),
+        (lambda: ops.statistics_gradient(centred[1:12], centred, False, z, y), "partials"),
+        (lambda: ops.elementwise_gradient(torch.ones(3), False, *of_elements), r"expected \(\) or"),
+        (lambda: ops.elementwise_rescale(torch.empty_like(z), torch.ones(ROWS), *of_elements), "0-dim"),
+        (lambda: ops.elementwise_rescale(torch.empty_like(z).half(), one, *of_elements), "does not belong"),
+        (lambda: ops.elementwise_rescale(torch.empty_like(z)[1:], one, *of_elements), "does not belong"),
+        (lambda: ops.elementwise_rescale(torch.empty(9, ROWS).t(), one, *of_elements), "does not belong"),
+        (lambda: ops.objective(terms, 1, torch.empty(0, 2**31), y[:0]), r"fewer than 2\^31 classes"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    for bad in (torch.empty(5), torch.empty(3).half(), torch.empty(6)[::2]):
+        with pytest.raises(RuntimeError, match="expected contiguous ones"):
+            ops.multi_penalty_accumulate_([torch.empty(3), bad], one.double(), [torch.ones(3)] * 2, [], [], 0.1, 0.1)
+
+
+def test_parts_that_nobody_asked_for_are_not_made() -> None:
+    z, y = batch(9, torch.float32)
+    for reduction in (0, 1):
+        assert torch.ops.objkern.objective([0.0, 0.0, 1.0], reduction, z, y)[1].numel() == 0
+        assert torch.ops.objkern.elementwise([2.0, 0.0, 1.0], reduction, z, z)[1].numel() == 0
+
+
 def test_a_plan_that_does_not_fit_is_an_error() -> None:
     z, y = batch(4099, torch.float64)
     with pytest.raises(RuntimeError, match="plan does not fit"):
@@ -712,7 +904,7 @@ ELEMENTWISE = objkern.parse(
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(1,), (7,), (9,), (103, 5), (2, 1031)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7,), (9,), (3, 16), (103, 5), (2, 1031)], ids=str)
 def test_elementwise(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Blocks that take turns, tails, weights that repeat; each element has an upstream gradient of its own. The sums
     and whatever is read do not hang on who runs first."""
@@ -742,9 +934,31 @@ def elements_of(
     return loss.detach(), gradient
 
 
+def test_so_many_elements_that_blocks_take_turns() -> None:
+    z, y = torch.rand(20, 1031), torch.rand(20, 1031)
+    found = elements_of(ELEMENTWISE, z, y, torch.tensor(UPSTREAM), "mean")
+    exact = elements_of(ELEMENTWISE, z.double(), y.double(), torch.tensor(UPSTREAM), "mean", backend="reference")
+    torch.testing.assert_close([x.double() for x in found], list(exact), rtol=4e-6, atol=1e-10)
+
+
+def test_options_of_elements() -> None:
+    z, y = 4 * torch.rand(300) - 2, torch.rand(300)
+    for options in ({"softcap": 1.0}, {"logit_scale": torch.tensor(2.0)}, {"empty": "zero"}):
+        found = elements_of(ELEMENTWISE, z, y, torch.tensor(UPSTREAM), "mean", **options)
+        exact = elements_of(
+            ELEMENTWISE, z.double(), y.double(), torch.tensor(UPSTREAM), "mean", backend="reference", **options
+        )
+        torch.testing.assert_close([x.double() for x in found], list(exact), rtol=4e-6, atol=1e-8)
+
+
 def test_elementwise_from_anywhere() -> None:
-    """A prediction, or a target, that begins between boundaries."""
-    z, y = torch.rand(300), torch.rand(300)
+    """A prediction, a target or an upstream gradient that begins between boundaries."""
+    z, y, upstream = torch.rand(300), torch.rand(300), torch.rand(300)
+    found, exact = (
+        elements_of(ELEMENTWISE, a, b, upstream[1:291], "none", backend=backend)[1].double()
+        for a, b, backend in ((z[:290], y[:290], "auto"), (z[:290].double(), y[:290].double(), "reference"))
+    )
+    torch.testing.assert_close(found, exact, rtol=4e-6, atol=1e-7)
     for a, b in ((1, 0), (0, 3), (2, 2)):
         found = elements_of(ELEMENTWISE, z[a : a + 290], y[b : b + 290], torch.tensor(UPSTREAM), "mean")
         exact = elements_of(
@@ -762,14 +976,16 @@ def test_elementwise_from_anywhere() -> None:
 @pytest.mark.parametrize(("with_origin", "with_weight"), [(False, False), (True, False), (True, True)])
 def test_many_parameters(with_origin: bool, with_weight: bool, l1: float, l2: float, dtype: torch.dtype) -> None:
     """More of them than a launch takes, of one block, of several and of none; not all begin at a vector's boundary; one
-    is of another dtype. Gradients are written, and added to what is there, rounded once."""
+    is of another dtype, one has an origin of another. Gradients are written, and added to what is there, rounded once."""
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     theta = [make(k % 7 * 40 + k % 3).to(dtype) for k in range(70)]
+    if dtype != torch.float64:
+        theta[10] = theta[10].double()
     theta += [make(1001).to(dtype)[1:], make(20, 30).t().to(dtype), make(1).to(dtype)[0], torch.zeros(3, dtype=dtype)]
     origins = [p + make(*p.shape).to(p.dtype) for p in theta] if with_origin else []
-    if with_origin:
-        origins[0] = origins[0].double() if dtype == torch.float64 else origins[0].float()
+    if with_origin and dtype != torch.float64:
+        origins[5] = origins[5].float() + 2.0**-12 * make(*theta[5].shape)
     weights = [make(*p.shape).abs() for p in theta] if with_weight else []
     numbers = theta, origins, weights, l1, l2
     exact = torch.zeros((), dtype=torch.float64)
@@ -795,6 +1011,15 @@ def test_many_parameters(with_origin: bool, with_weight: bool, l1: float, l2: fl
         assert torch.equal(torch.ops.objkern.multi_penalty(*numbers), value)
         again = torch.ops.objkern.multi_penalty_gradient(upstream, *numbers)
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_a_penalty_on_one_parameter(count: int) -> None:
+    theta, one = [torch.randn(count)], torch.ones((), dtype=torch.float64)
+    value = torch.ops.objkern.multi_penalty(theta, [], [], 0.0, 0.5)
+    (gradient,) = torch.ops.objkern.multi_penalty_gradient(one, theta, [], [], 0.0, 0.5)
+    torch.testing.assert_close(value, 0.25 * theta[0].double().square().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, 0.5 * theta[0])
 
 
 def test_a_penalty_takes_all_parameters_at_once() -> None:

@@ -230,7 +230,7 @@ inline int count_devices(int& count) {
 }
 template <class Call>
 int held_at_once(void (*)(Call), const Grid&, int64_t& held) {
-  held = emulation::limits().multiprocessors / 40;  // few, so that the tests' few rows take turns
+  held = max(emulation::limits().multiprocessors / 40, 1);  // few, so that the tests' few rows take turns
   return 0;
 }
 inline int read_limits(Limits& limits) {
