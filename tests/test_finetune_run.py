@@ -565,9 +565,9 @@ def test_the_longest_examples_are_tried(monkeypatch: pytest.MonkeyPatch) -> None
         tried.append((batch, others))
         raise raised[0]
 
-    batch = lambda examples: SimpleNamespace(
-        to=lambda device: SimpleNamespace(count=1, lengths=[e.length for e in examples])
-    )  # noqa: E731
+    def batch(examples: list[Any]) -> Any:
+        return SimpleNamespace(to=lambda device: SimpleNamespace(count=1, lengths=[e.length for e in examples]))
+
     task = SimpleNamespace(
         collate=batch, loss=loss, reference=lambda reference, batch: "r", name="poetry", max_length=9
     )
