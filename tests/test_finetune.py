@@ -16,7 +16,7 @@ from objkern.finetune.demo import main
 from objkern.finetune.demo.baseline import most_frequent_tags
 from objkern.finetune.demo.comparison import Trained, check_agreement
 from objkern.finetune.demo.corpus import TAGS, kind_of, label_topic, load_corpus
-from objkern.finetune.metrics import Span, extract_spans, score_spans
+from objkern.finetune.metrics import NOTHING, Score, Span, extract_spans, score_sets, score_spans
 from objkern.finetune.schedules import Schedule, cosine, linear
 
 # ---- spans and scores, by hand --------------------------------------------------------------------------------------
@@ -52,6 +52,13 @@ def test_scores_by_hand() -> None:
     assert half["micro"].f1 == 0.0, "half an entity is nothing"
     with pytest.raises(ValueError, match="sentence 0 has 1 true tags and 2 predicted ones"):
         score_spans([["O"]], [["O", "O"]])
+    found = score_spans([["O"]], [["B-z"]])
+    assert found == {"z": Score(0.0, 0.0, 0.0, 0), "micro": Score(0.0, 0.0, 0.0, 0)}, "nothing is there to be found"
+    assert score_spans([["O"]], [["O"]]) == {"micro": Score(0.0, 0.0, 0.0, 0)}
+    assert Score(0.0, 0.0, 0.0, 0) == NOTHING
+    for scores_of, rows in ((score_spans, [["O"]]), (score_sets, [{"x"}])):
+        with pytest.raises(ValueError, match="shorter"):
+            scores_of(rows, [])
 
 
 # ---- the corpus -----------------------------------------------------------------------------------------------------
@@ -101,6 +108,11 @@ def test_the_splits_share_no_sentence_and_are_always_the_same() -> None:
     [
         (lambda: linear(0.0, 1.0, until=0.0), "until"),
         (lambda: cosine(0.0, math.inf), "end"),
+        (lambda: linear(-1.5e300, 0.0), "begin"),
+        (lambda: linear(0.0, 1.5e300), "end"),
+        (lambda: linear(0.0, 1.0, until=1.5), "until"),
+        (lambda: Schedule(0.5, linear(0, 1)), "0-dim"),
+        (lambda: Schedule(torch.tensor(1.0), linear(0, 1)).set(-1, 3), "step"),
         (lambda: Schedule(torch.tensor(1.0), linear(0, 1)).set(3, 3), "step"),
         (lambda: Schedule(torch.tensor(1.0), lambda share: math.nan).set(0, 3), "shape"),
         (lambda: Schedule(torch.ones(2), linear(0, 1)), "0-dim"),
@@ -111,6 +123,24 @@ def test_the_splits_share_no_sentence_and_are_always_the_same() -> None:
 def test_bad_schedules_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_schedules_by_hand() -> None:
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    for until, values in ((1.0, (2.0, 2.5, 3.0, 3.5, 4.0)), (0.5, (2.0, 3.0, 4.0, 4.0, 4.0))):
+        assert [linear(2.0, 4.0, until)(share) for share in shares] == list(values)
+    assert [linear(2.0, 4.0)(share) for share in shares] == [2.0, 2.5, 3.0, 3.5, 4.0]
+    quarter = 3.0 - math.sqrt(0.5)
+    for until, values in ((1.0, (2.0, quarter, 3.0, 6.0 - quarter, 4.0)), (0.5, (2.0, 3.0, 4.0, 4.0, 4.0))):
+        assert [cosine(2.0, 4.0, until)(share) for share in shares] == pytest.approx(list(values))
+    assert [cosine(2.0, 4.0)(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([2.0, 3.0, 4.0])
+    coefficient = torch.tensor(0.0)
+    schedule = Schedule(coefficient, linear(2.0, 4.0))
+    for step, total, value in ((0, 1, 2.0), (0, 2, 2.0), (1, 2, 4.0), (1, 3, 3.0), (2, 3, 4.0)):
+        schedule.set(step, total)
+        assert coefficient.item() == value
+    with pytest.raises(TypeError, match="shape: expected a function"):
+        Schedule(coefficient, 0.5)
 
 
 # ---- the demo -------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 import objkern
-from objkern.finetune import record, reports
+from objkern.finetune import memory, record, reports
 from objkern.finetune.deploy import report_main
 from objkern.finetune.record import Recorder, check_writable, provenance, records_of, write_json
 from objkern.finetune.training import TrainingOptions
@@ -148,6 +149,33 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
         assert [(e.step, e.value) for e in board.Scalars(f"{event}/{name}")] == expected
 
 
+def test_tensorboard_keeps_the_step_whose_epoch_ends_anew(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole = records(2, 3)
+    written(tmp_path, whole[:6])
+    written(tmp_path, whole[3:])
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("step/total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_has_every_epoch_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Recorder(tmp_path) as recorder:
+        for one in records(1, 2):
+            recorder(one)
+        board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [e.step for e in board.Scalars("epoch/dev_accuracy")] == [2]
+        file = recorder._file
+    assert file.closed
+    with recorder:  # which begins anew
+        recorder(records(1, 3)[2])
+    assert len(records_of(tmp_path)) == 4
+
+
 def test_without_tensorboard_there_are_lines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     written(tmp_path, records(1, 2))
@@ -197,6 +225,7 @@ def test_files_are_whole_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "result.json"
     write_json(path, {"a": [1.0, math.nan, (math.inf, "ä")], "b": {"c": None}})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": [1.0, None, [None, "ä"]], "b": {"c": None}}
+    assert "ä" in path.read_text(encoding="utf-8")
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8"))["b"] == {"c": None}
@@ -211,6 +240,13 @@ def test_files_are_whole_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(record.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match=r"folder: the disk of .* has 1\.5 GiB free, and a run needs about 12\.0 GiB"):
         check_writable(tmp_path, 12 * 2**30)
+    check_writable(tmp_path, 3 * 2**29)
+    with full_disk(100), pytest.raises(ValueError, match=r"folder: .* can't be written: File too large"):
+        check_writable(tmp_path, 0)
+    for size, text in ((1023, "1023 bytes"), (1024, "1.0 KiB"), (1000 * 2**30, "1000.0 GiB"), (2**41, "2.0 TiB")):
+        assert record.in_bytes(size) == text
+    for length, text in ((58, repr("x" * 58)), (59, f"'{'x' * 56}...")):
+        assert record._short("x" * length) == text
 
 
 def test_half_of_a_surrogate_pair_is_escaped(tmp_path: Path) -> None:
@@ -249,6 +285,40 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
             write()
         if name in before:
             assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_memory_at_its_height(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux tells it, and torch on a GPU; NaN where nobody does."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    status, clear, called = tmp_path / "status", tmp_path / "clear", []
+    monkeypatch.setattr(memory, "STATUS", status)
+    monkeypatch.setattr(memory, "CLEAR", clear)
+    monkeypatch.setattr(sys, "platform", "other")
+    assert math.isnan(memory.peak_bytes(cpu))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.peak_bytes(cpu) > 1000
+    status.write_text("Name:\tpython\nVmHWM:\t   300 kB\nVmRSS:\t   100 kB\n")
+
+    def call() -> None:
+        called.append(clear.read_text() if clear.is_file() else None)
+        status.write_text("VmHWM:\t   500 kB\nVmRSS:\t   100 kB\n")
+
+    assert memory.peak_bytes(cpu) == 300 * 1024
+    assert memory.extra_peak_bytes(call, cpu) == 400 * 1024
+    clear.unlink()
+    clear.mkdir()  # which nobody can write to
+    assert math.isnan(memory.extra_peak_bytes(call, cpu))
+    status.write_text("Name:\tpython\n")
+    assert math.isnan(memory.peak_bytes(cpu))
+    sizes = {"max_memory_allocated": 5, "memory_allocated": 2}
+    for name in ("synchronize", "reset_peak_memory_stats", *sizes):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: called.append(name) or sizes.get(name))
+    assert memory.peak_bytes(gpu) == 5.0
+    assert memory.extra_peak_bytes(lambda: called.append("call"), gpu) == 3.0
+    assert called == [
+        "5", None, "max_memory_allocated", "synchronize", "reset_peak_memory_stats", "memory_allocated", "call",
+        "synchronize", "max_memory_allocated",
+    ]  # fmt: skip
 
 
 # ---- the picture and the page ---------------------------------------------------------------------------------------
@@ -313,7 +383,9 @@ def test_a_page_that_can_be_sent(tmp_path: Path) -> None:
     written(tmp_path, records(2, 3))
     write_json(tmp_path / "run.json", RUN)
     write_json(tmp_path / "result.json", RESULT)
+    (tmp_path / "curves.png").write_bytes(b"of before")
     assert report_main([str(tmp_path)]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     names = {tag for tag, _ in page.tags}

@@ -27,10 +27,10 @@ NAMES = ["token-classification", "causal-lm", "seq2seq"]
 STEPS: dict[str, Any] = ONE_STEP | {"epochs": 2, "learning_rate": 0.5}
 
 
-def made(name: str) -> tuple[nn.Module, Task, list[Any]]:
+def made(name: str, dropout: float = 0.0) -> tuple[nn.Module, Task, list[Any]]:
     rows = rows_of(name, 8)
     task = task_of(name, rows)
-    return model_of(task), task, task.examples(rows)
+    return model_of(task, dropout), task, task.examples(rows)
 
 
 def logits_and_labels(model: nn.Module, task: Task, examples: list[Any]) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def test_training_is_that_of_the_formula(penalty: Any, name: str, tmp_path: Path
 @pytest.mark.parametrize("name", NAMES)
 def test_fisher(name: str) -> None:
     """Of single examples, whatever the batch, with dropout off; and the model is as it was."""
-    model, task, examples = made(name)
+    model, task, examples = made(name, dropout=0.5)
     if task.linear_head:
         attach(model, objkern.CrossEntropy())
     found = retention.fisher(model.train(), task, examples, batch_size=3)
@@ -138,6 +138,16 @@ def test_fisher(name: str) -> None:
 def test_bad_specs(spec: str) -> None:
     with pytest.raises(ValueError, match=r"retain: expected l2sp:C, ewc:C or kl:C with a positive number C but got"):
         retention.parse(spec)
+
+
+def test_an_objective_that_is_attached_is_taken_off() -> None:
+    """What retains is a part of another one."""
+    model, task, examples = made("causal-lm")
+    for spec in ("l2sp:1", "kl:1"):
+        attach(model, objkern.CrossEntropy())
+        _, reference = retention.apply(spec, objkern.CrossEntropy(), model, task, examples)
+        assert not is_attached(model)
+        assert reference is None or not is_attached(reference)
 
 
 def test_what_cannot_be_retained() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +32,7 @@ from objkern.finetune.small import SmallModel  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
 from objkern.finetune.training import TrainingOptions  # noqa: E402
 
-from .test_finetune_training import rows_of  # noqa: E402
+from .test_finetune_training import rows_of, task_of  # noqa: E402
 
 SIZES = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--vocabulary", "400", "--max-length", "64"]
 QUICK = [*SIZES, "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
@@ -53,7 +57,7 @@ def test_a_run_from_a_file_to_a_folder(name: str, tmp_path: Path, capsys: pytest
     assert "epoch 2" in printed
     assert "Written to" in printed
     asked = json.loads((out / "run.json").read_text())
-    assert asked["task"] == name
+    assert (asked["task"], asked["model"]) == (name, "from scratch")
     assert asked["data"] == {"train": 22, "dev": 2}
     result = json.loads((out / "result.json").read_text())
     assert result["how"] == "finished"
@@ -106,12 +110,22 @@ def test_a_resumed_run_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "run"
     assert finetune("sequence-classification", data, "--output", out, "--resume", *QUICK) == 2
     assert "holds no run" in capsys.readouterr().err
+    assert not out.exists()
     assert finetune("sequence-classification", data, "--output", out, *QUICK) == 0
     words = ["sequence-classification", data, "--output", out, "--resume", *QUICK]
     assert finetune(*words, "--objective", "CrossEntropy() + 0.1*ZLoss()") == 2
     assert "objective None → 'CrossEntropy() + 0.1*ZLoss()'" in capsys.readouterr().err
     assert finetune(*words, "--clip", "2") == 2
     assert "clip 1.0 → 2.0" in capsys.readouterr().err
+    rows = data.read_text()
+    data.write_text(rows.replace("the", "thy"))
+    assert finetune(*words) == 2
+    assert "other rows in the data" in capsys.readouterr().err
+    data.write_text(rows)
+    start = out / "start" / "model.safetensors"  # which is not made anew
+    save_file({name: x.neg() for name, x in load_file(start).items()}, start, metadata={"format": "pt"})
+    assert finetune(*words) == 2
+    assert "another model or tokenizer" in capsys.readouterr().err
 
 
 def test_one_process_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -345,6 +359,28 @@ def test_a_label_that_occurs_once_stays_in_training(tmp_path: Path) -> None:
         assert len(splits["dev"]) == 2
 
 
+def test_rows_that_are_held_back_leave_one_of_every_label() -> None:
+    rows = [{"text": "x", "label": label} for label in "aabbc"]
+    assert runs._held(rows, [4, 0, 1, 2, 3], 2) == {0, 2}
+    assert runs._held(rows, [4, 0, 1, 2, 3], 9) == {0, 2}
+    assert runs._held(rows[3:], [1, 0], 1) == {1}  # there has to be one
+    for row, labels in (
+        ({"text": "x"}, set()), ({"label": 1.5}, set()), ({"label": 1}, {"1"}), ({"label": ("x", "y")}, {"x", "y"}),
+        ({"tags": ["O", "B-x"]}, {"O", "B-x"}),
+    ):  # fmt: skip
+        assert runs._labels_in(row) == labels
+
+
+def test_two_rows_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    options = RunOptions("causal-lm", str(path), tmp_path)
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert {name: len(rows) for name, rows in runs.splits_of(options).items()} == {"train": 1, "dev": 1}
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="train: expected at least 2 rows, one of them to judge by, but got 1"):
+        runs.splits_of(options)
+
+
 def test_weights_are_float32_whatever_they_were_saved_in(tmp_path: Path) -> None:
     data = written(tmp_path, "sequence-classification", 12)
     assert finetune("sequence-classification", data, "--output", tmp_path / "first", *QUICK) == 0
@@ -416,11 +452,210 @@ def test_texts_of_rows() -> None:
         (lambda: SmallModel(dropout=1.0), "dropout"),
         (lambda: RunOptions("poetry", "x", Path("y")), "task: expected one of"),
         (lambda: RunOptions("causal-lm", "x", Path("y"), limit=0), "limit"),
+        (lambda: RunOptions("causal-lm", "x", Path("y"), max_length=7), "max_length: expected .* at least 8 but got 7"),
+        (lambda: RunOptions("causal-lm", "x", Path("y"), dropout=-0.1), r"dropout: expected a number in \[0, 1\)"),
+        (lambda: RunOptions("causal-lm", "x", Path("y"), dropout=1.0), r"dropout: expected a number in \[0, 1\)"),
+        (
+            lambda: RunOptions("causal-lm", "x", Path("y"), pack=True, training=TrainingOptions(strategy="prompt:3")),
+            "pack: expected no prompt vectors",
+        ),
+        (
+            lambda: RunOptions("token-classification", "x", Path("y"), training=TrainingOptions(parallel="tensor")),
+            "parallel: tensor splits the head of a language model",
+        ),
     ],
 )
 def test_bad_sizes(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_nobody_asks_for() -> None:
+    """As the documentation has it; and the least that can be asked for."""
+    options = RunOptions("causal-lm", "x", Path("y"))
+    assert options == RunOptions("causal-lm", "x", Path("y"), device="auto", max_length=256, pack=False)
+    assert {options.dev, options.test, options.model, options.objective, options.retain, options.limit} == {None}
+    RunOptions("causal-lm", "x", Path("y"), max_length=8, limit=1, dropout=0.0, pack=True)
+    RunOptions("causal-lm", "x", Path("y"), dropout=0.9)
+
+
+# ---- parts of a run -------------------------------------------------------------------------------------------------
+
+
+def prepared(folder: Path, name: str, *words: str | Path) -> Any:
+    options = cli.parser().parse_args(
+        [*map(str, (name, written(folder, name, 12), *QUICK, "--output", folder, *words))]
+    )
+    return runs.prepare(cli.options_from(options))
+
+
+def test_a_new_head_is_one_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another task's model here, which has as many classes as this one has not."""
+    prepared(tmp_path, "token-classification")
+    (tmp_path / "start").rename(tmp_path / "other")
+    same: list[Any] = []
+    monkeypatch.setattr(runs.parallel, "same_weights", same.append)
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = prepared(tmp_path, "sequence-classification", "--model", tmp_path / "other").model
+        heads.append(model.classifier.weight)
+        assert same.pop() is model
+    assert torch.equal(*heads)
+
+
+def test_texts_are_packed_and_what_was_is_kept_in_mind(tmp_path: Path) -> None:
+    found = prepared(tmp_path, "causal-lm", "--pack", "--retain", "l2sp:0.5")
+    assert found.task.pack
+    assert len(found.examples) < 11
+    assert "0.5*L2SP(" in str(found.objective)
+    kept = written(tmp_path, "sequence-classification", 12)
+    found = prepared(tmp_path, "sequence-classification", "--retain", "ewc:0.5", "--retain-data", kept)
+    assert "0.5*EWC(" in str(found.objective)
+    found = prepared(tmp_path, "sequence-classification", "--retain", "kl:0.5")
+    assert "0.5*KLDivergence(" in str(found.objective)
+    assert found.reference is not None
+
+
+def test_what_a_run_needs_and_what_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two checkpoints, the best weights twice and the model; scores of the split that was meant for them."""
+    needed, drawn = [], []
+    monkeypatch.setattr(runs, "check_writable", lambda folder, size: (folder.mkdir(exist_ok=True), needed.append(size)))
+    monkeypatch.setattr(runs, "write_curves", drawn.append)
+    for name, rows in (("train", 8), ("dev", 3), ("test", 9)):
+        lines = [json.dumps({**row, "note": "x"}) for row in rows_of("sequence-classification", 30)[-rows:]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    assert finetune("sequence-classification", tmp_path, *QUICK, "--output", tmp_path / "run") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    weights = 4 * result["parameters"]
+    assert result["parameters"] == result["trained_parameters"]
+    assert needed == [2**24, 2 * (weights + 2 * weights) + 3 * weights + 2**22]
+    assert drawn == [tmp_path / "run"]
+    assert sum(sum(row) for row in result["confusion"]) == 9
+    assert {round(9 * result[name]["accuracy"], 6) % 1 for name in ("untrained", "test")} == {0.0}
+    assert round(3 * result["dev"]["accuracy"], 6) % 1 == 0.0
+    assert [sample["input"] for sample in result["samples"]] == [
+        {"text": row["text"]} for row in rows_of("sequence-classification", 30)[-9:][:8]
+    ]  # fmt: skip
+    assert [sample["truth"] for sample in result["samples"]] == [
+        row["label"] for row in rows_of("sequence-classification", 30)[-9:][:8]
+    ]  # fmt: skip
+
+
+def test_a_folder_is_looked_at_again_by_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_run", lambda options, resume, *others: {"resume": resume})
+    options = RunOptions("causal-lm", "x", tmp_path / "run")
+    assert runs.run(options) == {"resume": False}
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        (folder / "run.json").write_text("{}")  # by the one who had it before
+        yield
+
+    monkeypatch.setattr(runs, "alone_in", late)
+    with pytest.raises(ValueError, match="holds a run already"):
+        runs.run(options)
+
+
+def test_the_longest_examples_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    raised: list[Exception] = []
+
+    def loss(model: Any, batch: Any, objective: Any, count: int, **others: Any) -> None:
+        tried.append((batch, others))
+        raise raised[0]
+
+    def batch(examples: list[Any]) -> Any:
+        return SimpleNamespace(to=lambda device: SimpleNamespace(count=1, lengths=[e.length for e in examples]))
+
+    task = SimpleNamespace(
+        collate=batch, loss=loss, reference=lambda reference, batch: "r", name="poetry", max_length=9
+    )
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(max_position_embeddings=5)
+    examples = [SimpleNamespace(length=length) for length in (3, 9, 2, 7)]
+    for error, message in (
+        (
+            IndexError("no place"),
+            r"model: it can't take these texts, of up to 9 tokens \(max_length: 9, its places: 5\): no",
+        ),
+        (TypeError("no reference"), "objective: formula does not go with poetry: no reference"),
+    ):
+        raised[:] = [error]
+        for reference, others in ((None, {}), (model, {"reference": "r"})):
+            with pytest.raises(ValueError, match=message):
+                runs._try(model, task, examples, "formula", reference)
+            found, given = tried.pop()
+            assert (found.lengths, given) == ([9, 7], others)
+
+
+def test_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(is_fast=True, pad_token=None, eos_token="</s>")
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **o: seen.append(o) or found)
+    assert runs.load_tokenizer("x", "token-classification").pad_token == "</s>"
+    found.pad_token = "<pad>"
+    assert runs.load_tokenizer("x", "causal-lm").pad_token == "<pad>"
+    assert seen == [{"add_prefix_space": True}, {}]
+    found.is_fast = False
+    with pytest.raises(ValueError, match="model: 'x' has no fast tokenizer"):
+        runs.load_tokenizer("x", "causal-lm")
+
+    def missing(name: str) -> None:
+        raise OSError("nobody has it")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(ValueError, match="model: no tokenizer can be loaded from 'x': nobody has it"):
+        runs.load_tokenizer("x", "causal-lm")
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    for name in ("bert-base-cased", "org/name", str(tmp_path)):
+        runs._must_exist(name)
+    for name in ("a/b/c", "./a", str(tmp_path / "a")):
+        with pytest.raises(ValueError, match=f"model: folder '{name}' does not exist"):
+            runs._must_exist(name)
+        with pytest.raises(ValueError, match=f"model: folder '{name}' does not exist"):
+            runs.load_model(name, task_of("number", rows_of("number", 2)))
+
+
+def test_models(tmp_path: Path) -> None:
+    """A head that does not fit is new; rates of dropout and padding are as they have to be."""
+    rows = [{"text": "cat", "label": label} for label in "abc"]
+    task = task_of("sequence-classification", rows)
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=8, n_layer=1, n_head=2, n_positions=32, num_labels=7, bos_token_id=1, eos_token_id=2
+    )  # fmt: skip
+    assert config.pad_token_id is None
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    transformers.logging.set_verbosity_warning()
+    model = runs.load_model(str(tmp_path), task, 0.25)
+    assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    with runs._quiet():
+        assert transformers.logging.get_verbosity() == transformers.logging.ERROR
+    assert model.score.weight.shape[0] == 3
+    assert model.config.pad_token_id == task.tokenizer.pad_token_id
+    assert model.transformer.drop.p == 0.25
+    with pytest.raises(ValueError, match=r"dropout: \w+ has no rate that could be set"):
+        runs._set_dropout(transformers.PretrainedConfig(), 0.1)
+
+
+def test_a_fingerprint_is_one_of_names_and_contents(tmp_path: Path) -> None:
+    found = set()
+    for name, text in (("a.json", "x"), ("b.json", "x"), ("b.json", "y")):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / name).write_text(text)
+        found.add(runs.fingerprint(str(tmp_path / "model")))
+    assert len(found) == 3
+    (tmp_path / "model" / "notes.md").write_text("x")
+    assert runs.fingerprint(str(tmp_path / "model")) in found
+
+
+def test_the_device_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert runs.device_of("auto") == torch.device(device)
 
 
 # ---- search ---------------------------------------------------------------------------------------------------------
@@ -447,11 +682,216 @@ def test_braces() -> None:
         ("{0..1:log}", "number above 0"),
         ("{a..b}", "two numbers"),
         ("{x}", "expected {low..high}"),
+        ("{1..1}", "a smaller and a larger number around"),
+        ("{1..2} {name=3..4} {name=5..6}", "but name occurs twice"),
     ],
 )
 def test_bad_braces(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         search.variables_of(["--learning-rate", word])
+
+
+def test_values_of_variables() -> None:
+    optuna = pytest.importorskip("optuna")
+    argv = ["--a", "{1..3}", "--b", "{sgd,adamw,adam}", "--c", "{0.5..2:log}"]
+    variables = search.variables_of(argv)
+    assert [variable.ends for variable in variables] == [["1", "3"], ["sgd", "adamw", "adam"], ["0.5", "2.0"]]
+    assert list(search._corners(variables)) == [
+        ["1", "sgd", "0.5"], ["3", "sgd", "0.5"], ["1", "adamw", "0.5"], ["1", "adam", "0.5"], ["1", "sgd", "2.0"]
+    ]  # fmt: skip
+    trial = optuna.trial.FixedTrial({"a": 2, "b": "adam", "c": 0.75})
+    assert [variable.suggested(trial) for variable in variables] == ["2", "adam", "0.75"]
+    assert [trial.distributions[name].log for name in "ac"] == [False, True]
+    words = ["a", "--search", "3", "b", "--output=x", "--search=4", "--output", "y", "c"]
+    assert search._fixed(words) == ["a", "b", "c"]
+
+
+def test_a_search_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    words = ["sequence-classification", str(written(tmp_path, "sequence-classification")), *QUICK, "--learning-rate",
+             "{1e-4..1e-2}", "--output", str(tmp_path / "run"), "--search"]  # fmt: skip
+    with pytest.raises(ValueError, match="search: expected a number of runs of at least 1 but got 0"):
+        search.main([*words, "0"])
+    needed: list[int] = []
+    monkeypatch.setattr(search, "check_writable", lambda folder, size: needed.append(size))
+    monkeypatch.setattr(search, "alone_in", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search.main([*words, "1"])
+    assert needed == [2**24]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run, and a search has many; name another folder"):
+        search.main([*words, "1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="search: expected one process"):
+        search.main([*words, "1"])
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match="search: needs optuna"):
+        search.main([*words, "1"])
+
+
+def searched(study: Any, folder: Path, count: int) -> int:
+    variables = search.variables_of(["--learning-rate", "{1e-4..1e-2:log}"])
+    arguments = SimpleNamespace(search=count, seed=0)
+    return search._search(study, variables, arguments, ["--learning-rate", "{1e-4..1e-2:log}"], folder)
+
+
+def test_what_a_search_tries_hangs_on_its_seed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """However often it is interrupted, which the last run's end is not; a run that was under way is the next one."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    monkeypatch.setattr(search, "_keep_the_best_model", lambda study, folder: None)
+    monkeypatch.setattr(search, "_write", lambda study, folder, command: None)
+    ends: list[Any] = []
+
+    def trial(optuna: Any, study: Any, trial: Any, command: Any, folder: Path) -> bool:
+        assert folder.name == f"trial-{trial.number:04d}"
+        assert command == ["--learning-rate", repr(trial.params["learning_rate"])]
+        end = ends.pop(0) if ends else None
+        if end == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if end == "under way":
+            return False
+        if end == "failed":
+            search._failed(study, trial, "why")
+        else:
+            study.tell(trial, -abs(trial.params["learning_rate"] - 3e-3))
+        return True
+
+    monkeypatch.setattr(search, "_run_trial", trial)
+    whole, cut = optuna.create_study(direction="maximize"), optuna.create_study(direction="maximize")
+    assert searched(whole, tmp_path, 14) == 0
+    printed = capsys.readouterr().out
+    assert "run 14 of 14: learning_rate 0.00" in printed
+    assert f"best: learning_rate {whole.best_params['learning_rate']:.4g}" in printed
+    assert f"Written to {tmp_path}: search.html" in printed
+    for some, count, status in ((["", "signal"], 14, 3), (["", "under way"], 14, 3), (["signal"], 4, 0), ([], 14, 0)):
+        ends[:] = some
+        assert searched(cut, tmp_path, count) == status
+        assert ("Interrupted, and saved" in capsys.readouterr().out) == (status == 3)
+    assert [trial.params for trial in cut.trials] == [trial.params for trial in whole.trials]
+    failing = optuna.create_study(direction="maximize")
+    ends[:] = ["failed"] * 2
+    assert searched(failing, tmp_path, 2) == 1
+    assert "search: no run finished" in capsys.readouterr().err
+
+
+def test_a_run_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    class Pruner(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return trial.last_step == 7
+
+    study = optuna.create_study(direction="maximize", pruner=Pruner())
+    command = ["sequence-classification", "x.jsonl"]
+    folder, begins, results = tmp_path / "trial", [], []
+
+    def run(options: Any, resume: bool, command: Any, on_record: Callable[..., None]) -> dict[str, Any]:
+        assert options.output == folder
+        assert command[:4] == ["python", "-m", "objkern", "finetune"]
+        begins.append((resume, sorted(path.name for path in folder.iterdir()) if folder.exists() else None))
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").touch()
+        on_record({"event": "step", "step": 1})
+        on_record({"event": "epoch", "epoch": 1 + resume, "score": 0.5})
+        result = results.pop()
+        if isinstance(result, Exception):
+            raise result
+        if result == "pruned":
+            on_record({"event": "epoch", "epoch": 7, "score": 0.1})
+        return {"best_score": 0.5, "dev": {"accuracy": 0.5}, "how": "finished", **result}
+
+    monkeypatch.setattr(runs, "run", run)
+
+    def ended(trial: Any, result: Any) -> Any:
+        """What became of it, beside whether it ended."""
+        results.append(result)
+        found = search._run_trial(optuna, study, trial, command, folder)
+        frozen = study.trials[trial.number]
+        assert found == frozen.state.is_finished() == (not (folder / "checkpoints").exists())
+        return frozen
+
+    results.append(ValueError("no such option"))
+    with pytest.raises(ValueError, match="no such option"):  # all would be refused so
+        search._run_trial(optuna, study, study.ask(), command, folder)
+    assert study.trials[0].state.name == "FAIL"
+    assert search._counted(study) == 0
+    shutil.rmtree(folder)
+    trial = study.ask()
+    assert ended(trial, {"how": "interrupted"}).state.name == "RUNNING"
+    assert search._under_way(study).number == trial.number
+    again = ended(search._under_way(study), {})  # of another process, which knows the study alone
+    assert (again.value, again.intermediate_values, again.user_attrs["dev"]) == (
+        0.5,
+        {1: 0.5, 2: 0.5},
+        {"accuracy": 0.5},
+    )
+    assert search._under_way(study) is None
+    assert "    0.5\n" in capsys.readouterr().out
+    assert begins == [(False, None), (False, None), (True, ["checkpoints", "run.json"])]
+    trial = study.ask()
+    with pytest.raises(ValueError, match="trial is there already, of something else"):
+        search._run_trial(optuna, study, trial, command, folder)
+    assert study.trials[trial.number].state.name == "FAIL"
+    for result, state, why in (
+        ("pruned", "PRUNED", "pruned after epoch 7"), (ValueError("a\nb"), "FAIL", "failed: ValueError: a\n"),
+        (RuntimeError("no memory"), "FAIL", "failed: RuntimeError: no memory"),
+        ({"best_score": float("nan")}, "FAIL", "failed: the dev metric is not defined on these rows"),
+    ):  # fmt: skip
+        shutil.rmtree(folder)
+        trial = study.ask()
+        trial.set_user_attr("begun", True)  # and killed before there was anything to go on with
+        folder.mkdir()
+        (folder / "half").touch()
+        (folder / "checkpoints").mkdir()
+        assert ended(trial, result).state.name == state
+        assert begins.pop() == (False, None)
+        assert why in capsys.readouterr().out
+    assert search._counted(study) == 5
+
+
+def test_the_table_of_a_search(tmp_path: Path) -> None:
+    """The best first; and what a few runs cannot tell."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = search._study(optuna, tmp_path, search.variables_of(["--a", "{0..1}"]), ["x"])
+
+    def tried(value: float, score: float | None, epochs: int = 1, state: Any = None) -> Any:
+        trial = study.ask()
+        trial.suggest_float("a", 0.0, 1.0)
+        for epoch in range(1, epochs + 1):
+            trial.report(value, epoch)
+        study.tell(trial, score, state=state)
+        return trial
+
+    for score in (0.25, 0.5):
+        tried(score, score, 2)
+    search._failed(study, study.ask(), "why")
+    pruned = tried(0.1, None, 3, optuna.trial.TrialState.PRUNED)
+    study.enqueue_trial({"a": 0.5})
+    header, rows = search._rows(study)
+    assert header == ["run", "a", "score", "epochs", "state"]
+    assert [[row[0], *row[2:]] for row in rows] == [
+        ["trial-0001", "0.5", "2", "complete"], ["trial-0000", "0.25", "2", "complete"],
+        ["trial-0003", "", "3", "pruned"], ["trial-0002", "", "0", "why"],
+    ]  # fmt: skip
+    assert rows[2][1] == f"{pruned.params['a']:.4g}"
+    late = study.ask()  # one of three ended runs is not enough to judge it by
+    late.report(0.0, 1)
+    assert not late.should_prune()
+    tried(0.5, 0.5)
+    assert late.should_prune()
+    assert search._importance(study) == {}
+    pytest.importorskip("sklearn")
+    tried(0.5, 0.5)
+    assert set(search._importance(study)) == {"a"}
+    alike = optuna.create_study(direction="maximize")
+    alike.optimize(lambda trial: 0.0 * trial.suggest_float("a", 0.0, 1.0), n_trials=4)
+    assert search._importance(alike) == {}
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
-from objkern.finetune import adapters, card, saved  # noqa: E402
+from objkern.finetune import adapters, card, deploy, extras, onnx, saved  # noqa: E402
 from objkern.finetune.deploy import export_main, predict_main  # noqa: E402
 from objkern.finetune.record import write_json  # noqa: E402
 from objkern.finetune.tasks import Task  # noqa: E402
@@ -130,6 +130,14 @@ def test_prompt_vectors_are_saved_beside_their_model(name: str, tmp_path: Path) 
     assert "PeftModel.from_pretrained(model, folder)" in card
     with pytest.raises(ValueError, match=r"onnx: "):
         saved.export(tmp_path / "run", tmp_path / "other", onnx=True)
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model: the adapters of .* can't be loaded: "):
+        saved.load(tmp_path / "out")
+    base = tmp_path / "out" / "base"
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"base holds pytorch_model\.bin, which may be pickles"):
+        saved.load(tmp_path / "out")
     config = tmp_path / "out" / adapters.CONFIG
     (tmp_path / "out" / "base").rename(tmp_path / "base")
     for text, message in (
@@ -140,6 +148,19 @@ def test_prompt_vectors_are_saved_beside_their_model(name: str, tmp_path: Path) 
         config.write_text(text)
         with pytest.raises(ValueError, match=rf"^model: .*{message}"):
             saved.load(tmp_path / "out")
+
+
+def test_whose_adapters_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    names = ("bert-base-cased", "org/name", "a/b/c", "/a", "", "there")
+    assert [adapters.is_hub_name(name) for name in names] == [True, True, False, False, False, False]
+    for name in ("org/name", None):
+        (tmp_path / adapters.CONFIG).write_text(json.dumps({"base_model_name_or_path": name}))
+        assert adapters.base_of(tmp_path) == (name or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"model: .* holds adapters, which need peft: pip install peft"):
+        saved._with_adapters(tmp_path, None)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +269,27 @@ def test_what_lies_beside_stays(name: str, finished: Path, tmp_path: Path) -> No
         "model", "out", name.format("model"), name.format("out")
     }  # fmt: skip
     assert all((tmp_path / name.format(target) / "precious").exists() for target in ("model", "out"))
+
+
+def test_what_is_replaced_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    target = tmp_path / "a" / "b"
+    sync = lambda descriptor: synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, target.exists()))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", sync)
+    with whole_folder(target) as new:  # whose parent is made too
+        (new / "part").touch()
+    assert sorted(synced) == [("new", False), ("part", False)]
+    synced.clear()
+    with whole_file(tmp_path / "file") as new:
+        new.touch()
+    assert synced == [("new", True)]
+
+
+def test_a_file_with_such_a_name_stays(tmp_path: Path) -> None:
+    (tmp_path / ".out.objkern-mynotes1").write_text("x")
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".out.objkern-mynotes1", "out"}
 
 
 def replaced(folder: Path, text: str, kill_after: int | None = None) -> None:
@@ -359,6 +401,10 @@ def test_what_cannot_be_loaded(finished: Path, tmp_path: Path) -> None:
         saved.load(tmp_path / "nowhere")
     write_json(tmp_path / "run.json", {})
     with pytest.raises(ValueError, match=r"model: .* is a run that has not finished, and has no model; resume it"):
+        saved.load(tmp_path)
+    (tmp_path / "run.json").unlink()
+    write_json(tmp_path / "search.json", {})
+    with pytest.raises(ValueError, match=r"model: .* is a search; its best run is named at the top of .*search\.json"):
         saved.load(tmp_path)
     model, task = saved.load(finished)
     folder = tmp_path / "model"
@@ -481,6 +527,7 @@ def test_answers_may_replace_the_rows(finished: Path, tmp_path: Path, capsys: An
     path.write_text('{"text": "the cat", "more": "\\ud83d ä"}\n')
     path.chmod(0o640)
     assert predict_main([str(finished), "--input", str(path), "--output", str(link)]) == 0
+    assert "ä" in path.read_text(encoding="utf-8")
     (found,) = lines(path.read_text(encoding="utf-8"))
     assert found == {"text": "the cat", "more": "\ud83d ä", "predicted": found["predicted"]}
     assert (link.is_symlink(), path.stat().st_mode & 0o777) == (True, 0o640)
@@ -588,6 +635,22 @@ def test_bad_lines_of_standard_input(
     assert error.startswith(f"python -m objkern predict: error: {message}")
 
 
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: torch.ones(()))
+    for name in ("cpu", "cuda", "cuda:0"):
+        assert deploy._device(name) == torch.device(name)
+    with pytest.raises(ValueError, match="device: cuda:1 is not there; torch sees 1 GPUs"):
+        deploy._device("cuda:1")
+
+
+def test_what_is_missing_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("tokenizers", "tqdm") else name)
+    with pytest.raises(SystemExit):
+        predict_main(["model", "--text", "x"])
+    assert "error: fine-tuning needs tokenizers, tqdm: pip install objkern[finetune]" in capsys.readouterr().err
+
+
 def test_a_name_that_is_too_long(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         predict_main([300 * "x", "--text", "x"])
@@ -636,6 +699,56 @@ def test_onnx_says_what_it_needs(finished: Path, tmp_path: Path, capsys: Any) ->
     assert stopped.value.code == 2
     assert "pip install onnx" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sequence-classification", "question-answering", "causal-lm", "seq2seq"])
+def test_what_onnx_is_given(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass of tensors alone, its inputs with names, and sizes that may be others."""
+    task = task_of(name, rows_of(name, 8))
+    model = model_of(task).eval()
+    given: list[Any] = []
+    monkeypatch.setattr(torch.onnx, "export", lambda *arguments, **options: given.append((arguments, options)))
+    onnx.write_onnx(tmp_path / "model.onnx", model, task)
+    (((wrapped, inputs, path), options),) = given
+    assert path == str(tmp_path / "model.onnx")
+    assert options["dynamo"]
+    assert not options["external_data"]
+    names = options["input_names"]
+    assert names[:2] == ["input_ids", "attention_mask"]
+    assert ("token_type_ids" in names) == ("token_type_ids" in task.tokenizer.model_input_names)
+    assert ("decoder_input_ids" in names) == (name == "seq2seq")
+    assert len({x.shape for x in inputs}) == (2 if name == "seq2seq" else 1)
+    for x in inputs:  # no size is 1, and no token without a vector
+        assert x.ndim == 2
+        assert min(x.shape) > 1
+        assert x.max() < model.config.vocab_size
+    assert len(set(inputs[0].flatten().tolist())) > 2
+    (sizes,) = options["dynamic_shapes"]
+    answers = [place for place, given_name in enumerate(names) if given_name.startswith("decoder")]
+    for place, size in enumerate(sizes):
+        assert [size[k].__name__ for k in (0, 1)] == ["rows", "answer_tokens" if place in answers else "tokens"]
+    found = wrapped(*inputs)
+    assert len(found) == len(options["output_names"]) == (2 if name == "question-answering" else 1)
+    with torch.no_grad():
+        expected = model(**dict(zip(names, inputs, strict=True)))
+    for key, x in zip(options["output_names"], found, strict=True):
+        torch.testing.assert_close(x, expected[key])
+    assert wrapped.options == ({"use_cache": False} if task.name in ("causal-lm", "seq2seq") else {})
+    monkeypatch.setattr(torch.onnx, "export", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ValueError, match=r"onnx: \w+ can't be written: division by zero"):
+        onnx.write_onnx(tmp_path / "model.onnx", model, task)
+
+
+def test_what_onnx_cannot_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == missing else name)
+    missing = "onnxscript"
+    with pytest.raises(ValueError, match="onnx: needs onnxscript: pip install onnxscript"):
+        onnx.require_onnx(tmp_path)
+    missing = ""
+    onnx.require_onnx(tmp_path)
+    (tmp_path / adapters.CONFIG).touch()
+    with pytest.raises(ValueError, match="onnx: a model with prompt vectors can't be written"):
+        onnx.require_onnx(tmp_path)
 
 
 @pytest.mark.skipif(not WITH_ONNX, reason="needs onnx and onnxscript")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,54 @@ def test_a_folder_has_splits(tmp_path: Path) -> None:
         data.read(tmp_path, "test")
 
 
+def test_a_folder_has_files_of_rows_and_others(tmp_path: Path) -> None:
+    written(tmp_path, "train.jsonl", json.dumps(ROWS[0]))
+    written(tmp_path, "dev.txt", "notes")
+    (tmp_path / "test.jsonl").mkdir()
+    assert data.read_all(tmp_path) == {"train": ROWS[:1]}
+
+
+@pytest.mark.parametrize("count", [20, 21])
+def test_errors_do_not_list_everything(count: int, tmp_path: Path) -> None:
+    names = [f"{k:02}.md" for k in range(count)]
+    for name in names:
+        written(tmp_path, name, "")
+    with pytest.raises(ValueError, match="has no train split") as caught:
+        data.read(tmp_path)
+    assert str(caught.value).endswith(f"found {', '.join(names[:20])}" + (", ..." if count > 20 else ""))
+    assert data._short("x" * (count + 58)) == repr("x" * 78) if count == 20 else f"'{'x' * 76}..."
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        (tmp_path / name).write_bytes(b'{"text": "\xff"}')
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8: "):
+            data.read(tmp_path / name)
+
+    def refused(path: Path, **options: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refused)
+        with pytest.raises(ValueError, match=r"a\.json can't be read: Permission denied"):
+            data.read(tmp_path / "a.json")
+    for package, source in (("pyarrow", written(tmp_path, "a.parquet", "")), ("datasets", "squad")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            with pytest.raises(ValueError, match=rf"data: .* needs (the package )?{package}: pip install {package}"):
+                data.read(source)
+
+
+def test_a_name_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(ROWS)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or {"train": table})
+    for source in ("squad", "glue:mrpc"):
+        assert data.read(source) == ROWS
+    assert asked == [("squad",), ("glue", "mrpc")]
+
+
 def test_a_split_in_pieces(tmp_path: Path) -> None:
     for k, row in enumerate(ROWS):
         written(tmp_path, f"train-{k:05}-of-00002.jsonl", json.dumps(row))
@@ -138,6 +187,8 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
         ("a.jsonl", f'{{}}\n{{"label": {"1" * 5000}}}', r"a\.jsonl, line 2: expected a number of .* but got 5000"),
         ("a.json", f'[{{"label": {"1" * 5000}}}]', r"a\.json, line 1: expected a number of .* but got 5000"),
         ("a.json", "7", r"a\.json: expected a list of rows but got 7"),
+        ("a.json", "[{}, 5]", r"a\.json, row 2: expected an object with columns but got '5'"),
+        ("a.csv", 'text\n"a"b\n', r"a\.csv, line 1: ',' expected after"),
         (
             "a.csv",
             f"label\n1.5\n{'1' * 5000}\n",
@@ -165,6 +216,7 @@ def test_a_document_with_its_rows_as_data(tmp_path: Path) -> None:
     assert data.read(written(tmp_path, "a.json", json.dumps({"version": 1, "data": ROWS}, indent=1))) == ROWS
     assert data.read(written(tmp_path, "b.json", json.dumps(ROWS[0], indent=1))) == ROWS[:1]
     assert data.read(written(tmp_path, "c.json", "\n".join(map(json.dumps, ROWS)))) == ROWS
+    assert data.read(written(tmp_path, "d.json", json.dumps({"version": 1, "data": ROWS}) + "\n")) == ROWS
 
 
 def test_what_does_not_exist(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +21,10 @@ transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
 from objkern.finetune import checkpoints, parallel, strategies, training  # noqa: E402
+from objkern.finetune.parallel import Layout  # noqa: E402
 from objkern.finetune.schedules import Schedule, linear  # noqa: E402
 from objkern.finetune.tasks import TASKS, Evaluation, Task  # noqa: E402
-from objkern.finetune.training import Outcome, TrainingOptions, train  # noqa: E402
+from objkern.finetune.training import Outcome, Progress, TrainingOptions, train  # noqa: E402
 
 from .test_finetune_tasks import WORDS, tokenizer_of_words  # noqa: E402
 
@@ -282,6 +285,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run("sequence-classification", tmp_path, TrainingOptions(epochs=1))
     with pytest.raises(ValueError, match=r"is of a run with other options: learning_rate 5e-05 → 0\.1"):
         run("sequence-classification", tmp_path, TrainingOptions(epochs=1, learning_rate=0.1), resume=True)
+    run("sequence-classification", tmp_path, TrainingOptions(epochs=1, learning_rate=0.1))  # which begins anew
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
@@ -318,6 +322,47 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
     assert checkpoints.load(tmp_path / "best")[1] == {"n": 1}
     checkpoints.keep_newest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    for name in (".best.partial", ".best.old"):  # what was ended is in nobody's way
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    checkpoints.save(tmp_path, "best", tensors, {"n": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    for name in ("tensors.safetensors", "state.json"):
+        checkpoints.save(tmp_path, "step-00000001", tensors, {})
+        (tmp_path / "step-00000001" / name).unlink()
+        with pytest.raises(ValueError, match=r"has no tensors\.safetensors \(or parts\) and state\.json"):
+            checkpoints.load(tmp_path / "step-00000001")
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path / "nowhere") is None
+    for step in (2, 10, 3):
+        checkpoints.save(tmp_path, checkpoints.name_of(step), {"a": torch.ones(1)}, {})
+    (tmp_path / "step-99999999.txt").touch()
+    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000010"
+    checkpoints.keep_newest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-99999999.txt"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    final = tmp_path / "best"
+    sync = lambda descriptor: synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, final.exists()))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", sync)
+    checkpoints.save(tmp_path, "best", {"a": torch.ones(1)}, {})
+    assert sorted(name for name, there in synced if not there) == [".best.partial", "state.json", "tensors.safetensors"]
+    assert [name for name, there in synced if there] == [tmp_path.name]
+
+
+def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.save(tmp_path, "best", {"a": torch.ones(9000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "best").exists()
 
 
 @pytest.mark.parametrize(("strategy", "trains"), [("head", 0), ("last:1", 1), ("last", 2), ("full", 3)])
@@ -347,6 +392,41 @@ def test_gradual_unfreezing(tmp_path: Path) -> None:
     train(model, task, task.examples(rows), lambda: task.score(model, rows), objkern.CrossEntropy(),
           TrainingOptions(epochs=3, strategy="gradual", patience=9), tmp_path, log)  # fmt: skip
     assert seen == [0, 1, 2]
+
+
+def test_what_strategies_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [strategies.parse(name) for name in ("last", "lora", "prompt", "head", "lora:1")] == [
+        ("last", 2), ("lora", 8), ("prompt", 20), ("head", 0), ("lora", 1)
+    ]  # fmt: skip
+    for lists in ([], [nn.ModuleList()]):
+        with pytest.raises(ValueError, match="strategy: Sequential has no list of layers"):
+            strategies.layers_of(nn.Sequential(*lists))
+    one = nn.ModuleList([nn.Linear(1, 1)])
+    assert strategies.layers_of(nn.Sequential(one)) is one
+    both = [nn.ModuleList([nn.Linear(1, 1)] * 2) for _ in range(2)]
+    assert strategies.layers_of(nn.Sequential(*both, one)) is both[-1]
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    strategies.train_last(gpt2, 0)  # whose head is tied to what the body reads
+    assert [name for name, p in gpt2.named_parameters() if p.requires_grad] == ["transformer.wte.weight"]
+    bert = model_of(task_of("number", rows_of("number", 4)))
+    for p in bert.parameters():
+        p.requires_grad_(False)
+    strategies.train_last(bert, 1)
+    trains = {name.rsplit(".", 1)[0] for name, p in bert.named_parameters() if p.requires_grad}
+    assert "classifier" in trains
+    assert {name.split(".")[3] for name in trains if name.startswith("bert.")} == {"2"}
+    with pytest.raises(ValueError, match="strategy: BertModel is a body without a head"):
+        strategies.train_last(bert.bert, 1)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="strategy: lora needs peft: pip install"):
+        strategies.apply(bert, "lora:4", "sequence-classification")
+
+
+def test_adapters_count_twice() -> None:
+    pytest.importorskip("peft")
+    model = strategies.apply(model_of(task_of("causal-lm", rows_of("causal-lm", 4))), "lora:4", "causal-lm")
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.0)
 
 
 @pytest.mark.parametrize("strategy", ["lora:2", "prompt:3"])
@@ -384,6 +464,14 @@ def test_schedules_of_coefficients_and_a_reference(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs: expected a whole number of at least 1 but got 0"),
         ({"batch_size": 2.5}, "batch_size: expected a whole number"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a positive number"),
+        ({"learning_rate": 1e6}, r"learning_rate: expected a positive number below 1e\+06"),
+        ({"clip": float("inf")}, "clip: expected a positive number but got inf"),
+        ({"seed": 2**32}, r"seed: expected a whole number in \[0, 2\*\*32\)"),
+        ({"seed": -1}, "seed: expected a whole number"),
+        ({"checkpoint_steps": -1}, "checkpoint_steps: expected a whole number of at least 0 but got -1"),
+        ({"checkpoint_steps": 1.5}, "checkpoint_steps: expected a whole number"),
+        ({"parallel": "both"}, "parallel: expected data, fsdp, tensor or tensor:K but got 'both'"),
+        ({"strategy": "bitfit"}, "strategy: expected full, head, last:K"),
         ({"warmup": 1.0}, r"warmup: expected a number in \[0, 1\) but got 1\.0"),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, adam, sgd but got 'lion'"),
         ({"strategy": "lora:0"}, "strategy: expected full, head, last:K"),
@@ -394,6 +482,15 @@ def test_schedules_of_coefficients_and_a_reference(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**options)
+
+
+def test_what_nobody_asks_for() -> None:
+    """As the documentation has it; runs that were begun without saying so go on with these."""
+    assert TrainingOptions() == TrainingOptions(
+        epochs=3, batch_size=16, accumulation=1, optimizer="adamw", learning_rate=5e-5, schedule="linear", warmup=0.1,
+        weight_decay=0.01, clip=1.0, patience=3, metric=None, precision="float32", checkpointing=False, strategy="full",
+        parallel="data", seed=0, checkpoint_steps=0,
+    )  # fmt: skip
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
@@ -410,6 +507,20 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
     assert order(1) != order(1, seed=1)
 
 
+def test_the_order_is_that_of_a_seed_for_every_epoch() -> None:
+    """What goes on after another version's checkpoint needs the same one. Of eight batches at a time those of similar
+    lengths are together."""
+    lengths = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    examples = [SimpleNamespace(number=number, length=length) for number, length in enumerate(lengths)]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3 * 1_000_003 + 2)).tolist()
+    expected = set()
+    for some in (order[:16], order[16:]):
+        some.sort(key=lambda number: lengths[number])
+        expected |= {tuple(some[k : k + 2]) for k in range(0, len(some), 2)}
+    windows = training.windows(examples, TrainingOptions(seed=3, batch_size=2), 2, 1)
+    assert {tuple(example.number for example in batch) for (batch,) in windows} == expected
+
+
 def test_rates() -> None:
     for name, half in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
         rates = [training.rate_at(step, 20, 0.2, training.RATES[name]) for step in range(20)]
@@ -417,6 +528,267 @@ def test_rates() -> None:
         assert rates[4] == 1.0
         assert rates[12] == pytest.approx(half)
         assert rates[-1] > 0.0
+
+
+def test_what_is_logged_is_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses as the untrained model has them, an epoch's as the means of its steps', and the optimizer's own rates."""
+    rates: list[set[float]] = []
+
+    class Spied(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append({group["lr"] for group in self.param_groups})
+            super().step(closure)
+
+    monkeypatch.setitem(training.OPTIMIZERS, "sgd", Spied)
+    rows = rows_of("causal-lm", 8)
+    task = task_of("causal-lm", rows)
+    untrained = task.score(model_of(task), rows).metrics
+    options = TrainingOptions(epochs=2, batch_size=4, learning_rate=1e-3, warmup=0.5, optimizer="sgd", patience=9)
+    _, _, records = run("causal-lm", tmp_path / "a", replace(options, batch_size=8))
+    for part, name in (("cross_entropy", "loss"), ("total", "loss"), ("accuracy", "accuracy")):
+        assert records[0][part] == pytest.approx(untrained[name], rel=1e-4)
+    assert rates == [{1e-3}, {1e-3}]
+    rates.clear()
+    _, _, records = run("causal-lm", tmp_path / "b", options)
+    steps = [record for record in records if record["event"] == "step"]
+    assert [record["learning_rate"] for record in steps] == [5e-4, 1e-3, 1e-3, 5e-4]
+    assert rates == [{record["learning_rate"]} for record in steps]
+    for epoch, some in ((records[2], steps[:2]), (records[5], steps[2:])):
+        for part in ("cross_entropy", "total", "accuracy", "gradient_norm"):
+            assert epoch[part] == pytest.approx(sum(record[part] for record in some) / 2), part
+
+
+def test_seconds_are_those_of_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for every loss, ten for what follows a step, a hundred for a score."""
+    now = 1000.0
+
+    def passes(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def passed(*arguments: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*arguments, **options)
+
+        return passed
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
+    rows = rows_of("number", 8)
+    task = task_of("number", rows)
+    monkeypatch.setattr(task, "loss", passes(1, task.loss))
+    records: list[dict[str, Any]] = []
+
+    def log(record: dict[str, Any]) -> None:
+        nonlocal now
+        records.append(record)
+        now += 10 if record["event"] == "step" else 0
+        if len(records) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for seconds, resume in ((123.0, False), (123.0 + 1 + 10 + 100, True)):
+        outcome = train(model_of(task), task, task.examples(rows), passes(100, lambda: Evaluation({"r2": 0.5})),
+                        objkern.MeanSquaredError(), TrainingOptions(epochs=2, batch_size=4), tmp_path, log, resume)  # fmt: skip
+        assert outcome.progress.seconds == seconds
+        now += 5000
+    assert [record["seconds"] for record in records] == [1, 1, 102, 1, 1, 102]
+
+
+def test_a_model_that_comes_evaluating_trains(tmp_path: Path) -> None:
+    rows = rows_of("number", 8)
+    task = task_of("number", rows)
+    model, seen = model_of(task).eval(), []
+
+    def score() -> Evaluation:
+        model.eval()
+        return Evaluation({"r2": 0.5})
+
+    train(model, task, task.examples(rows), score, objkern.MeanSquaredError(), TrainingOptions(epochs=2), tmp_path,
+          lambda record: seen.append((record["event"], model.training)))  # fmt: skip
+    assert seen == [("step", True), ("epoch", False)] * 2
+
+
+def test_a_metric_that_is_not_defined_is_worse_than_any(tmp_path: Path) -> None:
+    rows = rows_of("number", 8)
+    task = task_of("number", rows)
+    scores = iter([float("nan"), -5.0, float("nan")])
+    outcome = train(model_of(task), task, task.examples(rows), lambda: Evaluation({"r2": next(scores)}),
+                    objkern.MeanSquaredError(), TrainingOptions(epochs=3), tmp_path)  # fmt: skip
+    assert (outcome.progress.best, outcome.progress.best_epoch) == (-5.0, 2)
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+def test_what_has_no_label_changes_nothing(penalized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch without one is not computed; in a window without one, terms on parameters alone move the model."""
+    rows = rows_of("token-classification", 4)
+    task = task_of("token-classification", rows)
+    options = TrainingOptions(epochs=1, batch_size=1, accumulation=2, learning_rate=1e-2)
+    (first, _), _ = training.windows(task.examples(rows), options, 1, 2)
+    examples = [e if e == first[0] else replace(e, label=[-100] * len(e.label)) for e in task.examples(rows)]
+    computed: list[int] = []
+    own = task.loss
+    monkeypatch.setattr(task, "loss", lambda m, batch, *a, **o: computed.append(batch.count) or own(m, batch, *a, **o))
+    model = model_of(task)
+    seen: list[list[Tensor]] = []
+    records: list[dict[str, Any]] = []
+
+    def log(record: dict[str, Any]) -> None:
+        seen.append([p.detach().clone() for p in model.parameters()])
+        records.append(record)
+
+    penalty = 0.1 * objkern.L2(model)
+    objective = objkern.CrossEntropy() + penalty if penalized else objkern.CrossEntropy()
+    train(model, task, examples, lambda: Evaluation({"f1": 1.0}), objective, options, tmp_path, log)
+    assert len(computed) == 1
+    assert all(value == value for record in records for value in record.values())
+    assert all(map(torch.equal, *seen[:2])) == (not penalized)
+    if penalized:
+        assert records[0]["total"] == pytest.approx(records[0]["cross_entropy"] + 0.1 * records[0]["l2"])
+        assert records[1]["total"] == pytest.approx(0.1 * records[1]["l2"])
+    else:
+        assert records[1]["gradient_norm"] == 0.0
+
+
+def test_terms_on_parameters_alone(tmp_path: Path) -> None:
+    rows = rows_of("number", 4)
+    task = task_of("number", rows)
+    model = model_of(task)
+    rest = (lambda: Evaluation({"r2": 0.5}), 0.1 * objkern.L2(model), TrainingOptions(epochs=1), tmp_path)
+    with pytest.raises(ValueError, match=r"objective: expected a term that reads the model's answers but got 0\.1\*L2"):
+        train(model, task, task.examples(rows), *rest)
+    with torch.no_grad():
+        model.classifier.weight.fill_(1e30)
+        model.classifier.bias.fill_(torch.nan)  # of a batch's own loss first
+    score, penalty, options, _ = rest
+    with pytest.raises(FloatingPointError, match=r"the loss is nan in step 1: .*rows of the batch"):
+        train(model, task, task.examples(rows), score, objkern.MeanSquaredError() + penalty, options, tmp_path)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()
+        model.bert.pooler.dense.weight.fill_(1e30)
+    with pytest.raises(FloatingPointError, match=r"the loss is inf in step 1: .*, of the parameters alone"):
+        train(model, task, task.examples(rows), score, objkern.MeanSquaredError() + penalty, options, tmp_path)
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = model_of(task_of("number", rows_of("number", 4)))
+    decay = {p: group["weight_decay"] for group in training.parameter_groups(model, 0.1) for p in group["params"]}
+    assert all(decay[p] == (0.1 if p.ndim >= 2 else 0.0) for p in model.parameters())
+
+
+def test_dropout_is_one_of_seed_step_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two batches have the same, and what goes on after another version's checkpoint has that one's."""
+    rows = rows_of("number", 8)
+    task = task_of("number", rows)
+    seeds: list[int] = []
+    own = task.loss
+    monkeypatch.setattr(task, "loss", lambda *a, **o: seeds.append(torch.initial_seed()) or own(*a, **o))
+    options = TrainingOptions(epochs=1, batch_size=2, accumulation=2, seed=5)
+    train(model_of(task), task, task.examples(rows), lambda: Evaluation({"r2": 0.5}), objkern.MeanSquaredError(), options,
+          tmp_path)  # fmt: skip
+    assert seeds == [(5 * 1_000_003 + step) * 2 + place for step in range(2) for place in range(2)]
+
+
+def test_where_a_run_stands(tmp_path: Path) -> None:
+    """Interrupted behind its first step; and what a file may say of it."""
+
+    def log(record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    outcome, _, _ = run("number", tmp_path, TrainingOptions(batch_size=2), log=log)
+    sums = outcome.progress.sums
+    assert outcome == Outcome("interrupted", Progress(batches=1, epoch=1, window=1, step=1, sums=sums))
+    assert (outcome.progress.best, outcome.progress.best_epoch, outcome.progress.stale) == (None, 0, 0)
+    for wrong, message in (
+        ({"batches": 0}, "batches: expected a positive number but got 0"),
+        ({"stale": 1.5}, "stale: expected a whole number but got 1.5"),
+        ({"sums": {"total": "1"}}, "sums: expected numbers but got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(outcome.progress, **wrong).check()
+
+
+def test_the_best_weights_are_there_before_a_run_goes_on(tmp_path: Path) -> None:
+    """Also those that were being replaced when it ended, which are put back."""
+    options = TrainingOptions(epochs=3, batch_size=4)
+    log = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 3 else None  # noqa: E731
+    assert run("number", tmp_path, options, log=log)[0].how == "interrupted"
+    best = tmp_path / "checkpoints" / "best"
+    best.rename(best.with_name("gone"))
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match="best has no"):
+        run("number", tmp_path, options, log=seen.append, resume=True)
+    assert seen == []
+    best.with_name("gone").rename(best.with_name(".best.old"))
+    assert run("number", tmp_path, options, resume=True)[0].how == "finished"
+
+
+def test_interruptions_within_others_are_the_same() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with training.interruptions() as outer, training.interruptions() as inner:
+        assert not outer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer()
+        assert inner()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with training.interruptions() as again:
+        assert not again()
+
+
+# ---- what ranks share, as far as one process can tell -------------------------------------------------------------------
+
+
+def test_layouts() -> None:
+    for spec in ("both", "fsdp:2", "data:", "tensor:0", "tensor:x", "tensor:", ""):
+        with pytest.raises(ValueError, match="parallel: expected data, fsdp, tensor or tensor:K but got"):
+            parallel.parse(spec)
+    for spec, parsed in (("data", ("data", 0)), ("tensor", ("tensor", 0)), ("tensor:1", ("tensor", 1))):
+        assert parallel.parse(spec) == parsed
+    token, causal = TASKS["token-classification"], TASKS["causal-lm"]
+    for name, strategy, task in (
+        ("data", "gradual", token), ("data", "prompt:3", token), ("fsdp", "lora:2", token), ("tensor:2", "gradual", causal),
+    ):  # fmt: skip
+        parallel.check(name, strategy, task)
+    for name, strategy, task in (("fsdp", "gradual", causal), ("fsdp", "prompt:3", causal), ("tensor", "full", token)):
+        with pytest.raises(ValueError, match=f"parallel: {name} "):
+            parallel.check(name, strategy, task)
+    assert [Layout("data", rank, 3).places(4) for rank in range(3)] == [[0, 3], [1], [2]]
+    assert [Layout("fsdp", rank, 3).places(4) for rank in range(3)] == [[0, 3], [1, None], [2, None]]
+    assert Layout().places(2) == [0, 1]
+
+
+def test_gradients_are_clipped() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    assert parallel.clip(weights, 1.0) == 0.0
+    weights[0].grad, weights[2].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert parallel.clip(weights, 1.0) == 5.0
+    torch.testing.assert_close(
+        torch.cat([weights[0].grad, weights[2].grad]), torch.tensor([0.6, 0.8]), rtol=1e-4, atol=0
+    )
+    assert weights[1].grad is None
+
+
+def test_ranks_wait_for_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = nn.Linear(2, 2), []
+    assert parallel.whole(model).keys() == model.state_dict().keys()
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: seen.append("wait"))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, src: seen.append(src))
+    for name in ("save", "keep_newest", "restore_interrupted", "newest"):
+        monkeypatch.setattr(checkpoints, name, lambda *arguments, name=name: seen.append(name))
+    optimizer, options = torch.optim.SGD(model.parameters()), TrainingOptions()
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        training._checkpoint(tmp_path, model, optimizer, Progress(1), options)
+        assert seen == ["wait"] if rank else ["save", "keep_newest", "wait"]
+        seen.clear()
+        assert training._resumed(tmp_path, model, optimizer, options) is None
+        assert seen == ["wait", "newest"] if rank else ["restore_interrupted", "wait", "newest"]
+        seen.clear()
+        assert len(parallel.whole(model)) == (0 if rank else 2)
+    parallel.same_weights(model)
+    assert seen == [0, 0]
+    for backend, device in (("nccl", "cuda"), ("gloo", "cpu")):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
+        assert parallel._device_type() == device
+        assert training._place_of_objects() == torch.device(device)
 
 
 # ---- the same as plain torch ----------------------------------------------------------------------------------------

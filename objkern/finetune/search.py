@@ -243,10 +243,10 @@ def _run_trial(
             return False
         if not math.isfinite(result["best_score"]):
             _failed(study, trial, "the dev metric is not defined on these rows")
-            return True
-        trial.set_user_attr("dev", result["dev"])
-        print(f"    {result['best_score']:.4g}", flush=True)
-        study.tell(trial, result["best_score"])
+        else:
+            trial.set_user_attr("dev", result["dev"])
+            print(f"    {result['best_score']:.4g}", flush=True)
+            study.tell(trial, result["best_score"])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return True
 

@@ -132,7 +132,7 @@ class TrainingOptions:
 class Progress:
     """Where a run stands; all of it is in a checkpoint."""
 
-    batches: int = 1  # of a window: of all the ranks that the run began with
+    batches: int  # of a window: of all the ranks that the run began with
     epoch: int = 1
     window: int = 0  # of the epoch, the next one
     step: int = 0  # that are done
@@ -248,7 +248,7 @@ def train(
                 _save(places, "best", weights(model), {"epoch": progress.epoch, "metrics": found}, model)
             else:
                 progress.stale += 1
-            means = {name: value / max(1, progress.window) for name, value in progress.sums.items()}
+            means = {name: value / progress.window for name, value in progress.sums.items()}
             log({"event": "epoch", "epoch": progress.epoch, "step": progress.step, **means, "score": value,
                  **{f"dev_{name}": value for name, value in found.items()},
                  "seconds": progress.sums["seconds"] + time.perf_counter() - began})  # fmt: skip
@@ -361,7 +361,7 @@ def rate_at(step: int, total: int, warmup: float, falling: Callable[[float], flo
     rising = round(warmup * total)
     if step < rising:
         return (step + 1) / rising
-    return falling((step - rising) / max(1, total - rising))
+    return falling((step - rising) / (total - rising))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
