@@ -44,7 +44,8 @@ KEPT = ROOT / "build/mutants"
 
 class Room(NamedTuple):
     files: tuple[str, ...]  # patterns
-    tests: tuple[tuple[str, ...], ...]  # runs of pytest by their arguments, in this order, until one fails
+    tests: tuple[tuple[str, ...], ...]  # runs of pytest by their arguments, in this order, until one fails; as of a
+    # shell's commands, the first ones may set the environment: "NAME=value"
     environment: Mapping[str, str] = MappingProxyType({})
     by_file: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({})  # instead of `tests`
 
@@ -108,11 +109,12 @@ ROOMS = {
     "triton": Room(
         ("objkern/triton/*.py",),
         (
-            (INTERPRETED, "-k", "each_term or reductions or elementwise_options or softcap"),
-            (INTERPRETED, "tests/interpreted/functions.py", "-k", "not (each_term or reductions or elementwise_options or softcap)"),
-            files("triton"),
+            ("TRITON_INTERPRET=1", INTERPRETED, "-k", "each_term or reductions or elementwise_options or softcap"),
+            ("TRITON_INTERPRET=1", INTERPRETED, "tests/interpreted/functions.py", "-k",
+             "not (each_term or reductions or elementwise_options or softcap)"),
+            files("triton"),  # which compiles
         ),
-        {"TRITON_INTERPRET": "1"},
+        {"MALLOC_PERTURB_": "129"},
     ),
     "python": Room(
         ("objkern/*.py", "objkern/finetune/*.py"),
@@ -294,18 +296,18 @@ class Runner:
         self.own = threading.local()
         self.servers: list[Server] = []
 
-    def server(self, room: Room) -> Server:
-        """This thread's."""
-        servers = self.own.__dict__
-        if id(room) not in servers:
+    def server(self, own: Mapping[str, str]) -> Server:
+        """This thread's, of such an environment."""
+        servers, key = self.own.__dict__, str(sorted(own.items()))
+        if key not in servers:
             environment = {
                 "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/tmp"), "OMP_NUM_THREADS": "1",
-                "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": f"{KEPT}/inductor", **room.environment,
+                "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": f"{KEPT}/inductor", **own,
             }  # fmt: skip
-            servers[id(room)] = Server(environment)
+            servers[key] = Server(environment)
             with self.lock:
-                self.servers.append(servers[id(room)])
-        return servers[id(room)]
+                self.servers.append(servers[key])
+        return servers[key]
 
     def close(self) -> None:
         for server in self.servers:
@@ -315,9 +317,11 @@ class Runner:
         self, folder: Path, room: Room, arguments: tuple[str, ...], number: int, limit: float
     ) -> tuple[int, str]:
         options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+        named = [argument for argument in arguments if re.match(r"[A-Z_]+=", argument)]
+        own = {**room.environment, **dict(each.split("=", 1) for each in named)}
         with tempfile.TemporaryDirectory() as temporary:
             environment = {"TMPDIR": temporary, VARIABLE: str(number)}
-            return self.server(room).run(folder, (*options, *arguments), environment, limit)
+            return self.server(own).run(folder, (*options, *arguments[len(named) :]), environment, limit)
 
     def limit(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> float:
         with self.lock:  # a lock for each, so that the others go on

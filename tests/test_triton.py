@@ -279,7 +279,12 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert all(0 < size < 2**31 for size in grid)
-        return lambda *arguments, **options: self.compiled.add(str(self.bind(*arguments, **options)[1:]))
+
+        def run(*arguments: Any, **options: Any) -> None:
+            assert options["num_warps"] in (4, 8)
+            self.compiled.add(str(self.bind(*arguments, **options)[1:]))
+
+        return run
 
 
 @pytest.mark.parametrize("classes", [9, 100, 4001])
@@ -309,15 +314,92 @@ def test_a_changed_number_compiles_nothing_anew(classes: int, monkeypatch: pytes
     assert set(found.values()) == {1}, found
 
 
+def test_a_changed_number_compiles_no_comparison_and_no_elements_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorders = {name: Recorder(kernel) for name, kernel in vars(ops).items() if name.endswith("_kernel")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(ops, name, recorder)
+    for rows, number in ((600, 1.0), (16 * 37, 16.0), (1000, 0.1)):
+        z, y = torch.zeros(rows, 9), torch.zeros(rows, dtype=torch.int64)
+        ops.statistics(z, y, reference=z, temperature=number)
+        ops.elementwise_fused([0.0, number, number, 2.0, 0.0, number], 1, z, z, softcap=number)
+    found = {name: len(recorder.compiled) for name, recorder in recorders.items() if recorder.compiled}
+    kernels = (
+        "compare_kernel",
+        "collect_kernel",
+        "epilogue_kernel",
+        "prepare_kernel",
+        "element_kernel",
+        "reduce_kernel",
+    )
+    assert found == dict.fromkeys(kernels, 1)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 500, 8192])
 def test_the_table_of_launches_covers_every_size(rows: int) -> None:
     for classes in (1, 2, 32, 33, 64, 65, 1000, 1024, 1025, 8191, 8192, 262144):
         narrow_ = launch.narrow_launch(classes)
-        assert narrow_.columns >= classes
-        assert narrow_.rows >= 1
+        assert classes <= narrow_.columns < 2 * classes
+        if classes <= launch.FEW:
+            assert narrow_.rows == launch.FEW_ROWS
+        elif classes <= launch.NARROW:
+            assert 1 <= narrow_.rows <= launch.MOST_NARROW_ROWS
+            assert narrow_.rows * narrow_.columns <= launch.NARROW_ELEMENTS
         pieces = launch.pieces_of(rows, classes, 8)
         assert 1 <= pieces <= launch.MOST_PIECES
         assert pieces == 1 or pieces * rows <= launch.PROGRAMS
+
+
+def test_sizes_are_powers_of_two() -> None:
+    """tl.arange knows no others, and a program no other numbers of warps."""
+    names = (
+        "FEW_ROWS",
+        "MOST_NARROW_ROWS",
+        "EPILOGUE_ROWS",
+        "COMPARE_CLASSES",
+        "COUNT_ROWS",
+        "ELEMENTS",
+        "REDUCE_ELEMENTS",
+    )
+    sizes = {name: getattr(launch, name) for name in names}
+    for classes in (1, 2, 3, 32, 33, 64, 65, 513, 1024, 1025, 8192):
+        narrow_, wide_ = launch.narrow_launch(classes), launch.wide_launch(classes)
+        sizes |= {"rows": narrow_.rows, "warps": narrow_.warps, "vectors": wide_.vectors, "warps of tiles": wide_.warps}
+        assert [name for name, size in sizes.items() if size & (size - 1)] == []
+
+
+def test_rows_are_split_as_long_as_processors_are_idle() -> None:
+    found = [
+        launch.pieces_of(rows, classes, 8) for rows, classes in ((1, 262144), (1, 8193), (100, 262144), (500, 262144))
+    ]
+    assert found == [launch.MOST_PIECES, 3, launch.PROGRAMS // 100, 1]
+
+
+def test_numbers_of_the_host_travel_with_launches() -> None:
+    """A kernel cannot read the host's memory, and nothing waits for a number of the device."""
+    x, scale = torch.empty(2, 5, device="meta"), torch.tensor(0.75)
+    rows = launch.Rows(x, logit_scale=scale)
+    assert (rows.logit_scale, rows.transform, rows.transform_numbers) == (None, 1, launch.words(0.75, 0.0))
+    assert (launch.Rows(x).transform, launch.Rows(x).transform_numbers) == (0, launch.words(1.0, 0.0))
+    assert launch.Rows(x, logit_scale=scale, softcap=2.0).transform == 2
+    there = scale.to("meta")
+    assert launch.Rows(x, logit_scale=there).logit_scale is there
+    assert rows.on_device(None) is None
+    assert rows.on_device(there) is there
+    moved = rows.on_device(torch.tensor([[0.5, 2.0]]))
+    assert (moved.device.type, moved.shape) == ("meta", (1, 2))
+
+
+def test_classes_are_counted_in_32_bits() -> None:
+    most = 2**31 - 2**16
+    assert launch.Rows(torch.empty(1, most - 1, device="meta")).classes == most - 1
+    with pytest.raises(ValueError, match="counts classes in 32 bits"):
+        launch.Rows(torch.empty(1, most, device="meta"))
+
+
+def test_rows_with_a_stride_are_not_copied() -> None:
+    wide_ = torch.zeros(3, 9)
+    assert launch.with_unit_class_stride(wide_[:, :5]).data_ptr() == wide_.data_ptr()
+    assert launch.with_unit_class_stride(wide_[:, ::2]).is_contiguous()
 
 
 # ---- asked for by name ----------------------------------------------------------------------------------------------
@@ -338,6 +420,21 @@ def test_what_cannot_run_says_why() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "cannot run on cpu: triton is not installed" in done.stdout, done.stderr
     assert "triton backend     cannot run: triton is not installed" in done.stdout
+
+
+def test_a_broken_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert "triton cannot be imported" in objkern.triton._missing.__wrapped__()
+
+
+def test_the_summary_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert objkern.triton.summary().endswith("no GPU that torch sees")
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert objkern.triton.summary().startswith("runs on xpu, with triton")
+    monkeypatch.setattr(objkern.triton, "interpreted", lambda: True)
+    assert objkern.triton.summary().startswith("runs on xpu, cpu (interpreted), with triton")
 
 
 def test_shapes_are_known_without_a_device() -> None:

@@ -7,12 +7,16 @@ runs several times. Its casts to bfloat16 cut digits off instead of rounding, an
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 import objkern
+import objkern.triton
 from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from objkern.triton import launch
 
@@ -30,12 +34,61 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 2**-7, t
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert objkern.triton.why_not("cpu") is None  # which registers the ops
     monkeypatch.setattr(launch, "FEW_ROWS", 4)
     monkeypatch.setattr(launch, "EPILOGUE_ROWS", 4)
     monkeypatch.setattr(launch, "MOST_NARROW_ROWS", 2)
     monkeypatch.setattr(launch, "REDUCE_ELEMENTS", 8)
     monkeypatch.setattr(launch, "COUNT_ROWS", 2)
     monkeypatch.setattr(launch, "WIDE", ((0, launch.WideLaunch(vectors=8, warps=4, tiles=2)),))
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read and write what they were given, from its first element to its last, and where they call an address
+    a multiple it is one. On a GPU the one goes wrong rarely, the other always.
+    """
+    given: list[tuple[int, int]] = []
+    called: dict[Any, set[int]] = {}  # multiples that are none, by program: nothing may be there
+    begin = interpreter.GridExecutor._init_args_hst
+    set_attribute = interpreter.TensorHandle.set_attr
+
+    def begin_watched(self: Any, arguments: Any, options: Any) -> Any:
+        found = begin(self, arguments, options)
+        called.clear()
+        given[:] = [
+            (
+                x.data_ptr(),
+                x.data_ptr() + x.element_size() * sum((n - 1) * d for n, d in zip(x.shape, x.stride(), strict=True)),
+            )
+            for x in (*found[0], *found[1].values())
+            if isinstance(x, torch.Tensor) and x.numel()
+        ]
+        return found
+
+    def check(addresses: Any, mask: Any) -> None:
+        reached = addresses[mask]
+        if reached.size:
+            low, high = int(reached.min()), int(reached.max())
+            assert any(first <= low and high <= last for first, last in given), "an access outside of every tensor"
+            wrong = called.get(interpreter.interpreter_builder.grid_idx, set())
+            assert not wrong.intersection(reached.flat), "an access that is not aligned as it was said to be"
+
+    def check_attribute(self: Any, key: str, values: list[int]) -> None:
+        if key == "tt.divisibility" and int(self.data.flat[0]) % values[-1] != 0:
+            called.setdefault(interpreter.interpreter_builder.grid_idx, set()).add(int(self.data.flat[0]))
+        set_attribute(self, key, values)
+
+    for name, place in (("load", 1), ("store", 2)):  # of the mask
+        plain = getattr(interpreter._interpreter, name)
+
+        def access(*arguments: Any, plain: Any = plain, place: int = place) -> Any:
+            check(arguments[0], arguments[place])
+            return plain(*arguments)
+
+        monkeypatch.setattr(interpreter._interpreter, name, access)
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", begin_watched)
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", check_attribute)
 
 
 @pytest.fixture(params=KINDS)
@@ -62,7 +115,7 @@ def run(
     objective: objkern.Objective, z: torch.Tensor, y: torch.Tensor | None, upstream: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    x = z.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    x = z.detach().requires_grad_()  # a clone would lie elsewhere
     loss = objective(x, y, **{"backend": "triton", **options})
     loss.backward(torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), x.grad
@@ -154,6 +207,32 @@ def test_digits_survive_large_margins(margin: float, kind: str) -> None:
                 torch.testing.assert_close(ours.double(), truth, rtol=5e-6, atol=1e-36)
 
 
+@pytest.mark.parametrize("every_kind", ["wide", "pieces"], indirect=True)
+def test_every_class_as_the_target_and_as_the_maximum(every_kind: str) -> None:
+    """In the head, first and last of a tile, in the tail; rows begin at two places of a vector."""
+    z, _ = random_rows(70, 70, torch.float32)
+    place = torch.arange(70)
+    assert_same(REGULARIZED, z, place)
+    z[place, place] = 30.0
+    assert_same(MaxZLoss(), z, place.roll(1), gradient="forward", reduction="sum")
+
+
+@pytest.mark.parametrize("margin", [150.0, 300.0])
+def test_far_classes_keep_their_share_in_float64(margin: float, kind: str) -> None:
+    """exp(−150) is a number there, and all that is left of the loss and of its gradient."""
+    z = torch.linspace(-1.0, 0.0, 21, dtype=torch.float64)[None] - margin
+    z[0, 4] = 0.0
+    for objective in (CrossEntropy(), CrossEntropy() + 0.5 * Entropy()):
+        found = run(objective, z, torch.tensor([4]), reduction="none")
+        exact = run(objective, z, torch.tensor([4]), reduction="none", backend="reference")
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=0.0)
+
+
+def test_focal_loss_without_its_focus(kind: str) -> None:
+    z, y = random_rows(3, 21, torch.float64)
+    assert_same(objkern.Focal(gamma=0.0), z, y)
+
+
 # ---- what rows may hold ---------------------------------------------------------------------------------------------
 
 
@@ -238,7 +317,7 @@ def test_ignored_rows_and_all_of_them(kind: str) -> None:
     assert run(REGULARIZED, z[:0], y[:0], reduction="sum")[0] == 0
 
 
-@pytest.mark.parametrize("label", [-1, 35, 2**32 + 3, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("label", [-1, 35, 10**6, 2**32 + 3, 2**63 - 1, -(2**63)])
 def test_bad_labels_are_nan_in_their_row_alone(label: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An out-of-bounds read (a label of 2^32 + 3 is 3 in 32 bits), or loss 0 with a gradient."""
     z, y = random_rows(3, 35, torch.float32)
@@ -263,9 +342,9 @@ def test_bad_labels_are_nan_in_their_row_alone(label: int, kind: str, monkeypatc
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_and_probability_targets(smoothing: float, every_kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    z, y = random_rows(2, 37, torch.float32)
-    weight = torch.rand(37, generator=generator) + 0.1
-    q = torch.rand(2, 37, generator=generator).softmax(-1)
+    z, y = random_rows(2, 101, torch.float32)
+    weight = torch.rand(101, generator=generator) + 0.1
+    q = torch.rand(2, 101, generator=generator).softmax(-1)
     z[1, 5] = -INF
     y[1] = 0
     assert_same(CrossEntropy(weight, smoothing), z, y, reduction="mean", gradient="forward")
@@ -285,6 +364,7 @@ def test_softcap_and_logit_scale(scale: float, kind: str) -> None:
     z[0, 7] = -INF
     y[0] = 1
     assert_same(CrossEntropy(), z, y, logit_scale=0.7)
+    assert_same(CrossEntropy(), z, y, softcap=20.0)
     assert_same(CrossEntropy() + 0.1 * MaxZLoss(), z, y, logit_scale=torch.tensor(-1.3))
     assert_same(REGULARIZED, z, y, softcap=20.0, logit_scale=0.7, gradient="forward", reduction="sum")
     assert_same(CrossEntropy() + 0.1 * MaxZLoss(), z.double(), y, softcap=20.0)
@@ -312,7 +392,13 @@ def test_reductions_normalizers_and_upstream_gradients(reduction: str, kind: str
         assert_same(objective, z, y, upstream)
         assert_same(objective, z, y, upstream[:1].expand(4))
         return
-    for gradient, upstream in (("forward", 1.0), ("forward", -0.25), ("backward", 0.5), ("forward", 0.0)):
+    for gradient, upstream in (
+        ("forward", 1.0),
+        ("forward", -0.25),
+        ("backward", 0.5),
+        ("forward", 0.0),
+        ("forward", 2.0),
+    ):
         assert_same(objective, z, y, torch.tensor(upstream).double(), reduction=reduction, gradient=gradient)
     if reduction == "mean":
         assert_same(objective, z, y, reduction="mean", normalizer=7)
@@ -366,7 +452,7 @@ def test_ties_of_the_maximum_go_to_the_first(kind: str) -> None:
     z[1, [5, 20]] = 3.0
     z[2, [5, 20]] = 3.0
     y = torch.tensor([5, 20, 7, 36])
-    for objective in (MaxZLoss(), MaxZLoss() + CrossEntropy()):
+    for objective in (MaxZLoss(), MaxZLoss() + CrossEntropy(), custom(lambda s: s.max_logit)):
         assert_same(objective, z, y)
         assert_same(objective, z, y, gradient="forward", reduction="sum")
 
@@ -388,8 +474,8 @@ def test_rows_that_begin_anywhere(dtype: torch.dtype, gradient: str, kind: str) 
         _, found = run(REGULARIZED, x, y, gradient=gradient)
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 0.1)
         assert torch.equal(storage, before)
-    for x in (z.t().contiguous().t(), z[:1].expand(3, classes)):
-        labels = y if x.stride(0) else y[:1].expand(3)
+    for x in (z.t().contiguous().t(), z[:1].expand(3, classes), z[:, :2].t().contiguous().t()):
+        labels = y % x.shape[1] if x.stride(0) else y[:1].expand(3)
         assert_same(REGULARIZED, x, labels, gradient=gradient, reduction="sum")
 
 
@@ -401,8 +487,8 @@ def test_the_rescaled_gradient_may_lie_anywhere(offset: int, kind: str) -> None:
     _, _, row_gradient, gradient = ops.fused(*arguments)
     out = torch.zeros(200).as_strided((3, 45), (45, 1), offset)
     out.copy_(gradient)
-    ops.rescale(out, torch.tensor(1.0), row_gradient, *arguments)
-    assert torch.equal(out, gradient)
+    ops.rescale(out.fill_(7.0), torch.tensor(1.0), row_gradient, *arguments)
+    assert (out == 7.0).all()  # nothing is to be done
     ops.rescale(out, torch.tensor(-2.0), row_gradient, *arguments)
     torch.testing.assert_close(out, -2 * gradient, rtol=1e-6, atol=1e-9)
 
@@ -449,6 +535,27 @@ def test_row_statistics_and_their_derivatives(target: str, every_kind: str) -> N
         torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_spread_of_few_classes(every_kind: str) -> None:
+    """A mean of one class, of none; lanes and pieces of a row that hold one or nothing; more rows than a program's."""
+    for dtype in (torch.float32, torch.float64):
+        z, y = random_rows(9, 70, dtype)
+        z[:6][torch.rand(6, 70, generator=torch.Generator().manual_seed(2)) < 0.6] = -INF
+        z[torch.arange(6), y[:6]] = 1.5
+        z[6:8] = -INF
+        z[6, 69], y[6] = 0.5, 69
+        z[7, 30], z[7, 31], y[7] = 0.5, -2.0, 30
+        z[8] = -INF
+        z[8, [3, 40]], y[8] = torch.tensor([2.0, -1.0], dtype=dtype), 5
+        for rows in (slice(0, 9), slice(0, 1)):
+            found = []
+            for backend, x in (("triton", z[rows].clone()), ("reference", z[rows].double())):
+                s = objkern.row_statistics(x.requires_grad_(), y[rows], backend=backend)
+                (s.logit_variance + s.mean_logit * s.entropy).sum().backward()
+                found.append((s.logit_variance.detach().double(), s.mean_logit.detach().double(), x.grad.double()))
+            for ours, exact in zip(*found, strict=True):
+                torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_custom_terms_and_second_derivatives(kind: str) -> None:
     z, y = random_rows(3, 19, torch.float64)
     assert_same(CrossEntropy() + custom(lambda s: s.lse * s.entropy + s.logit_variance + s.max_logit), z, y)
@@ -480,6 +587,42 @@ def test_the_divergence_from_a_reference(classes: int, dtype: torch.dtype, monke
     assert_same(KLDivergence(), z, y, up, reference=r)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_divergence_between_rows_far_apart(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing overflows: each is beside its own maximum, which may be the first class, and nobody else's."""
+    monkeypatch.setattr(launch, "COMPARE_CLASSES", 32)
+    far = 1000.0
+    z, y = random_rows(6, 37, dtype)
+    r = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    z[[0, 1]] += far
+    r[[1, 2]] += far
+    z[3, 0] = r[3, 0] = far
+    r[4] = z[4]
+    y[5] = 0
+    around = [torch.full((6, 50), 2e4, dtype=dtype) for _ in range(2)]
+    for whole, x in zip(around, (z, r), strict=True):
+        whole[:, 5:42] = x
+    x, beside = (whole[:, 5:42] for whole in around)
+    both = 0.3 * KLDivergence("forward", 1.7) + 0.2 * KLDivergence("reverse", 1.7)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12  # of 1000, whose digits are fewer
+    found = run(both, x, y, reduction="none", reference=beside)
+    exact = run(both, z.double(), y, reduction="none", reference=r.double(), backend="reference")
+    for ours, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance)
+    same = run(both, x[4:5], y[4:5], reduction="none", reference=beside[4:5])
+    assert same[0].item() == 0.0
+    assert not same[1].any()
+
+
+def test_an_infinite_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference excludes a class that the logits do not."""
+    z, _ = random_rows(2, 37, torch.float32)
+    r = z.clone()
+    r[1, 2] = -INF
+    found = KLDivergence("reverse")(z, reference=r, reduction="none", backend="triton")
+    assert found.tolist() == [0.0, INF]
+
+
 def test_a_small_divergence_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "COMPARE_CLASSES", 32)
     z, _ = random_rows(4, 130, torch.float32, 3)
@@ -491,12 +634,13 @@ def test_a_small_divergence_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
 
 
-def test_statistics_beside_a_reference() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_statistics_beside_a_reference(temperature: float) -> None:
     z, y = random_rows(4, 37, torch.float32, 3)
     r = z + torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
     found = []
     for x, backend in ((z.clone(), "triton"), (z.double(), "reference")):
-        s = objkern.row_statistics(x.requires_grad_(), y, reference=r, temperature=2.0, backend=backend)
+        s = objkern.row_statistics(x.requires_grad_(), y, reference=r, temperature=temperature, backend=backend)
         (s.forward_kl.square() + s.reverse_kl * s.lse).sum().backward()
         found.append((s.forward_kl.detach(), s.reverse_kl.detach(), x.grad))
     for a, b in zip(*found, strict=True):
@@ -573,6 +717,93 @@ def test_the_gradient_of_a_part_of_the_vocabulary(kind: str) -> None:
         torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("with_parts", [False, True])
+def test_results_have_the_shapes_of_native_ones(reduction: int, with_parts: bool, kind: str) -> None:
+    terms = [0.0, 0.1, 1.0, 1.0, 0.0, 0.5, 3.0, 0.0, -0.1]
+    z, y = random_rows(3, 19, torch.float32)
+    shapes = []
+    for ops in (torch.ops.objkern_triton, torch.ops.objkern):
+        options = {"with_parts": True} if with_parts else {}
+        found = [*ops.objective(terms, reduction, z, y, **options), *ops.statistics(z, y)]
+        found += ops.elementwise([0.0, 0.0, 1.0, 2.0, 0.0, 0.5], reduction, z, z.sigmoid(), **options)
+        shapes.append([(x.shape, x.dtype) for x in found])
+    assert shapes[0] == shapes[1]
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    """Read by kernels it would be read out of bounds."""
+    ops, one = torch.ops.objkern_triton, torch.tensor(1.0)
+    terms, z, y = [0.0, 0.0, 1.0], torch.zeros(3, 5), torch.tensor([0, 1, 2])
+    _, _, kept, gradient = ops.fused(terms, 1, z, y)
+    sums = ops.statistics(z, y)[1]
+    partials = torch.zeros(12, 3)
+    turned = torch.zeros(5, 3).t()
+    divergence = [10.0, 1.0, 1.0]
+    calls = {
+        "term kind 0.5 is not known": lambda: ops.objective([0.5, 0.0, 1.0], 1, z, y),
+        "term kind 12 is not known": lambda: ops.objective([12.0, 0.0, 1.0], 1, z, y),
+        "zip": lambda: ops.objective([0.0, 0.0, 1.0, 1.0], 1, z, y),
+        "logits: expected": lambda: ops.objective(terms, 1, z[0], y),
+        "at least one class": lambda: ops.objective(terms, 1, z[:, :0], y),
+        r"expected \(3\) labels": lambda: ops.objective(terms, 1, z, y[:2]),
+        "expected probabilities": lambda: ops.objective(terms, 1, z, z[:2]),
+        "class weight: expected": lambda: ops.objective(terms, 1, z, y, class_weight=torch.ones(4)),
+        "reference: expected logits": lambda: ops.objective(divergence, 1, z, y, reference=z[:2]),
+        "have to be excluded": lambda: ops.objective(divergence, 1, z, y, reference=z, masked=False),
+        "needs one but got None": lambda: ops.objective(divergence, 1, z, y),
+        "target: a term needs one": lambda: ops.objective(terms, 1, z),
+        "upstream: expected": lambda: ops.gradient(torch.ones(2), kept, False, terms, 0, z, y),
+        "fused: the gradient of unreduced": lambda: ops.fused(terms, 0, z, y),
+        "row_gradient does not belong": lambda: ops.gradient(one, kept[:2], False, terms, 1, z, y),
+        "row_gradient does not": lambda: ops.gradient(one, kept.double(), False, terms, 1, z, y),
+        "row_gradient does": lambda: ops.rescale(gradient, one, kept[:, :2], terms, 1, z, y),
+        "gradient does not belong to these": lambda: ops.rescale(turned, one, kept, terms, 1, z, y),
+        "gradient does not belong": lambda: ops.rescale(gradient.half(), one, kept, terms, 1, z, y),
+        "centred sums": lambda: ops.statistics_gradient(partials, sums[:14], False, z, y),
+        "centred sums do not": lambda: ops.statistics_gradient(partials, sums.float(), False, z, y),
+        "partials: expected": lambda: ops.statistics_gradient(partials[:, :2], sums, False, z, y),
+        "term kind 6": lambda: ops.elementwise([6.0, 0.0, 1.0], 1, z, z),
+        "term kind 2.5": lambda: ops.elementwise([2.5, 0.0, 1.0], 1, z, z),
+        "target: expected the shape": lambda: ops.elementwise([2.0, 0.0, 1.0], 1, z, z[:2]),
+        "a term needs one but got None": lambda: ops.elementwise([2.0, 0.0, 1.0], 1, z),
+        "upstream: expected \\(\\) or": lambda: ops.elementwise_gradient(torch.ones(2), False, [2.0, 0.0, 1.0], 0, z, z),
+        "elementwise_fused: the gradient": lambda: ops.elementwise_fused([2.0, 0.0, 1.0], 0, z, z),
+        "gradient does not belong to this": lambda: ops.elementwise_rescale(turned, one, [2.0, 0.0, 1.0], 1, z, z),
+    }  # fmt: skip
+    for said, call in calls.items():
+        with pytest.raises((RuntimeError, ValueError), match=said):
+            call()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_excluded_classes_of_probability_zero_as_numbers(smoothing: float, every_kind: str) -> None:
+    """The drop-in with probabilities: 0·(−∞) is NaN in torch, and a smoothed share is infinite."""
+    z, _ = random_rows(3, 35, torch.float32)
+    q = torch.rand(3, 35).softmax(-1)
+    z[0, 3] = z[1, 7] = -INF
+    q[0, 3] = 0.0
+    for weight in (None, torch.rand(35) + 0.1):
+        found = []
+        for backend in ("triton", "cpu"):
+            x = z.clone().requires_grad_()
+            batch = objkern.batch.flatten(x, q, reduction="none", class_weight=weight, masked=False)
+            program = objkern.ops.Program.of([(1.0, CrossEntropy(weight, smoothing))])
+            loss, _ = objkern.ops.backend_for(backend, x).objective(batch, program, False, False)
+            loss.sum().backward()
+            found.append((loss.detach(), x.grad))
+        for ours, native in zip(*found, strict=True):
+            torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_bad_labels_read_no_class_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objkern.reference, "check_labels", lambda *_: None)
+    for classes, label in ((35, 35), (35, -1), (1, -1), (1, 5)):
+        weight = torch.ones(classes)
+        loss = CrossEntropy(weight)(torch.zeros(2, classes), torch.tensor([0, label]), backend="triton")
+        assert loss.isnan()
+
+
 # ---- elementwise objectives -----------------------------------------------------------------------------------------
 
 ELEMENTWISE = (
@@ -602,6 +833,28 @@ def test_elementwise(reduction: str, dtype: torch.dtype) -> None:
     if reduction != "none":
         assert_same(objective, z, y, upstream, reduction=reduction, gradient="forward")
         assert_same(objective, z, y, reduction=reduction, gradient="forward")
+        assert_same(objective, z, y, torch.tensor(2.0), reduction=reduction, gradient="forward")
+
+
+@pytest.mark.usefixtures("few_elements")
+def test_elements_that_begin_anywhere() -> None:
+    z, y = elements(torch.float32, (30,))
+    w = torch.rand(30)
+    objective = objkern.BinaryCrossEntropy(weight=w[3:]) + objkern.MeanSquaredError()
+    for reduction in ("none", "sum"):
+        upstream = torch.rand(30)[3:] if reduction == "none" else torch.tensor(0.7)
+        assert_same(objective, z[3:], y[3:], upstream, reduction=reduction)
+        assert_same(objective, z[:27], y[3:], upstream, reduction=reduction)
+
+
+@pytest.mark.usefixtures("few_elements")
+def test_elements_at_their_target_and_without_one() -> None:
+    z, y = elements(torch.float64)
+    z[0] = y[0]
+    assert_same(objkern.MeanAbsoluteError(), z, y)
+    assert_same(objkern.BernoulliEntropy() + 0.1 * LogitL2(), z, None, softcap=2.0)
+    pair = objkern.BinaryCrossEntropy(weight=torch.rand(2))
+    assert_same(pair, *elements(torch.float64, (3, 2)))
 
 
 @pytest.mark.usefixtures("few_elements")
@@ -636,13 +889,15 @@ def test_elementwise_options() -> None:
 @pytest.mark.usefixtures("few_elements")
 @pytest.mark.parametrize("limits", [True, False])
 def test_elementwise_infinities(limits: bool) -> None:
-    z = torch.tensor([INF, -INF, INF, -INF, float("nan"), 3.0])
-    y = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.5])
-    found = [
-        torch.ops.objkern_triton.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, limits=limits, with_parts=True),
-        torch.ops.objkern.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, limits=limits, with_parts=True),
-    ]
-    torch.testing.assert_close(*found, equal_nan=True)
+    z = torch.tensor([INF, -INF, INF, -INF, float("nan"), 3.0, -INF, -INF])
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.9, 0.9])
+    for pos_weight in (None, torch.tensor([1.0] * 6 + [0.0, 3.0])):
+        options = {"pos_weight": pos_weight, "limits": limits, "with_parts": True}
+        found = [
+            ops.elementwise([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], 0, z, y, **options)
+            for ops in (torch.ops.objkern_triton, torch.ops.objkern)
+        ]
+        torch.testing.assert_close(*found, equal_nan=True)
 
 
 # ---- random calls ---------------------------------------------------------------------------------------------------
