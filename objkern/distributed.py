@@ -111,8 +111,6 @@ def shard(group: ProcessGroup, classes: int, device: torch.device | str = "cpu")
         raise ValueError("process_group: this process is not in it")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup but got {describe(group)}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("process_group: this process is not in it")
     everyone = _all_gather(torch.tensor([classes], device=device), dist.get_world_size(group), group)
     return Shard(group, dist.get_rank(group), tuple(everyone.view(-1).tolist()))
 
@@ -243,8 +241,8 @@ class Part(NamedTuple):
     def unpacked(cls, numbers: Tensor) -> Part:
         """From (parts, fields, N) to fields of (parts, N)."""
         fields, size = numbers.unbind(1), len(Sums._fields)
-        beside = Divergence(*fields[size + 2 :]) if len(fields) > size + 2 else None
-        return cls(Sums(*fields[:size]), fields[size], fields[size + 1], beside)
+        beside = fields[size + 2 :]
+        return cls(Sums(*fields[:size]), fields[size], fields[size + 1], Divergence(*beside) if beside else None)
 
 
 _FIELDS = (

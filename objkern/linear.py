@@ -29,7 +29,6 @@ MODES = ("auto", "forward", "recompute")
 
 _CPU_ROWS = 512  # GEMMs are at full speed from a few hundred rows on; measured, see docs/linear.md
 _GPU_ROWS = 1750  # below, the product with the hidden states starves the device
-_GPU_LEAST_ROWS = 1024  # and so does that for the weight's gradient
 _GPU_FROZEN_ROWS = 512
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a GEMM's block
 
@@ -70,8 +69,6 @@ def choose_chunk_rows(
         columns = math.ceil(features / _TILE_COLUMNS)
         waves = math.ceil(enough / _TILE_ROWS * columns / multiprocessors)
         wanted = _TILE_ROWS * (multiprocessors * waves // columns)
-        if trains_weight:
-            wanted = max(wanted, _GPU_LEAST_ROWS)
     if memory_budget is not None:
         of_row = chunk_bytes(1, classes, logits_bytes, gradient_bytes)
         if memory_budget < of_row:
@@ -200,7 +197,7 @@ class _Head:
         if not isinstance(largest, Tensor):
             return None
         unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-        return torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
+        return torch.where(largest.isfinite(), unit, 1.0)
 
 
 # ---- chunks ---------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _eager_gradient(
     for d, f in _distances(theta, origins, weights, k):
         g = d * (u * l2) if f is None else d * f * (u * l2)
         blocks.append((g + d.sign() * (u * l1) if l1 else g).to(theta.dtype))
-    return torch.cat(blocks).view(theta.shape) if blocks else torch.zeros_like(theta)
+    return torch.cat(blocks).view(theta.shape)
 
 
 _SCHEMA = "Tensor[] parameters, Tensor[] origins, Tensor[] weights, float l1, float l2"
@@ -508,7 +508,7 @@ class L2SP(ParameterTerm):
                     "term was made; make it after the model is resized, and call it where the weights are as they "
                     "were: not between the forward and the backward pass of a model that FSDP shards"
                 )
-            found.append(kept if kept.device == parameter.device else kept.to(parameter.device))
+            found.append(kept.to(parameter.device))
         return found
 
 

@@ -105,7 +105,7 @@ class DeferredLogits:
         return self
 
     def view(self, *shape: Any) -> Any:
-        wanted = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         if not all(isinstance(size, int) for size in wanted) or wanted[-1] not in (self.shape[-1], -1):
             return self.materialize().view(*shape)
         if wanted[-1] == -1 and (-1 in wanted[:-1] or math.prod(wanted[:-1]) != math.prod(self.shape[:-1])):
@@ -213,11 +213,10 @@ for _name in ("sub", "rsub", "rtruediv", "neg", "pow", "matmul", "lt", "le", "gt
         return getattr(self.materialize(), _name)(*_tensors(arguments))
 
     setattr(DeferredLogits, f"__{_name}__", _of_tensor)
-DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.numel() == 1 and x.dim() == 0)
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.dim() == 0)
 
 
 def _tensors(values: Any) -> Any:

@@ -61,6 +61,7 @@ class Call:
     learns_scale: bool = False
     weighted_rows: bool = False
     broken: bool = False  # NaN, infinities, rows without classes; of logits alone
+    far: bool = False  # some classes have a probability that is 0 in any dtype
 
 
 def by_advantage(s: objkern.Statistics, advantage: Tensor) -> Tensor:
@@ -69,6 +70,10 @@ def by_advantage(s: objkern.Statistics, advantage: Tensor) -> Tensor:
 
 def mixed(s: objkern.Statistics) -> Tensor:
     return s.logit_variance * s.mean_logit + s.mean_logprob * s.target_logit + s.other_logprob * s.lse
+
+
+def unlabelled(s: objkern.Statistics) -> Tensor:
+    return s.logit_variance * s.mean_logit + s.mean_logprob * s.lse + s.mean_square_logit + s.max_logit * s.entropy
 
 
 WEIGHT = torch.linspace(0.2, 2.0, CLASSES, dtype=torch.float64)
@@ -96,6 +101,8 @@ CALLS = {
     ),
     "custom": Call(custom(by_advantage), weighted_rows=True),
     "custom, all statistics": Call(CrossEntropy() + custom(mixed)),
+    "custom, no target": Call(custom(unlabelled), target="none"),
+    "reverse KL, far": Call(KLDivergence("reverse"), target="none", reference=True, far=True),
     "regularized": Call(
         CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss() - 0.1 * Entropy() + 1e-2 * LogitL2() + 0.1 * MaxZLoss(),
         options={"softcap": 5.0}, learns_scale=True,
@@ -126,7 +133,12 @@ def inputs(call: Call) -> dict[str, Any]:
         z[::2, 4] = -torch.inf
         found["bias"][30:] = -torch.inf
         found["bias"][4] = -torch.inf
+    if call.far:
+        z[:, 30:] -= 1e4
+        found["bias"][30:] -= 1e4
+    z[10, 6] = z[10, 36] = 12.0
     if call.broken:
+        z[10, :], z[10, 3], z[10, 22] = -torch.inf, 1.0, 2.0  # two classes
         z[0, 8], z[1, 3], z[2, :] = torch.nan, torch.inf, -torch.inf
         z[4, :], z[4, 11] = -torch.inf, 2.0
         z[6, :], z[6, 2] = -torch.inf, 2.0
@@ -136,6 +148,7 @@ def inputs(call: Call) -> dict[str, Any]:
     labels[3] = 20
     labels[labels == 4] = 3
     labels[:3] = torch.tensor([1, 29, 19])
+    labels[10] = 3 if call.broken else 6
     if call.broken:
         labels[4], labels[6], labels[7], labels[8] = 11, 3, 25, 5
     labels[5] = labels[9] = call.options.get("ignore_index", -100)
@@ -225,6 +238,60 @@ def small_divergence(of: Any = None, own: slice = slice(None), dtype: torch.dtyp
     r = z + (1e-3 * torch.randn(ROWS, CLASSES, generator=draw)).to(dtype)
     options = {"reference": r[:, own], "process_group": of, "reduction": "none"}
     return [KLDivergence(which)(z[:, own], **options) for which in ("forward", "reverse")]
+
+
+def excluded_divergence(of: Any = None, own: slice = slice(None)) -> Tensor:
+    """From a reference that excludes what has a probability, the classes of a rank."""
+    z = torch.arange(74.0).view(2, 37).sin()
+    r = z.cos()
+    r[0, 20:] = -torch.inf
+    return KLDivergence("reverse")(z[:, own], reference=r[:, own], process_group=of, reduction="none")
+
+
+def excluded_divergence_on_a_rank() -> Tensor | None:
+    of, rank = group(2), dist.get_rank()
+    return None if of is None else excluded_divergence(of, slice(0, 20) if rank == 0 else slice(20, CLASSES))
+
+
+def test_a_reference_that_excludes_the_classes_of_a_rank(ranks: Ranks) -> None:
+    expected = excluded_divergence()
+    assert expected[0] == torch.inf
+    for found in ranks(excluded_divergence_on_a_rank)[:2]:
+        torch.testing.assert_close(found, expected)
+
+
+def bad_labels() -> Tensor | None:
+    """Where nobody looks for them, as on a GPU."""
+    of, rank = group(2), dist.get_rank()
+    if of is None:
+        return None
+    z = torch.arange(20.0).view(4, 5).sin()[:, slice(0, 2) if rank == 0 else slice(2, 5)]
+    check, distributed.reference.check_labels = distributed.reference.check_labels, lambda *_: None
+    try:
+        return CrossEntropy()(z, torch.tensor([0, 5, -3, -100]), process_group=of, reduction="none")
+    finally:
+        distributed.reference.check_labels = check
+
+
+def test_bad_labels_that_nobody_looks_for_have_no_loss(ranks: Ranks) -> None:
+    for found in ranks(bad_labels)[:2]:
+        assert found.isnan().tolist() == [False, True, True, False]
+        assert found[3] == 0
+
+
+def test_a_sum_that_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Work:
+        def wait(self) -> None:
+            said.append("waited")
+
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: said.append("begun") or Work())
+    reduction = distributed._Reduction(distributed.Shard(None, 0, (3,)))
+    reduction.wait()
+    reduction.begin(torch.ones(2))
+    reduction.wait()
+    assert said == ["begun", "waited"]
 
 
 def small_divergence_on_a_rank() -> list[Tensor] | None:
@@ -502,6 +569,7 @@ def policy_loss(kind: str, own: slice, of: Any) -> list[Tensor]:
     hidden = torch.randn(ROWS, FEATURES, generator=draw, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(CLASSES, FEATURES, generator=draw, dtype=torch.float64)[own].requires_grad_()
     y, old = torch.randint(CLASSES, (ROWS,), generator=draw), -3 - torch.rand(ROWS, generator=draw)
+    y[2] = -100  # whose statistics are 0
     advantage = torch.randn(ROWS, generator=draw)
     if kind == "logits":
         s = objkern.row_statistics(hidden @ weight.t(), y, process_group=of)
@@ -528,52 +596,86 @@ def test_a_policy_loss_on_row_statistics(kind: str, ranks: Ranks) -> None:
 # ---- DTensors -------------------------------------------------------------------------------------------------------
 
 
+def dtensor_call(kind: str) -> tuple[Call, dict[str, Any]]:
+    call = Call(CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy())
+    if "reference" in kind:
+        call = Call(call.objective + KLDivergence(), reference=True)
+    given = inputs(call)
+    if kind == "few classes":
+        given |= {"weight": given["weight"][:5], "bias": given["bias"][:5]}
+        given["labels"] = given["labels"].where(given["labels"] < 0, given["labels"] % 5)
+    return call, given
+
+
 def of_dtensors(hidden_placement: str, kind: str) -> dict[str, Tensor]:
-    """On four ranks, 37 classes as torch splits them: 10, 10, 10, 7."""
+    """On four ranks, 37 classes as torch splits them: 10, 10, 10, 7; or 5, as 2, 2, 1, 0."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (4,))
-    call = Call(CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy())
-    given = inputs(call)
+    call, given = dtensor_call(kind)
     rows = [Shard(0)] if hidden_placement == "sequence" else [Replicate()]
     hidden = distribute_tensor(given["hidden"], mesh, rows).requires_grad_()
-    weight = distribute_tensor(given["weight"], mesh, [Shard(0)]).requires_grad_()
+    weight, bias = (distribute_tensor(given[name], mesh, [Shard(0)]).requires_grad_() for name in ("weight", "bias"))
     target = distribute_tensor(given["labels"], mesh, [Replicate()])
-    if kind == "linear":
-        loss = call.objective.linear(hidden, weight, target)
-    else:
+    options: dict[str, Any] = {}
+    if kind == "reference":
+        options["reference"] = distribute_tensor(given["reference"], mesh, [Shard(1)])
+    if kind == "reference head":
+        head = given["hidden"], given["weight"].flip(0)
+        options["reference"] = tuple(
+            distribute_tensor(x, mesh, [how]) for x, how in zip(head, (Replicate(), Shard(0)), strict=True)
+        )
+    if hidden_placement == "plain":
+        hidden, target = given["hidden"].requires_grad_(), given["labels"]
+        options["process_group"] = distributed.shard(mesh.get_group(), len(weight.to_local()))
+    if kind == "logits":
         logits = distribute_tensor(given["logits"], mesh, [Shard(1)]).requires_grad_()
         loss = call.objective(logits, given["labels"])
+    elif kind == "probabilities":
+        logits = distribute_tensor(given["logits"], mesh, [Shard(1)]).requires_grad_()
+        loss = call.objective(logits, distribute_tensor(given["probabilities"], mesh, [Shard(-1)]))
+    else:
+        loss = call.objective.linear(hidden, weight, target, bias, **options)
     (loss * 1.7).backward()
-    leaves = {"hidden": hidden, "weight": weight} if kind == "linear" else {"logits": logits}
-    placed = {f"placement of {name}": x.grad.placements for name, x in leaves.items()}
-    return {"loss": loss.detach()} | {name: x.grad.full_tensor() for name, x in leaves.items()} | placed
+    of_logits = kind in ("logits", "probabilities")
+    leaves = {"logits": logits} if of_logits else {"hidden": hidden, "weight": weight, "bias": bias}
+    found = {"loss": loss.detach()}
+    for name, x in leaves.items():
+        found[name] = x.grad.full_tensor() if hasattr(x.grad, "full_tensor") else x.grad
+        found[f"placement of {name}"] = getattr(x.grad, "placements", None)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("kind", "hidden"), [("logits", "replicated"), ("linear", "replicated"), ("linear", "sequence")]
-)
+    ("kind", "hidden"), [
+        ("logits", "replicated"), ("probabilities", "replicated"), ("linear", "replicated"), ("linear", "sequence"),
+        ("linear", "plain"), ("few classes", "replicated"), ("reference", "replicated"), ("reference head", "sequence"),
+    ],
+)  # fmt: skip
 def test_dtensors_as_they_come(kind: str, hidden: str, ranks: Ranks) -> None:
     from torch.distributed.tensor import Replicate, Shard
 
-    call = Call(CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy())
-    given = inputs(call)
+    call, given = dtensor_call(kind)
+    of_logits = kind in ("logits", "probabilities")
     leaves = {
-        name: given[name].requires_grad_() for name in (("hidden", "weight") if kind == "linear" else ("logits",))
+        name: given[name].requires_grad_() for name in (("logits",) if of_logits else ("hidden", "weight", "bias"))
     }
-    if kind == "linear":
-        loss = call.objective.linear(leaves["hidden"], leaves["weight"], given["labels"])
+    if of_logits:
+        loss = call.objective(leaves["logits"], given["labels" if kind == "logits" else kind])
     else:
-        loss = call.objective(leaves["logits"], given["labels"])
+        head = given["hidden"].detach(), given["weight"].detach().flip(0)
+        options = {"reference": given[kind] if kind == "reference" else head} if call.reference else {}
+        loss = call.objective.linear(leaves["hidden"], leaves["weight"], given["labels"], leaves["bias"], **options)
     (loss * 1.7).backward()
     for found in ranks(of_dtensors, hidden, kind):
         same(found["loss"], loss.detach(), torch.float64, "loss")
         for name, leaf in leaves.items():
             same(found[name], leaf.grad, torch.float64, name)
-        if kind == "linear":
+        if not of_logits:
             assert found["placement of weight"] == (Shard(0),)
-            assert found["placement of hidden"] == (Shard(0) if hidden == "sequence" else Replicate(),)
+            placement = {"sequence": (Shard(0),), "replicated": (Replicate(),), "plain": None}[hidden]
+            assert found["placement of hidden"] == placement
 
 
 # ---- what cannot be served ------------------------------------------------------------------------------------------
@@ -588,7 +690,12 @@ def refusals() -> dict[str, str]:
     ce, mesh = CrossEntropy(), init_device_mesh("cpu", (4,))
     z, y, w = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.randn(5, 4)
     sharded = distribute_tensor(torch.randn(20, 4), mesh, [Shard(0)])
-    summed = DTensor.from_local(z, mesh, [Partial()])
+    summed = DTensor.from_local(z, mesh, [Partial()]).requires_grad_()
+    whole = distribute_tensor(z, mesh, [Replicate()])
+    alone = [dist.new_group([k]) for k in range(4)][dist.get_rank()]
+    square = init_device_mesh("cpu", (2, 2))
+    hidden = distribute_tensor(torch.randn(3, 4), mesh, [Replicate()])
+    bias = distribute_tensor(torch.randn(20), mesh, [Replicate()])
     calls = {
         "no group": lambda: ce(z, y, process_group="tp"),
         "label": lambda: ce(z, torch.tensor([0, 20, 2]), process_group=of),
@@ -604,6 +711,20 @@ def refusals() -> dict[str, str]:
             distribute_tensor(torch.randn(3, 4), mesh, [Shard(1)]), sharded, distribute_tensor(y, mesh, [Replicate()])
         ),
         "plain beside": lambda: ce(z, distribute_tensor(y, mesh, [Replicate()]), process_group=of),
+        "plain weight": lambda: ce.linear(hidden, w, y, process_group=of),
+        "plain weight and reference": lambda: ce.linear(torch.randn(3, 4), w, y, process_group=of, reference=whole),
+        "no tensor": lambda: ce([1.0], y, process_group=of),
+        "no weight": lambda: ce.linear(torch.randn(3, 4), None, y, process_group=of),
+        "no dimension": lambda: ce(torch.tensor(1.0), y, process_group=of),
+        "replicated": lambda: ce(whole, y, process_group=of),
+        "another group": lambda: ce.linear(torch.randn(3, 4), sharded, y, process_group=alone),
+        "another mesh": lambda: ce.linear(
+            distribute_tensor(torch.randn(3, 4), square, [Replicate()] * 2), sharded, y
+        ),
+        "bias": lambda: ce.linear(hidden, sharded, y, bias),
+        "sharded target": lambda: ce.linear(hidden, sharded, distribute_tensor(torch.arange(4), mesh, [Shard(0)])),
+        "summed parameter": lambda: objkern.L2([summed])(),
+        "summed parameter, in place": lambda: objkern.L2([summed]).accumulate_(),
         "another size": lambda: ce(torch.randn(3, 6), y, process_group=distributed.shard(of, 5)),
         "elements": lambda: objkern.MeanSquaredError()(z, z, process_group=of),
         "elements in parts": lambda: objkern.MeanSquaredError()(sharded, sharded),
@@ -634,6 +755,18 @@ def test_what_cannot_be_served_says_so_on_every_rank(ranks: Ranks) -> None:
         "FSDP or classes": "TypeError: weight: a DTensor beside hidden states that are none may be split by FSDP",
         "features": "ValueError: hidden: S(1) on dimension 0 of the mesh cannot be served",
         "plain beside": "TypeError: target: a DTensor beside the logits, a plain tensor",
+        "plain weight": "TypeError: hidden: a DTensor beside the weight, a plain tensor",
+        "plain weight and reference": "TypeError: reference: a DTensor beside the weight, a plain tensor",
+        "no tensor": "TypeError: logits: expected a tensor but got [1.0]",
+        "no weight": "TypeError: weight: expected a tensor but got None",
+        "no dimension": "ValueError: logits: expected a tensor with a dimension for classes but got a 0-dim one",
+        "replicated": "ValueError: process_group: its ranks hold all classes each",
+        "another group": "ValueError: process_group: another than that of the mesh's dimension",
+        "another mesh": "ValueError: hidden: expected the weight's mesh",
+        "bias": "ValueError: bias: R on dimension 0 of its mesh cannot be served: expected Shard(0)",
+        "sharded target": "ValueError: target: S(0) on dimension 0 of its mesh cannot be served: expected Replicate()",
+        "summed parameter": "ValueError: parameters: P(sum), of which each rank has a summand",
+        "summed parameter, in place": "ValueError: parameters: P(sum), of which each rank has a summand",
         "another size": "ValueError: process_group: the part of rank 0 has 5 classes but got 6",
         "elements": "NotImplementedError: process_group: terms that compare element by element have no classes",
         "elements in parts": "NotImplementedError: process_group: terms that compare element by element",

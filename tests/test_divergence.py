@@ -383,6 +383,15 @@ def test_opcheck_and_compile() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_term_of_ones_own_has_no_temperature(backend: str) -> None:
+    z, r = pair(5, 12, torch.float32, 1.0)
+    for direction in DIRECTIONS:
+        name = f"{direction}_kl"
+        found = custom(lambda s, name=name: getattr(s, name), needs=(name,))(z, reference=r, backend=backend)
+        torch.testing.assert_close(found, eager(z, r, direction).mean())
+
+
 def test_a_coefficient_that_changes_in_place() -> None:
     z, r = pair(5, 12, torch.float32, 1.0)
     warm = torch.tensor(0.0)

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import objkern
 from objkern import BinaryCrossEntropy, CrossEntropy, Focal, KLDivergence, LogitL2, ZLoss, custom
+from objkern.batch import flatten
 
 from .nonsense import POOL, REFUSALS, named
 
@@ -118,8 +119,14 @@ def test_an_error_changes_nothing() -> None:
 def test_set_validation() -> None:
     with pytest.raises(ValueError, match='validation: expected "cpu" or "always" but got \'never\''):
         objkern.set_validation("never")
+    of = lambda validate: flatten(Z.to("meta"), Y.to("meta"), validate=validate).validate  # noqa: E731
+    assert [of(None), of(True), of(False)] == [False, True, False]
     objkern.set_validation("always")
-    objkern.set_validation("cpu")
+    try:
+        assert [of(None), of(True), of(False)] == [True, True, False]
+    finally:
+        objkern.set_validation("cpu")
+    assert flatten(Z, Y, validate=False).validate  # on a CPU looking is free
 
 
 def test_changing_logits_before_the_backward_pass_is_noticed() -> None:

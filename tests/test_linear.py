@@ -153,17 +153,19 @@ def test_options(options: dict[str, Any], mode: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_class_weights(mode: str, reduction: str) -> None:
+@pytest.mark.parametrize("chunk_rows", [50, 100])  # tiles of the backward pass have all classes, or some
+def test_class_weights(chunk_rows: int, mode: str, reduction: str) -> None:
     """The weights' sum is that of the whole batch, not of a chunk."""
     objective = CrossEntropy(weight=torch.rand(V) + 0.1, label_smoothing=0.1) + 1e-2 * ZLoss()
-    assert_as_logits(objective, torch.float32, {"reduction": reduction}, {"mode": mode, "chunk_rows": 50})
+    assert_as_logits(objective, torch.float32, {"reduction": reduction}, {"mode": mode, "chunk_rows": chunk_rows})
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_probability_targets(mode: str) -> None:
     target = torch.randn(N, V).softmax(-1)
     objective = CrossEntropy(label_smoothing=0.1) + 1e-2 * ZLoss()
-    assert_as_logits(objective, torch.float32, {}, {"mode": mode, "chunk_rows": 50}, target)
+    for chunk_rows in (50, 100):  # tiles of the backward pass have all classes, or some
+        assert_as_logits(objective, torch.float32, {}, {"mode": mode, "chunk_rows": chunk_rows}, target)
 
     hidden, weight, _, _ = inputs(torch.float32)
     ours, theirs = (
@@ -285,6 +287,95 @@ def test_the_first_maximum() -> None:
         z = torch.randint(4, (rows, classes)).float()
         z[0] = -torch.inf
         assert torch.equal(objkern.linear._first_maximum(z).squeeze(1), z.argmax(1))
+
+
+# ---- half precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_half_precision_weight_of_many_classes(mode: str) -> None:
+    """It is widened in panels of some thousands of classes."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 7, generator=generator).bfloat16() for n in (5, 9001))
+    labels = torch.tensor([0, 4095, 4096, 8192, 9000])
+    found = results(lambda h, w: REGULARIZED.linear(h, w, labels, mode=mode), hidden, weight)
+    exact = results(lambda h, w: REGULARIZED(F.linear(h, w), labels), hidden.double(), weight.double())
+    for ours, truth in zip(found, exact, strict=True):
+        assert (ours.double() - truth).norm() <= ONE_ROUNDING[torch.bfloat16] * truth.norm()
+
+
+@pytest.fixture
+def half_precision_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels round the gradient of float32 logits, as on a GPU."""
+
+    def rounding(op: Any) -> SimpleNamespace:
+        def into(*arguments: Any, gradient: Tensor, **options: Any) -> Any:
+            wide = gradient.new_empty(gradient.shape, dtype=torch.float32)
+            found = op.into(*arguments, **options, gradient=wide)
+            gradient.copy_(wide)
+            return found
+
+        return SimpleNamespace(into=into, default=op.default)
+
+    names = ("fused", "gradient", "objective", "statistics", "statistics_gradient")
+    kernels = SimpleNamespace(**{name: rounding(getattr(torch.ops.objkern, name)) for name in names})
+    monkeypatch.setattr(objkern.linear, "_family", lambda name: kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", [*MODES, "none", "statistics", "scale"])
+@pytest.mark.parametrize("least_classes", [12, V])  # tiles of all rows and some classes, or of all classes
+@pytest.mark.usefixtures("half_precision_gemms", "half_precision_gradients", "small_tiles")
+def test_gemms_of_half_precision_numbers(
+    least_classes: int, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: logits in float32, their gradient in half precision, where float16 does not lose small ones."""
+    monkeypatch.setattr(objkern.linear, "_LEAST_CLASSES", least_classes)
+    hidden, weight, bias, labels = inputs(dtype, rows=40)
+    options = {"reduction": "none"} if mode in ("none", "statistics") else {}
+    chosen = {"mode": mode} if mode in MODES else {}
+    more = [torch.tensor(0.7, dtype=torch.float64)] if mode == "scale" else []
+    objective = torch.tensor(2.0**-40) * LogitL2() + REGULARIZED + 1e-2 * MaxZLoss()
+
+    def run(linear: bool, size: float, *tensors: Tensor) -> list[Tensor]:
+        """Loss and gradients of size · objective, over `size`."""
+
+        def loss(h: Tensor, w: Tensor, b: Tensor, *scale: Tensor) -> Tensor:
+            scaled = {"logit_scale": scale[0]} if scale else {}
+            if mode == "statistics":
+                s = (
+                    objkern.linear_row_statistics(h, w, labels, bias=b, chunk_rows=2)
+                    if linear else objkern.row_statistics(F.linear(h, w, b), labels)
+                )  # fmt: skip
+                return size * (s.lse - s.target_logit + 0.1 * s.max_logit)
+            if linear:
+                return (size * objective).linear(h, w, labels, b, chunk_rows=2, **scaled, **options, **chosen)
+            return (size * objective)(F.linear(h, w, b), labels, **scaled, **options)
+
+        leaves = [x.clone().requires_grad_() for x in (*tensors, *more)]
+        value = loss(*leaves)
+        upstream = upstream_for(value)
+        gradients = [torch.autograd.grad(value, leaves, upstream * 2.0**7 / size, retain_graph=True) for _ in range(2)]
+        return [value.detach() / size, *gradients[0], *gradients[1]]
+
+    exact = run(False, 1.0, hidden.double(), weight.double(), bias.double())
+    for size in (1.0, 2.0**-20):
+        found = run(True, size, hidden, weight, bias)
+        for place, (one, truth) in enumerate(zip(found, exact, strict=True)):
+            assert (one.double() - truth).norm() <= 1.2 * ONE_ROUNDING[dtype] * truth.norm(), (place, size)
+
+
+def test_products_with_wider_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half-precision tensors on a GPU, where torch's products take the dtype of their sums."""
+    mm, addmm = torch.mm, torch.addmm
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out_dtype, out: mm(a.to(out_dtype), b.to(out_dtype), out=out))
+    monkeypatch.setattr(
+        torch, "addmm", lambda x, a, b, *, out_dtype, out: addmm(x, a.to(out_dtype), b.to(out_dtype), out=out)
+    )
+    a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
+    found = objkern.linear._multiply(a, b, torch.full((3, 5), 7.0))
+    torch.testing.assert_close(found, a.float() @ b.float())
+    torch.testing.assert_close(objkern.linear._multiply(a, b, torch.ones(3, 5), add=True), found + 1)
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -845,6 +936,7 @@ def test_chunks_fill_waves(features: int, trains_weight: bool, expected: int) ->
     (2048, 32000, 512, (2048, 7936)),
     (1 << 20, 32000, 512, (16000, 1024)),  # so many rows that few classes would be left
     (100, 32000, 512, (100, 32000)),  # one chunk
+    (100, 32001, 512, (100, 32001)),  # of which nothing is rounded down
     (8192, 128256, 63, (63, 128256)),
     (3, 5, 1, (1, 5)),
     (0, 5, 1, (1, 5)),
@@ -866,6 +958,7 @@ def test_chunks_keep_to_the_budget() -> None:
     for budget in (1 << 20, 1 << 24, 1 << 30):
         rows = choose_chunk_rows(memory_budget=budget, **kwargs)
         assert chunk_bytes(rows, 128256, 4, 2) <= budget < chunk_bytes(rows + 1, 128256, 4, 2) or rows == 2048
+    assert choose_chunk_rows(memory_budget=769536, **kwargs) == 1
     with pytest.raises(ValueError, match="expected at least 769536 bytes"):
         choose_chunk_rows(memory_budget=769535, **kwargs)
 

@@ -355,3 +355,12 @@ def test_custom_mistakes_are_named() -> None:
         custom(lambda s: s.logprob, needs=("logprob",))(z)
     with pytest.raises(ValueError, match=r"rows: no term reads \['a'\]"):
         OBJECTIVE(z, y, rows={"a": torch.ones(4)})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_mean_over_one_row_divides_by_its_weight(backend: str) -> None:
+    """Also where the mean over no rows is to be 0."""
+    z, y, weight = torch.randn(3, 4), torch.tensor([-100, 2, -100]), torch.tensor([1.0, 2.0, 5.0, 1.0])
+    for empty in ("zero", "nan"):
+        found = CrossEntropy(weight)(z, y, empty=empty, backend=backend)
+        torch.testing.assert_close(found, F.cross_entropy(z[1:2], y[1:2]))

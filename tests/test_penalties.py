@@ -49,12 +49,36 @@ TERMS: dict[str, tuple[Callable[..., objkern.Objective], Callable[[Tensor, Tenso
 }  # fmt: skip
 
 
+def several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops that a GPU has for many parameters, and nothing else."""
+    values, gradients = penalties._values_one_by_one, penalties._gradients_one_by_one
+
+    def accumulate(sums: list[Tensor], *arguments: object) -> None:
+        for total, g in zip(sums, gradients(*arguments), strict=True):
+            total.add_(g)
+
+    ops = {
+        "multi_penalty": lambda *arguments: torch.stack(list(values(*arguments))).sum(),
+        "multi_penalty_gradient": gradients, "multi_penalty_accumulate_": accumulate,
+    }  # fmt: skip
+    for name, op in ops.items():
+        monkeypatch.setattr(torch.ops.objkern, name, op)
+    monkeypatch.setattr(penalties, "_together", lambda device: True)
+    monkeypatch.setattr(penalties, "_values_one_by_one", None)
+    monkeypatch.setattr(penalties, "_gradients_one_by_one", None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kernels", ["for many parameters", "for one parameter", "none"])
 @pytest.mark.parametrize("name", TERMS)
-def test_values_and_gradients(name: str, kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients(name: str, kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within twice the error of eager torch in the same dtype, and one rounding of the exact gradient."""
-    if not kernels:  # a device that has none
+    if kernels == "for many parameters":  # as a GPU has them
+        several_at_once(monkeypatch)
+    elif kernels == "for one parameter":
+        monkeypatch.setattr(penalties, "_eager_value", None)
+        monkeypatch.setattr(penalties, "_eager_gradient", None)
+    else:  # a device that has none
         monkeypatch.setattr(penalties, "_kernels", lambda x: None)
         monkeypatch.setattr(penalties, "_BLOCK", 64)  # several blocks, and a rest
     make, formula = TERMS[name]
@@ -64,6 +88,7 @@ def test_values_and_gradients(name: str, kernels: bool, dtype: torch.dtype, monk
     with torch.no_grad():
         parameters[0][0, 0] = 0.0
     fisher = {str(k): torch.rand(p.shape) for k, p in enumerate(parameters)}
+    fisher["0"][0, 1] = 0.0
     term = make(parameters, fisher)
     starts = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -102,7 +127,9 @@ def test_derivatives(name: str) -> None:
     value = lambda *p: torch.ops.objkern.parameter_penalty([x + 0.1 for x in p], *arguments, term.l1, term.l2)  # noqa: E731
     assert torch.autograd.gradcheck(value, parameters)
     assert torch.autograd.gradgradcheck(value, parameters)
-    torch.library.opcheck(torch.ops.objkern.parameter_penalty.default, (parameters, *arguments, term.l1, term.l2))
+    for count in (1, 2):
+        some = [tensors[:count] for tensors in (parameters, *arguments)]
+        torch.library.opcheck(torch.ops.objkern.parameter_penalty.default, (*some, term.l1, term.l2))
 
 
 def test_a_large_sum_keeps_its_digits() -> None:
@@ -172,7 +199,8 @@ def test_coefficients_that_learn_or_are_scheduled(net: Net) -> None:
 
 def test_accumulate(net: Net) -> None:
     """The same gradients as by autograd, added to what there is."""
-    objective = 0.3 * L2(net) + 0.1 * L1(net) + 0.2 * L2SP(net)
+    fisher = {"last.weight": torch.rand(5, 40), "first.weight": torch.rand(40, 8)}
+    objective = 0.3 * L2(net) + 0.1 * L1(net) + 0.2 * L2SP(net) + 0.4 * EWC(net, fisher)
     moved(net)
     objective(parameter_weight=0.5).backward()
     expected = {name: p.grad for name, p in net.named_parameters()}
@@ -185,8 +213,37 @@ def test_accumulate(net: Net) -> None:
                 assert p.grad is None if before is None else bool((p.grad == 1).all())
             else:
                 torch.testing.assert_close(p.grad, expected[name] + (before or 0.0))
+    p = nn.Parameter(torch.tensor([3.0]))
+    for term, gradient in ((L2([p]), 3.0), (0.5 * L2([p]), 4.5)):
+        term.accumulate_()
+        assert p.grad == gradient
     with pytest.raises(ValueError, match=r"CrossEntropy\(\) is not about parameters"):
         (CrossEntropy() + objective).accumulate_()
+
+
+def test_accumulate_of_many_parameters_at_once(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a gradient that a kernel can add to; a transposed one is added to by itself."""
+    start = [p.detach().clone() for p in net.parameters()]
+    fisher = {name: torch.rand(p.shape) for name, p in net.named_parameters()}
+    term = EWC(net, fisher, include_all=True)
+    moved(net)
+    several_at_once(monkeypatch)
+    single = torch.ops.objkern.parameter_penalty_gradient
+    alone = []
+
+    def gradient(upstream: Tensor, parameters: list[Tensor], *others: object) -> list[Tensor]:
+        alone.extend(parameters)
+        return single(upstream, parameters, *others)
+
+    monkeypatch.setattr(torch.ops.objkern, "parameter_penalty_gradient", gradient)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    net.first.weight.grad = torch.ones(8, 40).t()
+    net.norm.bias.grad = None
+    term.accumulate_()
+    assert alone == [net.first.weight, net.norm.bias]
+    for p, began, f in zip(net.parameters(), start, fisher.values(), strict=True):
+        torch.testing.assert_close(p.grad, f * (p.detach() - began) + float(p is not net.norm.bias))
 
 
 def test_sgd_with_l2_is_weight_decay_and_adam_is_not(net: Net) -> None:
@@ -224,9 +281,14 @@ def test_compiled_without_a_break(net: Net) -> None:
 def test_which_parameters(net: Net) -> None:
     """Of a module those that require grad, less biases and norms; of an iterable all."""
     names = lambda term: list(term._held.named())  # noqa: E731
+    fisher = {"first.weight": torch.ones(40, 8)}
     assert names(L2(net)) == ["first.weight", "last.weight"]
     assert names(L2(net, include_all=True)) == [name for name, _ in net.named_parameters()]
+    for make in (L1, L2SP, lambda model: ElasticNet(model, 1.0, 1.0), lambda model: EWC(model, fisher)):
+        assert names(make(net)) == ["first.weight", "last.weight"]
+    assert list(diagonal_fisher(net, [torch.randn(2, 8)], lambda m, x: m(x)[:, 0])) == ["first.weight", "last.weight"]
     assert names(L2(net.parameters())) == [str(k) for k in range(6)]
+    assert repr(L2(net.parameters())) == "L2(<6 parameters>)"
     assert names(L2(net.named_parameters())) == [name for name, _ in net.named_parameters()]
     net.first.weight.requires_grad_(False)
     assert names(L2(net)) == ["last.weight"]
@@ -279,6 +341,7 @@ def test_bad_input(net: Net) -> None:
         (lambda: L2([]), ValueError, "expected at least one"),
         (lambda: L2([torch.ones(2, dtype=torch.int64)]), TypeError, "item 0 is"),
         (lambda: L2([1.0]), TypeError, "item 0 is"),
+        (lambda: L2([("a", net.first.weight), ("a", net.last.weight)]), ValueError, "two of them are called 'a'"),
         (lambda: L2(nn.LayerNorm(3)), ValueError, "include_all=True takes those too"),
         (lambda: L2(nn.ReLU(), include_all=True), ValueError, "has none that require grad"),
         (lambda: L2(net, include_all=1), TypeError, "include_all"),
@@ -318,6 +381,14 @@ def test_fisher_of_a_linear_model() -> None:
     for bad, message in (([], "at least one sample"), (batches, "one number per sample")):
         with pytest.raises(ValueError, match=message):
             diagonal_fisher(model, bad, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+
+
+def test_fisher_of_parameters_that_no_sample_reaches(net: Net) -> None:
+    found = diagonal_fisher(net, [torch.randn(3, 8)], lambda m, x: m.first(x).sum(-1))
+    assert found["first.weight"].all()
+    assert not found["last.weight"].any()
+    with pytest.raises(ValueError, match="LayerNorm has no parameters to penalize"):
+        diagonal_fisher(net.norm, [torch.randn(3, 40)], lambda m, x: m(x).sum(-1))
 
 
 def test_ewc_keeps_what_the_first_task_needs() -> None:

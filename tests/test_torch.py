@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import objkern
 from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, ZLoss, custom, ops
+from objkern.batch import flatten
 
 from .conftest import EVERY_TERM
 
@@ -540,6 +541,46 @@ def test_a_meta_tensor_beside_real_logits_is_refused() -> None:
     z = torch.empty(4, 5, device="meta", requires_grad=True)
     CrossEntropy()(z, torch.empty(4, dtype=torch.long, device="meta"), gradient="forward").backward()
     assert z.grad.shape == z.shape
+
+
+def test_which_backends_check_labels_for_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of GPUs, which make NaN of bad ones, where that is asked for."""
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(ops.reference, "check_labels", lambda _, classes, ignored: seen.append((classes, ignored)))
+    batch, program = flatten(torch.zeros(2, 3), torch.tensor([0, 2])), ops.Program.of([(1.0, CrossEntropy())])
+    for name in ("cpu", "cuda"):
+        for validate in (False, True):
+            given = batch._replace(validate=validate)
+            ops.NATIVE[name].objective(given, program, False, False)
+            ops.NATIVE[name].statistics(given)
+            assert seen == [(3, -100)] * 2 * (validate and name == "cuda")
+    assert ops.NATIVE["triton"].family == "objkern_triton"
+
+
+def test_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.cuda, "why_not", str)
+    assert ops.why_not("cuda", "cuda", None) == "0"
+    assert ops.why_not("cuda", "cuda", 2) == "2"
+    assert ops.why_not("cuda", "cpu", None) == "its kernels are for CUDA tensors"
+    assert ops.why_not("cpu", "cuda", 0) == "its kernels are for CPU tensors"
+
+
+def test_coefficients_of_a_device_beside_those_of_the_cpu() -> None:
+    one = torch.tensor(2.0)
+    for pair in ((one, one.to("meta")), (one.to("meta"), one)):
+        assert ops.Program.of([(c, CrossEntropy()) for c in pair]).tensor.is_meta
+
+
+def test_vmap_over_one() -> None:
+    z, y = torch.randn(1, 3, 4), torch.tensor([[0, 1, -100]])
+    torch.testing.assert_close(torch.vmap(CrossEntropy())(z, y), CrossEntropy()(z[0], y[0])[None])
+
+
+@pytest.mark.parametrize("ignore_index", [-101, -99])
+def test_an_ignore_index_beside_the_default(ignore_index: int) -> None:
+    z, y = torch.randn(4, 5), torch.tensor([0, ignore_index, 2, 4])
+    found = CrossEntropy()(z, y, ignore_index=ignore_index)
+    torch.testing.assert_close(found, F.cross_entropy(z, y, ignore_index=ignore_index))
 
 
 def test_vmap_over_nothing() -> None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,15 @@ transformers = pytest.importorskip("transformers")
 
 import objkern  # noqa: E402
 from objkern import L2SP, CrossEntropy, Entropy, KLDivergence, ZLoss  # noqa: E402
-from objkern.transformers import DeferredLogits, attach, compute_loss_func, detach, parts  # noqa: E402
+from objkern.transformers import (  # noqa: E402
+    DeferredLogits,
+    Layer,
+    attach,
+    compute_loss_func,
+    detach,
+    is_attached,
+    parts,
+)  # fmt: skip
 
 V, D, B, T = 211, 32, 3, 17
 SMALL = {"vocab_size": V, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -198,6 +207,49 @@ def test_labels_may_come_by_position() -> None:
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     positional = [batch.get(name) for name in names[: names.index("labels") + 1]]
     assert torch.equal(model(*positional).loss, model(**batch).loss)
+    for without in (positional[:-1], [*positional[:-1], None]):
+        assert type(model(*without).logits) is Tensor
+
+
+def test_without_labels_nothing_differs() -> None:
+    model, batch = made("llama"), batch_of(made("llama"))
+    expected = model(input_ids=batch["input_ids"]).logits
+    attach(model, OBJECTIVE)
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, expected)
+
+
+def test_is_attached() -> None:
+    model, reference = made("llama"), frozen("llama")
+    assert not is_attached(model)
+    attach(model, WITH_REFERENCE, reference=reference)
+    assert is_attached(model)
+    assert is_attached(model, WITH_REFERENCE, reference)
+    assert not is_attached(model, OBJECTIVE)
+    assert not is_attached(model, WITH_REFERENCE, made("llama"))
+    assert not is_attached(detach(model), WITH_REFERENCE, reference)
+
+
+def test_a_forward_that_somebody_has_put_there() -> None:
+    """It is called, and is there again afterwards; that of a reference's head too."""
+    model, reference, batch = made("llama"), frozen("llama"), batch_of(made("llama"))
+    expected = attach(made("llama"), WITH_REFERENCE, reference=reference)(**batch).loss
+    calls = []
+
+    def counting(module: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return type(module).forward(module, *args, **kwargs)
+
+        return forward
+
+    own = {module: counting(module) for module in (model, model.lm_head, reference.lm_head)}
+    for module, forward in own.items():
+        module.forward = forward
+    attach(model, WITH_REFERENCE, reference=reference)
+    assert torch.equal(model(**batch).loss, expected)
+    assert calls == [model]
+    detach(model)
+    assert all(module.__dict__["forward"] is forward for module, forward in own.items())
 
 
 def test_logits_to_keep() -> None:
@@ -343,6 +395,13 @@ def test_what_cannot_be_attached() -> None:
     with pytest.raises(TypeError, match="no language-model head"):
         attach(encoder, OBJECTIVE)
     assert "_objkern_attached" not in model.__dict__
+    for head, message in (
+        (nn.Bilinear(D, D, V), "its head is a Bilinear, and attach needs a linear layer"),
+        (SimpleNamespace(base_layer=model.lm_head), "SimpleNamespace on Linear, and no LoRA on a linear"),
+    ):
+        model.get_output_embeddings = lambda head=head: head
+        with pytest.raises(TypeError, match=message):
+            attach(model, OBJECTIVE)
 
 
 WITH_REFERENCE = CrossEntropy() + 0.1 * ZLoss() + 0.7 * KLDivergence() + 0.3 * KLDivergence("reverse")
@@ -442,6 +501,22 @@ def test_a_reference_that_cannot_be_had_is_an_error() -> None:
     logits = model(**batch).logits
     with pytest.raises(ValueError, match=r"reference: expected hidden states of \(3, 4\) positions but got \(3, 17\)"):
         logits.beside(torch.zeros(B, 4, D), 1.0, None)
+    with pytest.raises(NotImplementedError, match=r"have the softcap 5\.0, the model's have 6\.0"):
+        (torch.tanh(logits / 5.0) * 5.0).beside(torch.zeros(B, T, D), 1.0, 6.0)
+    reference = frozen("llama")
+    attach(model, WITH_REFERENCE, reference=reference)
+    stock = type(reference).forward
+    reference.forward = lambda **inputs: SimpleNamespace(logits=stock(reference, **inputs).logits - 1.0)
+    with pytest.raises(NotImplementedError, match="does more with its logits than scale, cap and shift them"):
+        model(**batch)
+
+
+def test_a_reference_of_another_scale_with_a_bias() -> None:
+    hidden, weight, bias = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5)
+    own = DeferredLogits(None, hidden, Layer(weight, bias), scale=3.0)
+    for scale in (2.0, torch.tensor(2.0)):
+        h, w, b = own.beside(torch.zeros(2, 3, 7), scale, None)
+        torch.testing.assert_close(2.0 * F.linear(h, w, b), own.materialize())
 
 
 def test_copies_are_attached_by_themselves() -> None:
@@ -516,6 +591,13 @@ CHAINS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
     "softmax": (False, lambda z: torch.softmax(z, -1)), "added": (False, lambda z: z + z), "minus": (False, lambda z: z - 1.0),
     "reflected": (False, lambda z: 1.0 - z), "compared": (False, lambda z: z > 0), "stacked": (False, lambda z: torch.stack([z, z])),
     "twice capped": (False, lambda z: torch.tanh(torch.tanh(z))), "bias after a scale": (False, lambda z: 2.0 * z + torch.ones(V)),
+    "classes by place": (False, lambda z: z[:, :, :7]), "every one": (False, lambda z: z[torch.ones(B, T, V, dtype=torch.bool)]),
+    "rows": (False, lambda z: z.reshape(B, -1)), "one row": (False, lambda z: z.view(B * T * V)),
+    "by a vector": (False, lambda z: z * torch.linspace(1, 2, V)), "over a vector": (False, lambda z: z / torch.linspace(1, 2, V)),
+    "a cap by a tensor": (False, lambda z: torch.tanh(z) * torch.tensor(2.0)), "bias after a cap": (False, lambda z: torch.tanh(z) + torch.ones(V)),
+    "bias after a tensor": (False, lambda z: z * torch.tensor(2.0) + torch.ones(V)),
+    "bias that learns": (False, lambda z: (z + torch.ones(V, requires_grad=True)).detach()),
+    "by name": (False, lambda z: torch.softmax(input=z, dim=-1)), "there already": (True, lambda z: z.to("cpu")),
     "transposed": (False, lambda z: z.transpose(0, 1)), "other view": (False, lambda z: z.view(-1)),
 }  # fmt: skip
 
@@ -531,8 +613,19 @@ def test_the_stand_in_is_the_tensor(name: str, deferred: tuple[DeferredLogits, T
     torch.testing.assert_close(tensor.detach(), expected, rtol=1e-5, atol=1e-5)
     if stays and expected.dim() == 2:
         y = torch.randint(0, V, expected.shape[:1], generator=torch.Generator().manual_seed(0))
-        loss = F.cross_entropy(found, y)
-        torch.testing.assert_close(loss.double(), F.cross_entropy(expected.double(), y), rtol=1e-5, atol=1e-5)
+        y[1] = -100
+        for loss in (F.cross_entropy(found, y), F.cross_entropy(input=found, target=y)):
+            torch.testing.assert_close(loss.double(), F.cross_entropy(expected.double(), y), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_known_without_the_tensor(deferred: tuple[DeferredLogits, Tensor]) -> None:
+    z, tensor = deferred[0][:], deferred[1]
+    assert (z.size(), z.size(1), z.dim(), z.ndim, z.numel()) == (tensor.shape, T, 3, 3, tensor.numel())
+    assert (z.device, z.is_cuda, z.requires_grad, hash(z) == hash(z)) == (tensor.device, False, True, True)
+    assert z._tensor is None
+    assert torch.equal(copy.copy(z).materialize(), z.materialize())
+    assert z.to("meta").is_meta
+    assert z.view(torch.int32).dtype == torch.int32
 
 
 def test_a_model_that_weighs_its_loss_by_itself_is_an_error(deferred: tuple[DeferredLogits, Tensor]) -> None:
@@ -709,9 +802,18 @@ def test_labels_that_do_not_fit() -> None:
         compute_loss_func(F.cross_entropy)
 
 
+def test_terms_on_parameters_count_by_the_share_of_a_batch() -> None:
+    p, logits, labels = torch.tensor([2.0]), torch.randn(3, 5), torch.tensor([1, -100, 4])
+    found = compute_loss_func(CrossEntropy() + objkern.L2([p]))({"logits": logits}, labels, num_items_in_batch=8)
+    expected = F.cross_entropy(logits, labels, reduction="sum") / 8 + 2.0 * 2 / 8
+    torch.testing.assert_close(found, expected)
+
+
 def test_places_that_truncation_cut_off_count_for_nothing() -> None:
     start, end = torch.randn(3, 5), torch.randn(3, 5)
     spans = torch.tensor([[1, 2], [0, 9], [-100, 4]])
-    found = compute_loss_func(CrossEntropy())({"start_logits": start, "end_logits": end}, spans)
     expected = (F.cross_entropy(start[:2], spans[:2, 0]) + F.cross_entropy(end[[0, 2]], spans[[0, 2], 1])) / 2
-    torch.testing.assert_close(found, expected)
+    pair = spans.unbind(1)
+    for labels in (spans, pair, dict(zip(("start_positions", "end_positions"), pair, strict=True))):
+        found = compute_loss_func(CrossEntropy())({"start_logits": start, "end_logits": end}, labels)
+        torch.testing.assert_close(found, expected)
