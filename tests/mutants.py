@@ -132,7 +132,7 @@ ROOMS = {
             "batch": (quick("objective", "corners", "errors"), *CALLS),
             "transformers": (files("transformers"), files("finetune_tasks"), SHARDED, RANKS),
             "objective": (quick("objective", "elementwise", "divergence"), *CALLS, quick("penalties")),
-            "ops": (quick("torch", "kernels", "default_call"), *CALLS),
+            "ops": (quick("torch", "kernels", "default_call"), files("without_core"), *CALLS),
             "parser": (files("parser"), quick("objective", "reference")),
             "native": (files("without_core", "house"),),
             "without_core": (files("without_core"),),
