@@ -220,11 +220,11 @@ def test_every_class_as_the_target_and_as_the_maximum(every_kind: str) -> None:
 @pytest.mark.parametrize("margin", [150.0, 300.0])
 def test_far_classes_keep_their_share_in_float64(margin: float, kind: str) -> None:
     """exp(−150) is a number there, and all that is left of the loss and of its gradient."""
-    z = torch.linspace(-1.0, 0.0, 21, dtype=torch.float64)[None] - margin
-    z[0, 4] = 0.0
+    z = torch.linspace(-1.0, 0.0, 21, dtype=torch.float64).repeat(2, 1) - margin
+    z[:, 4] = z[1, 9] = 0.0  # the others are far from the target, and from each other
     for objective in (CrossEntropy(), CrossEntropy() + 0.5 * Entropy()):
-        found = run(objective, z, torch.tensor([4]), reduction="none")
-        exact = run(objective, z, torch.tensor([4]), reduction="none", backend="reference")
+        found = run(objective, z, torch.tensor([4, 4]), reduction="none")
+        exact = run(objective, z, torch.tensor([4, 4]), reduction="none", backend="reference")
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=0.0)
 
 
@@ -452,7 +452,8 @@ def test_ties_of_the_maximum_go_to_the_first(kind: str) -> None:
     z[1, [5, 20]] = 3.0
     z[2, [5, 20]] = 3.0
     y = torch.tensor([5, 20, 7, 36])
-    for objective in (MaxZLoss(), MaxZLoss() + CrossEntropy(), custom(lambda s: s.max_logit)):
+    assert_same(custom(lambda s: s.max_logit), z, y)
+    for objective in (MaxZLoss(), MaxZLoss() + CrossEntropy()):
         assert_same(objective, z, y)
         assert_same(objective, z, y, gradient="forward", reduction="sum")
 
