@@ -259,7 +259,8 @@ def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[
             (str(Path("csrc", path.split("/csrc/")[-1])), int(line))
             for path, line in re.findall(r"^(\S+/csrc/\S+?):(\d+):(?:\d+:)? (?:fatal )?error:", output, re.MULTILINE)
         }
-        bad = {fault.number for fault in chosen if _lines(fault) & wrong}
+        named = {int(number) for number in re.findall(r"planted_fault == (\d+)", output)}
+        bad = {fault.number for fault in chosen if _lines(fault) & wrong or fault.number in named}
         if not bad:
             raise RuntimeError(f"the faults do not compile:\n{output[-6000:]}")
         chosen = [fault for fault in chosen if fault.number not in bad]

@@ -133,6 +133,14 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError("a bracket that is not closed")
 
 
+def _openings(text: str, begin: int, end: int) -> Iterator[int]:
+    """Of the outermost square brackets in a declaration, as in `float a[n], b[m]`."""
+    at = begin
+    while (at := text.find("[", at, end)) >= 0:
+        yield at
+        at = _closing(text, at)
+
+
 _LITERAL = re.compile(r"(?<![\w.'])(\d+\.\d*(?:e-?\d+)?|\d+)(f?)(?![\w.'])")
 _STATEMENT = re.compile(
     r"^[ ]*((?:\*?[a-z_][\w.]*(?:->\w+|\.\w+|\[[^\n]*?\])*(?: [-+*/|&]?= [^\n]*|\([^\n]*\)|(?:\+\+|--)))|[A-Z_]{4,}\([^\n]*\)|break|continue);$",
@@ -142,8 +150,21 @@ _STATEMENT = re.compile(
 
 def of_cpp(source: str, macros: Collection[str] = ()) -> Iterator[Place]:
     text = masked(compiled(source, macros))
+    sizes = [  # of arrays in their declarations: what is too large changes nothing
+        (at, _closing(text, at))
+        for found in re.finditer(r"^[ ]*(?!return\b)(?:[\w:<>(),]+ )+\w+\[[^;=\n]*", text, re.MULTILINE)
+        for at in _openings(text, *found.span())
+    ]
+    # And of references to arrays.
+    sizes += [(found.end() - 1, _closing(text, found.end() - 1)) for found in re.finditer(r"\(&\w+\)\[", text)]
+
+    def in_size(at: int) -> bool:
+        return any(begin <= at <= end for begin, end in sizes)
+
     for found in _BINARY.finditer(text):
         op = found[1]
+        if in_size(found.start()):
+            continue
         if op == "?":
             begin, end = _left(text, found.start() - 1, 1), found.start() - 1
             if begin < end:
@@ -158,12 +179,8 @@ def of_cpp(source: str, macros: Collection[str] = ()) -> Iterator[Place]:
         end = _closing(text, found.end() - 1) + 1
         other = {"min": "max", "max": "min"}[found[1]]
         yield Place("operator", found.start(), end, source[found.start() : end].replace(found[1], other, 1))
-    sizes = [  # of arrays in their declarations: what is too large changes nothing
-        (found.start(1), _closing(text, found.start(1)))
-        for found in re.finditer(r"^[ ]*(?!return\b)(?:[\w:<>(),]+ )+\w+(\[)", text, re.MULTILINE)
-    ]
     for found in _LITERAL.finditer(text):
-        if any(begin < found.start() < end for begin, end in sizes):
+        if in_size(found.start()):
             continue
         digits = found[1]
         wrong = repr(float(digits) * 2 or 1.0) if "." in digits else str(int(digits) + 1)
@@ -171,7 +188,7 @@ def of_cpp(source: str, macros: Collection[str] = ()) -> Iterator[Place]:
     for found in re.finditer(r"(?<=[\w\])])\[", text):
         end = _closing(text, found.start())
         inner = source[found.end() : end]
-        if inner.strip() and not inner.strip().isdigit() and (found.start(), end) not in sizes:
+        if inner.strip() and not inner.strip().isdigit() and not in_size(found.start()):
             yield Place("index", found.end(), end, "0")
     for found in re.finditer(r"\b(?:if|while) \(", text):
         end = _closing(text, found.end() - 1)

@@ -28,13 +28,13 @@ CPP = """\
 #endif
 // a comment: 1 + 2
 template <class T, int N = 4>
-T f(const T* x, int64_t n) {
+T f(const T* x, int64_t n, T (&y)[N + 2]) {
   if (n > 0 && x[n] != 0.5f) {
     sum += x[i] * 2;
     return std::min(a + b, c) < d ? a : -b;
   }
   const auto text = "1 + 2";
-  float lanes[7];
+  float lanes[7], more[n / 5];
   call(n);
 }
 """
