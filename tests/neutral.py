@@ -63,7 +63,6 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/cpu/vectors.h", r"kLast = sizeof\(A\) == 4", "the series of float64 in float32 too", r"^5$"),
     Neutral("csrc/cpu/vectors.h", r"Vec<A> sum\(A\(1\) / A\(kLast\)\)", "the last term of the series is below the last digit, twice it too", r"^2$"),
     Neutral("csrc/cpu/vectors.h", r"for \(int k = kLast - 2;", "two terms more of the series", r"^kLast \+ 2$"),
-    Neutral("csrc/cpu/vectors.h", r"double sums\[kLanes / 2\];", "a larger array", r"^kLanes \* 2$"),
     Neutral("csrc/cpu/vectors.h", r"lanes\[i\] = lanes\[i\] < lanes\[i \+ width\]", "of equal numbers either is the larger", r"^lanes\[i\] <= "),
     Neutral("csrc/cpu/vectors.h", r"return \(\(a > b\)\.zero_mask", "a maximum is raised to itself, or a block done with care", r"^a >= b$"),
     Neutral("csrc/cpu/vectors.h", r"far\.neg\(\), x < F\(0\.0f\)|magnitude < F\(0\.625f\)", "at 0 the other way is taken, and at 0.625 both are right", r"^x <= F|^magnitude <= F"),
