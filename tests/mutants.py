@@ -25,7 +25,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import MappingProxyType
@@ -406,11 +406,16 @@ def copy_of_package(folder: Path, native: bool = True) -> Path:
     return folder
 
 
+def shares(count: int, names: Sequence[str]) -> dict[str, int]:
+    return {name: count // len(names) + (k < count % len(names)) for k, name in enumerate(names)}
+
+
 def examine(
-    rooms: Mapping[str, int], seed: int, only: set[int] | None = None, done: Collection[int] = (), verbose: bool = False,
-    report: Callable[[dict[str, Any]], None] = lambda found: None,
+    rooms: Mapping[str, int], seed: int, only: set[int] | None = None, out: Path | None = None, verbose: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """So many faults of each room; what became of each."""
+    """So many faults of each room; what became of each. `out`: a file that says so too; those in it are not run again."""
+    known = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+    done = {each["number"]: each for each in known}
     work: list[tuple[Path | None, Fault]] = []
     for k, (name, count) in enumerate(rooms.items()):
         faults = draw(name, seed, 1000 * k + 1)
@@ -420,9 +425,11 @@ def examine(
             work += [(folder, fault) for fault in chosen]
         else:
             work += [(None, fault) for _, fault in zip(range(count), faults)]  # noqa: B905
-    work = [
-        (folder, fault) for folder, fault in work if (only is None or fault.number in only) and fault.number not in done
-    ]
+    for _, fault in work:
+        was = fault.describe((ROOT / fault.file).read_text(encoding="utf-8"))
+        if not was.items() <= done.get(fault.number, was).items():
+            raise SystemExit(f"{out} is of another draw, or of other sources: {done[fault.number]} instead of {was}")
+    work = [each for each in work if (only is None or each[1].number in only) and each[1].number not in done]
     runner, found = Runner(verbose), []
     own = threading.local()
     with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
@@ -437,11 +444,22 @@ def examine(
         try:
             for ended in as_completed([pool.submit(one, *each) for each in work]):
                 found.append(ended.result())
-                report(found[-1])
+                print(line_of(found[-1]), flush=True)
+                if out:
+                    with out.open("a") as file:
+                        file.write(json.dumps(found[-1]) + "\n")
         finally:
             pool.shutdown(cancel_futures=True)
             runner.close()
-    return found
+    return known + found
+
+
+def line_of(found: Mapping[str, Any]) -> str:
+    mark = "       " if found["outcome"] == "caught" else "SURVIVED"
+    return (
+        f"{found['number']:5} {mark} {found['seconds']:6.1f} s {found['file']}:{found['line']} {found['kind']}: "
+        f"{found['right'][:60]!r} -> {found['wrong'][:60]!r}  {found['by'].split('::')[-1][:60]}"
+    )
 
 
 def main() -> int:
@@ -453,24 +471,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a file of what became of each; those in it are not run again")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
-    names = options.rooms.split(",")
-    rooms = {name: options.count // len(names) + (k < options.count % len(names)) for k, name in enumerate(names)}
     only = set(map(int, options.only.split(","))) if options.only else None
-    known = options.out.read_text().splitlines() if options.out and options.out.exists() else []
-    before = [json.loads(line) for line in known]
-    done = {each["number"] for each in before}
-
-    def report(found: dict[str, Any]) -> None:
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-        mark = "       " if found["outcome"] == "caught" else "SURVIVED"
-        print(
-            f"{found['number']:5} {mark} {found['seconds']:6.1f} s {found['file']}:{found['line']} {found['kind']}: "
-            f"{found['right'][:60]!r} -> {found['wrong'][:60]!r}  {found['by'].split('::')[-1][:60]}", flush=True,
-        )  # fmt: skip
-
-    found = before + examine(rooms, options.seed, only, done, options.verbose, report)
+    rooms = shares(options.count, options.rooms.split(","))
+    found = examine(rooms, options.seed, only, options.out, options.verbose)
     caught = sum(each["outcome"] == "caught" for each in found)
     print(f"{caught} of {len(found)} faults were caught ({100 * caught / max(1, len(found)):.1f} %)")
     return 0 if caught >= 0.97 * len(found) else 1

@@ -94,9 +94,9 @@ def test_what_changes_nothing_is_still_there(known: mutants.Neutral) -> None:
 
 @pytest.mark.trust
 @pytest.mark.skipif(sys.platform != "linux", reason="C++ is built as Linux has it")
-def test_drawn_faults_are_caught(record_property: Callable[[str, object], None], tmp_path: Path) -> None:
-    rooms = {name: COUNT // 4 + (k < COUNT % 4) for k, name in enumerate(mutants.ROOMS)}
-    found = mutants.examine(rooms, SEED)
+def test_drawn_faults_are_caught(record_property: Callable[[str, object], None]) -> None:
+    kept = os.environ.get("OBJKERN_FAULTS_FILE")  # what `python -m tests.mutants --out` began
+    found = mutants.examine(mutants.shares(COUNT, tuple(mutants.ROOMS)), SEED, out=Path(kept) if kept else None)
     survived = [each for each in found if each["outcome"] != "caught"]
     record_property("seed", SEED)
     record_property("faults", len(found))
