@@ -57,7 +57,10 @@ def files(*names: str) -> tuple[str, ...]:
 INTERPRETED = "tests/interpreted/cases.py"
 EMULATED = "tests/emulation/cases.py"
 # What takes seconds a case: compilation, derivatives of derivatives by differences, random objectives.
-LONG = "compile or opcheck or gradgradcheck or opinfo or random_objectives or anything_for_any_argument"
+LONG = (
+    "compile or opcheck or gradgradcheck or opinfo or random_objectives or anything_for_any_argument or module_inputs or "
+    "second_derivatives"
+)
 
 
 def quick(*names: str) -> tuple[str, ...]:
@@ -76,7 +79,7 @@ INSIDE = quick("kernels", "pitfalls", "terms", "elementwise")
 AROUND = quick(
     "precision", "objective", "divergence", "corners", "default_call", "buffers", "errors", "functional", "torch"
 )
-BEYOND = quick("linear", "penalties", "house")
+BEYOND = quick("linear", "penalties")
 # Compiled code calls the same kernels, and other ranks do.
 DERIVATIVES = (
     *files("objective", "torch", "elementwise", "functional", "divergence"),
@@ -96,6 +99,7 @@ ROOMS = {
             "csrc/elementwise": (quick("elementwise"), AROUND, DERIVATIVES),
             "csrc/cpu/elementwise": (quick("elementwise"), AROUND, DERIVATIVES),
             "csrc/cpu/buffers": (quick("buffers"), INSIDE, AROUND),
+            "csrc/cpu/dispatch": (INSIDE, AROUND, (*files("house"), "-k", "capability"), BEYOND),
             "csrc/batch": (INSIDE, quick("functional", "errors", "torch"), AROUND, BEYOND, DERIVATIVES),
         },
     ),

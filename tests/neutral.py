@@ -140,6 +140,8 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/objective.h", r"if \(\(reads & (k(Lse|Entropy|MaxLogit|MeanLogit|MeanSquareLogit|LogitVariance|OtherLogprob|TargetLogit|Divergences)\) != 0\)(?! return)|kMeanLogprob\) != 0\) s\.)", "a statistic that nobody reads is derived too, or adds its derivative, which is 0", r"^reads \| k"),
     Neutral("csrc/objective.h", r"if \(\(reads & k(Lse|Entropy|MaxLogit|MeanLogit|MeanSquareLogit|LogitVariance|OtherLogprob|TargetLogit|Divergences)\) != 0\)(?! return)", "a statistic that nobody reads is derived too, or adds its derivative, which is 0", r"^1$"),
     Neutral("csrc/autograd.cpp", r"^ +(tensors_|stack|edges)\.reserve\(", "memory reserved in advance", r"^$"),
+    Neutral("csrc/autograd.cpp", r"ops\.kind\.kept >= 0", "it is −1, or the index of a result behind the first", r"kept > 0$"),
+    Neutral("csrc/divergence.h", r"std::fabs\((ratio - 1|y)\) < 0\.5", "at the threshold itself both ways are right", r"<= 0\.5"),
     Neutral("csrc/default_call.cpp", r"^ +(found|stack)\.reserve\(", "memory reserved in advance", r"^$"),
     Neutral("csrc/bindings_cpu.cpp", r"program\.per_row \? n : 1", "a number more, which nobody reads", r"^2$"),
     Neutral("csrc/bindings_cpu.cpp", r"factor != 1\.0 && scales_in_place", "by two the gradient is computed anew", r"^2\.0$"),
