@@ -35,6 +35,7 @@ EXISTING = [
 # Tests of the CPU's kernels, or of what a GPU does otherwise, and why.
 NOT_OF_A_GPU = {
     "test_rows_that_begin_between_boundaries": "the order of a row's sum depends on where it begins modulo 16 bytes",
+    "test_nothing_beside_a_tensor_is_touched": "the same",
     "test_narrow_rows_of_every_width": "the same; test_every_size_under_every_plan has these sizes",
     "test_any_strides": "the same; test_rows_that_begin_anywhere has these strides",
     "test_a_gradient_larger_than_the_caches": "the same, and the CPU's caches",
