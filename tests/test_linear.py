@@ -256,6 +256,22 @@ def test_row_statistics(dtype: torch.dtype) -> None:
         assert_within_budget(one, other, truth, dtype)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_scale_of_row_statistics_learns(create_graph: bool) -> None:
+    """It has its gradient beside frozen tensors, by the op's own derivative and by that which has one itself."""
+    hidden, weight, bias, labels = inputs(torch.float64)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def gradient(statistics: objkern.Statistics) -> Tensor:
+        loss = statistics.lse.square().sum() - statistics.logprob.sum()
+        return torch.autograd.grad(loss, scale, create_graph=create_graph)[0]
+
+    z = F.linear(hidden, weight, bias) * scale
+    own = objkern.linear_row_statistics(hidden, weight, labels, bias=bias, chunk_rows=80, logit_scale=scale)
+    exact = gradient(objkern.row_statistics(z, labels, backend="reference"))
+    torch.testing.assert_close(gradient(own), exact, rtol=1e-9, atol=0.0)
+
+
 @pytest.mark.parametrize("scale", [None, 0.7, -1.3])
 @pytest.mark.parametrize("chunk_rows", [40, 64, 1000])
 def test_the_maximum_keeps_its_place(chunk_rows: int, scale: float | None) -> None:
