@@ -102,6 +102,8 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("values and gradients in both directions, every dtype and vocabulary, at most twice as far from float64 "
               "as torch's own; beside other terms",
               ("divergence::values_and_gradients", "divergence::beside_other_terms")),
+        Claim("a divergence alone; a reference that excludes thousands of classes in a row",
+              ("divergence::alone", "divergence::a_reference_that_excludes_thousands_of_classes")),
         Claim("a divergence of 1e-6 keeps three digits", ("divergence::a_small_divergence_keeps_its_digits",)),
         Claim("the linear path, `row_statistics`, custom terms",
               ("divergence::the_linear_path", "divergence::statistics")),

@@ -42,6 +42,24 @@ def test_values_and_gradients(
         assert_within_budget(a, b, c, dtype, what)
 
 
+@pytest.mark.parametrize("gradient", GRADIENT)
+@pytest.mark.parametrize("classes", [9, 130, 700])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_alone(direction: str, classes: int, gradient: str, device: torch.device, backend: str) -> None:
+    """Beside it nothing is collected of the logits, and the gradient is written all the same."""
+    z, _ = rows_on(device, 33, classes, torch.float32)
+    assert_like_reference(KLDivergence(direction), z, None, reference=beside(z), gradient=gradient, backend=backend)
+
+
+def test_a_reference_that_excludes_thousands_of_classes(device: torch.device, backend: str) -> None:
+    """In a row, while the maximum of the logits rises."""
+    z, _ = rows_on(device, 3, 20011, torch.float32)
+    z[:, :9000] += torch.linspace(0, 9, 9000, device=device)
+    r = beside(z)
+    r[:, :9000] = float("-inf")
+    assert_like_reference(KLDivergence("forward"), z, None, reference=r, backend=backend)
+
+
 @pytest.mark.parametrize("classes", [130, 32000])
 def test_a_small_divergence_keeps_its_digits(classes: int, device: torch.device, backend: str) -> None:
     z, _ = rows_on(device, 16, classes, torch.float32)
