@@ -50,8 +50,7 @@ class Server:
         return found["status"], found["output"]
 
     def close(self) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.wait()
+        self.process.communicate()  # which closes its input
 
 
 def child(request: dict, output: int) -> None:

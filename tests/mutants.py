@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
@@ -252,7 +253,7 @@ def draw(name: str, seed: int, first: int) -> Iterator[Fault]:
 def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[Fault]]:
     """A build of the C++ room with `count` faults, and those that it has: what does not compile is replaced."""
     folder = KEPT / name
-    chosen = [fault for _, fault in zip(range(count + count // 4), faults)]  # noqa: B905 - no more than there are
+    chosen = list(itertools.islice(faults, count + count // 4))
     while True:
         spans = {fault.number: Span(fault.file.removeprefix("csrc/"), *fault.place[1:]) for fault in chosen}
         plant_spans(folder / "csrc", spans)
@@ -269,7 +270,7 @@ def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[
             raise RuntimeError(f"the faults do not compile:\n{output[-6000:]}")
         chosen = [fault for fault in chosen if fault.number not in bad]
         print(f"{name}: {len(bad)} faults do not compile", flush=True)
-        chosen += [fault for _, fault in zip(range(count - len(chosen)), faults)]  # noqa: B905
+        chosen += itertools.islice(faults, count - len(chosen))
 
 
 def _lines(fault: Fault) -> set[tuple[str, int]]:
@@ -428,7 +429,7 @@ def examine(
             copy_of_package(folder, native=False)
             work += [(folder, fault) for fault in chosen]
         else:
-            work += [(None, fault) for _, fault in zip(range(count), faults)]  # noqa: B905
+            work += [(None, fault) for fault in itertools.islice(faults, count)]
     for _, fault in work:
         was = fault.describe((ROOT / fault.file).read_text(encoding="utf-8"))
         if not was.items() <= done.get(fault.number, was).items():

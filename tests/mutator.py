@@ -42,7 +42,10 @@ _OPENING, _CLOSING = "([{", ")]}"
 
 def masked(text: str) -> str:
     """The text without comments, strings and directives, each letter of them a blank, so that places stay."""
-    blank = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
+
     text = re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', blank, text, flags=re.DOTALL)
     return re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, text, flags=re.MULTILINE)
 
