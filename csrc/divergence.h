@@ -82,8 +82,8 @@ template <bool kDouble, bool kReverse, bool kFinite = false, class R>
 }
 
 // To maxima that are larger by `up_z` and `up_r`, both over T: with s = up_z − up_r, d becomes d + s and
-// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d. An infinite `up_r`: r has excluded every class so far. NaN, which
-// is −∞ − (−∞): it excludes those that come, too.
+// g(−d − s) = exp(−s) g(−d) + g(−s) + (1 − exp(−s)) d. An infinite `up_r`: r has excluded every class so far. NaN,
+// which is −∞ − (−∞): it excludes those that come, too.
 struct Raise {
   double less_z, less_r, s, change, g_e, g_f;  // change: exp(−up_z) − exp(−up_r)
 
