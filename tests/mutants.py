@@ -270,7 +270,7 @@ def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[
             raise RuntimeError(f"the faults do not compile:\n{output[-6000:]}")
         chosen = [fault for fault in chosen if fault.number not in bad]
         print(f"{name}: {len(bad)} faults do not compile", flush=True)
-        chosen += itertools.islice(faults, count - len(chosen))
+        chosen += itertools.islice(faults, max(0, count - len(chosen)))
 
 
 def _lines(fault: Fault) -> set[tuple[str, int]]:
