@@ -121,6 +121,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/cpu/reference.h", r"return \(in\.reads & kReverseKl\) != 0 \?", "sums that nobody reads are computed too", r"^in\.reads \| kReverseKl$|^1$"),
     Neutral("csrc/cpu/reference.h", r"for \(int64_t first = begin; first < end;", "no classes more", r"^first <= end$"),
     Neutral("csrc/cpu/reference.h", r"if \(top_z != -std::numeric_limits<A>::infinity\(\) && \(max_z != top_z", "no sums so far come to nothing, and equal maxima raise by nothing", r"infinity\(\) \|\| \("),
+    Neutral("csrc/cpu/reference.h", r"of_forward_alone\(g\.of_pd == A\(0\)\)", "the short way for KL(q ‖ p) alone; the long one gives the same numbers", r"^1$"),
     # ---- csrc/cpu/elementwise.h
     Neutral("csrc/cpu/elementwise.h", r"kElementPiece = 16384", "how many elements are a task"),
     Neutral("csrc/cpu/elementwise.h", r"if \(first \+ count <= period\) return", "one by one the same numbers are read; lanes past the last element are left out", r"^first \+ count < period$|^2\.0f$"),

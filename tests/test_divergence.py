@@ -109,6 +109,23 @@ def test_beside_every_other_kind_of_term(classes: int, gradient: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("classes", [9, 20001])
+def test_away_from_the_reference(classes: int, softcap: float | None) -> None:
+    z, r = pair(3, classes, torch.float64, 1.0)
+    y = torch.tensor([0, 5, 8])
+
+    def plain(z: Tensor) -> Tensor:
+        x = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return F.cross_entropy(x, y, reduction="sum") - eager(x, r, "reverse").sum()
+
+    options = {"reference": r, "softcap": softcap, "reduction": "sum"}
+    objective = CrossEntropy() - KLDivergence("reverse")
+    one = torch.ones((), dtype=torch.float64)
+    found = value_and_gradient(lambda x: objective(x, y, **options), z, one)
+    torch.testing.assert_close(found, value_and_gradient(plain, z, one))
+
+
 def test_what_the_reference_excludes() -> None:
     z, r = pair(3, 20, torch.float32, 1.0)
     r[:, 5] = -torch.inf

@@ -934,6 +934,15 @@ def elements_of(
     return loss.detach(), gradient
 
 
+def test_elementwise_terms_in_another_order() -> None:
+    z, y, upstream = torch.rand(300), torch.rand(300), torch.rand(300)
+    for text in ("0.5*MeanSquaredError() + BinaryCrossEntropy()", "Huber() - BernoulliEntropy() + MeanSquaredError()"):
+        objective = objkern.parse(text)
+        found = elements_of(objective, z, y, upstream, "none")
+        exact = elements_of(objective, z.double(), y.double(), upstream, "none", backend="reference")
+        torch.testing.assert_close([x.double() for x in found], list(exact), rtol=4e-6, atol=1e-8)
+
+
 def test_so_many_elements_that_blocks_take_turns() -> None:
     z, y = torch.rand(20, 1031), torch.rand(20, 1031)
     found = elements_of(ELEMENTWISE, z, y, torch.tensor(UPSTREAM), "mean")
