@@ -39,6 +39,18 @@ inline at::ScalarType accumulation_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// FSDP and offloading free the memory of a tensor that they keep. What is nowhere is not to be read as "there is none".
+inline const Tensor& allocated(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.numel() == 0 || t.storage().nbytes() > 0, "objkern: ", name,
+                    ": its memory has been freed, as FSDP and offloading do between uses; make the call, and its "
+                    "backward pass, where it is there");
+  return t;
+}
+
+inline void check_allocated(const char* name, const std::optional<Tensor>& t) {
+  if (t.has_value()) allocated(name, *t);
+}
+
 // Unit class stride; rows may lie anywhere.
 inline Tensor with_unit_class_stride(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
@@ -156,7 +168,10 @@ struct ElementBatch {
   Elements elements;
   Tensor input, target, weight, pos_weight;
 
-  explicit ElementBatch(const ElementArguments& in) : input(in.input.contiguous()) {
+  explicit ElementBatch(const ElementArguments& in) : input(allocated("input", in.input).contiguous()) {
+    check_allocated("target", in.target);
+    check_allocated("weight", in.weight);
+    check_allocated("pos_weight", in.pos_weight);
     elements.dtype = dtype_of(input);
     elements.input = input.const_data_ptr();
     elements.count = input.numel();
@@ -202,6 +217,10 @@ struct Batch {
 
   explicit Batch(const RowArguments& in, int64_t reads = kEverything) {
     TORCH_CHECK(in.logits.dim() == 2, "objkern: logits: expected (rows, classes) but got ", in.logits.sizes());
+    allocated("logits", in.logits);
+    for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"class_weight", &in.class_weight},
+                                  std::pair{"reference", &in.reference}})
+      check_allocated(name, *t);
     logits = with_unit_class_stride(in.logits);
     rows.dtype = dtype_of(logits);
     rows.logits = logits.const_data_ptr();

@@ -173,7 +173,7 @@ void fused(const c10::OperatorHandle&, Stack* stack) {
 
 void write_gradient(const Batch& batch, const Tensor& row_gradient, const Tensor& upstream, const Tensor& out) {
   const Rows& rows = batch.rows;
-  const Tensor u = upstream.to(accumulation_type(batch.logits));
+  const Tensor u = allocated("upstream", upstream).to(accumulation_type(batch.logits));
   TORCH_CHECK(u.dim() == 0 || (u.dim() == 1 && u.size(0) == rows.rows), "objkern: upstream: expected () or (",
               rows.rows, ") but got ", u.sizes());
   cpu_doors().gradient(rows, row_gradient.const_data_ptr(), u.const_data_ptr(), u.dim() == 0 ? 0 : u.stride(0),
@@ -287,7 +287,7 @@ struct ElementCall {
   }
 
   void write_gradient(const Tensor& upstream, const Tensor& out) const {
-    const Tensor u = upstream.to(accumulation_type(batch.input)).contiguous();
+    const Tensor u = allocated("upstream", upstream).to(accumulation_type(batch.input)).contiguous();
     TORCH_CHECK(u.dim() == 0 || u.sizes() == batch.input.sizes(), "objkern: upstream: expected () or ",
                 batch.input.sizes(), " but got ", u.sizes());
     const int64_t stride = upstream.dim() == 0 && in.reduction != Reduction::kNone ? 0 : 1;

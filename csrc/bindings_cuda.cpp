@@ -175,7 +175,7 @@ void write_gradient(Launch& call, const Tensor& row_gradient, const Tensor& upst
   const Rows& rows = call.batch.rows;
   call.check_device("row_gradient", row_gradient);
   call.check_device("upstream", upstream);
-  const Tensor u = upstream.to(accumulation_type(call.batch.logits));
+  const Tensor u = allocated("upstream", upstream).to(accumulation_type(call.batch.logits));
   TORCH_CHECK(u.dim() == 0 || (u.dim() == 1 && u.size(0) == rows.rows), "objkern: upstream: expected () or (",
               rows.rows, ") but got ", u.sizes());
   check(cuda::gradient(rows, call.logit_scale, row_gradient.const_data_ptr(), u.const_data_ptr(),
@@ -265,7 +265,7 @@ struct ElementLaunch : OnDevice {
 
   void write_gradient(const Tensor& upstream, bool unless_one, const Tensor& out) {
     check_device("upstream", upstream);
-    const Tensor u = upstream.to(accumulation_type(input)).contiguous();
+    const Tensor u = allocated("upstream", upstream).to(accumulation_type(input)).contiguous();
     TORCH_CHECK(u.dim() == 0 || u.sizes() == input.sizes(), "objkern: upstream: expected () or ", input.sizes(),
                 " but got ", u.sizes());
     const int64_t stride = u.dim() == 0 && program.reduction != Reduction::kNone ? 0 : 1;
@@ -363,7 +363,7 @@ struct MultiPenalty : OnDevice {
 
   const void* kept(const char* name, const Tensor& t, at::ScalarType type) {
     check_device(name, t);
-    alive.push_back(t.to(type).contiguous());
+    alive.push_back(allocated(name, t).to(type).contiguous());
     return alive.back().const_data_ptr();
   }
 

@@ -443,7 +443,7 @@ class Objective(nn.Module):
             if not term.about_parameters:
                 raise ValueError(f"accumulate_: {term._formula_name()} is not about parameters")
         for coefficient, term in self.weighted_terms:
-            term.accumulate_(weight * coefficient)
+            term.accumulate_(checked_weight("weight", weight) * coefficient)
 
     def _result(
         self, loss: Tensor | None, parts: Tensor | list[Tensor], batch: Batch | None, return_parts: bool,
@@ -511,14 +511,20 @@ def _apart(
         raise ValueError(
             f'reduction: "none" gives a loss for each row, and {penalties[0][1]._formula_name()} belongs to none'
         )
-    tensor = isinstance(weight, Tensor) and weight.dim() == 0
-    if not tensor and (isinstance(weight, bool) or not isinstance(weight, numbers.Real)):
-        raise TypeError(f"parameter_weight: expected a number or a 0-dim tensor but got {describe(weight)}")
-    try:
-        weight = weight if tensor else float(weight)
-    except OverflowError:
-        raise ValueError(f"parameter_weight: expected a finite number but got {describe(weight)}") from None
+    weight = checked_weight("parameter_weight", weight)
     return [pair for pair in terms if not pair[1].about_parameters], _Penalties(penalties, weight)
+
+
+def checked_weight(name: str, weight: float | Tensor) -> float | Tensor:
+    """A number, or a 0-dim tensor of one."""
+    if isinstance(weight, Tensor) and weight.dim() == 0 and not weight.is_complex():
+        return weight
+    if isinstance(weight, (bool, Tensor)) or not isinstance(weight, numbers.Real):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor but got {describe(weight)}")
+    try:
+        return float(weight)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number but got {describe(weight)}") from None
 
 
 def _class_weight(terms: list[tuple[float | Tensor, Term]]) -> Tensor | None:
@@ -677,12 +683,19 @@ class Term(Objective):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if (cls.kind is not None or cls.element_kind is not None) and not cls.__name__.startswith("_"):
-            Term.registry[cls.__name__] = cls
+        for known, number in ((Term.by_kind, cls.kind), (Term.by_element_kind, cls.element_kind)):
+            other = None if number is None else known.get(number)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(
+                    f"{cls.__name__}: the kernels know terms by their numbers, and {number} is {other.__name__}'s: "
+                    "what a subclass of it changes they would not see; objkern.custom makes a term of any formula"
+                )
         if cls.kind is not None:
             Term.by_kind[cls.kind] = cls
         if cls.element_kind is not None:
             Term.by_element_kind[cls.element_kind] = cls
+        if (cls.kind is not None or cls.element_kind is not None) and not cls.__name__.startswith("_"):
+            Term.registry[cls.__name__] = cls
 
     def __init__(self) -> None:
         super(Objective, self).__init__()  # a term is its own summand

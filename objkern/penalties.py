@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from . import distributed, ops
 from .batch import REDUCTIONS, describe
 from .elementwise import MeanAbsoluteError, MeanSquaredError
-from .objective import Term
+from .objective import Term, checked_weight
 from .terms import checked_number
 
 # ---- the ops --------------------------------------------------------------------------------------------------------
@@ -178,6 +179,19 @@ def _eager_gradient(
     return torch.cat(blocks).view(theta.shape)
 
 
+def _plain_value(
+    parameters: list[Tensor], origins: list[Tensor], weights: list[Tensor], l1: float, l2: float
+) -> Tensor:  # fmt: skip
+    """In plain torch, for derivatives of any order and mode, and under the transforms of torch.func."""
+    wide, values = _widest(parameters), []
+    for k, theta in enumerate(parameters):
+        origin, weight = _of_one(origins, weights, k)
+        d = theta.to(wide) if origin is None else theta.to(wide) - origin.to(wide)
+        square = d * d if weight is None else d * d * weight.to(wide)
+        values.append((l1 * d.abs() + 0.5 * l2 * square).sum().to(parameters[0].device))
+    return torch.stack(values).sum()
+
+
 _SCHEMA = "Tensor[] parameters, Tensor[] origins, Tensor[] weights, float l1, float l2"
 torch.library.define("objkern::parameter_penalty", f"({_SCHEMA}) -> Tensor")
 torch.library.define("objkern::parameter_penalty_gradient", f"(Tensor upstream, {_SCHEMA}) -> Tensor[]")
@@ -229,12 +243,19 @@ def is_bias_or_norm(name: str, owner: nn.Module) -> bool:
     return "bias" in name or "norm" in type(owner).__name__.lower()
 
 
+def _is_transformed(x: Tensor) -> bool:
+    """Whether torch.func, or forward-mode differentiation, may ask for its derivative."""
+    if torch.compiler.is_compiling():  # which refuses what it cannot trace
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None
+
+
 def _of_module(model: nn.Module, include_all: bool) -> dict[str, Tensor]:
     """The parameters that require grad, each once, less biases and norm weights."""
     found, seen = {}, set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
+            if id(parameter) in seen or not (parameter.requires_grad or _is_transformed(parameter)):
                 continue
             seen.add(id(parameter))
             if include_all or not is_bias_or_norm(name, module):
@@ -246,10 +267,11 @@ def _of_iterable(parameters: Iterable[Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for place, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) and len(item) == 2 else (str(place), item)
-        if not isinstance(parameter, Tensor) or not parameter.is_floating_point() or not isinstance(name, str):
+        fits = isinstance(parameter, Tensor) and parameter.is_floating_point() and isinstance(name, str)
+        if not fits or parameter.layout != torch.strided or parameter.is_nested:
             raise TypeError(
-                "parameters: expected a module, parameters, or (name, parameter) pairs, floating-point ones, but item "
-                f"{place} is {describe(item)}"
+                "parameters: expected a module, parameters, or (name, parameter) pairs, dense floating-point ones, but "
+                f"item {place} is {describe(item)}"
             )
         if name in found:
             raise ValueError(f"parameters: two of them are called {name!r}")
@@ -331,9 +353,19 @@ class ParameterTerm(Term):
         """The parameters, and of each its origin and its weight, if the term has them."""
         return list(self._held.named().values()), [], []
 
+    def _tensors_of_one_kind(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        tensors = self._tensors()
+        if len({theta.is_meta for theta in tensors[0]}) > 1:
+            raise ValueError(f"{self._formula_name()}: some of its parameters have no values, on the meta device")
+        return tensors
+
     def penalty(self) -> Tensor:
         """The value, float32 (float64 if a parameter is). Of DTensors that of the whole, on every rank."""
-        tensors = self._tensors()
+        tensors = self._tensors_of_one_kind()
+        if not tensors[0]:
+            return torch.zeros(())  # all are frozen
+        if any(map(_is_transformed, tensors[0])):
+            return _plain_value(*tensors, self.l1, self.l2)
         if not distributed.is_dtensor(*tensors[0]):
             return torch.ops.objkern.parameter_penalty(*tensors, self.l1, self.l2)
         values = []
@@ -352,7 +384,10 @@ class ParameterTerm(Term):
         >>> theta.grad
         tensor([ 1.5000, -2.0000])
         """
-        tensors = self._tensors()
+        weight = checked_weight("weight", weight)
+        tensors = self._tensors_of_one_kind()
+        if not tensors[0]:
+            return
         parameters, origins, weights = ([distributed.own(x) for x in some] for some in tensors)
         gradients = [distributed.gradient_of(theta) for theta in tensors[0]]
         like = parameters[0]
@@ -502,7 +537,7 @@ class L2SP(ParameterTerm):
             if distributed.is_dtensor(parameter) and kept.shape == parameter.shape:
                 # If the model was sharded since, or otherwise: every rank keeps its own part.
                 kept = self._buffers[_buffer(kind, name)] = distributed.part_of(kept, parameter)
-            if kept.shape != parameter.shape or type(parameter.data) is not type(kept):
+            if kept.shape != parameter.shape or distributed.is_dtensor(parameter) != distributed.is_dtensor(kept):
                 raise ValueError(
                     f"{self._formula_name()}: {name} is {describe(parameter)} now, but was {describe(kept)} when the "
                     "term was made; make it after the model is resized, and call it where the weights are as they "
@@ -550,8 +585,11 @@ class EWC(L2SP):
                 del self._buffers[_buffer("start", name)]
                 continue
             f = fisher[name]
-            if not isinstance(f, Tensor) or f.shape != parameter.shape:
-                raise ValueError(f"fisher: {name}: expected shape {tuple(parameter.shape)} but got {describe(f)}")
+            dense = isinstance(f, Tensor) and f.layout == torch.strided and not f.is_complex()
+            if not dense or f.shape != parameter.shape:
+                raise ValueError(
+                    f"fisher: {name}: expected shape {tuple(parameter.shape)}, real numbers, but got {describe(f)}"
+                )
             if not bool((f >= 0).all()):
                 raise ValueError(f"fisher: {name}: expected numbers >= 0 but got {f.min().item()}")
             self.register_buffer(_buffer("fisher", name), f.detach().clone())
@@ -562,8 +600,9 @@ class EWC(L2SP):
 
 
 def _buffer(kind: str, name: str) -> str:
-    """A buffer's name, which may have no dots."""
-    return f"{kind}/{name.replace('.', '/')}"
+    """A buffer's name, which may have no dots; each name has its own."""
+    escaped = name.replace("\\", "\\\\").replace("/", "\\/")
+    return f"{kind}/{escaped.replace('.', '/')}"
 
 
 def diagonal_fisher(

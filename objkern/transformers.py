@@ -7,7 +7,8 @@
 `attach` changes three things of one instance: `forward` of its head, which gives a stand-in for the logits while the
 model trains on labels; `loss_function`, which takes that stand-in; and `forward` of the model, which says when. What a
 model does between its head and its loss (scale, cap, bias, cast, shift) happens to the stand-in and is recorded there.
-Whatever nobody foresaw makes a tensor of it, as large as the logits are without objkern.
+Whatever nobody foresaw makes a tensor of it, as large as the logits are without objkern, which it is from then on: what
+happens to that tensor, also in place, the loss sees.
 
 Nothing here imports transformers; models of 4.57 and later have what is used.
 """
@@ -40,22 +41,36 @@ class Layer(NamedTuple):
     bias: Tensor | None
 
 
+def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the stand-in; the tensor's own, once there is one."""
+
+    @functools.wraps(method)
+    def of_either(self: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+        if self.is_materialized():
+            return getattr(self.materialize(), method.__name__)(*_tensors(args), **_tensors(kwargs))
+        return method(self, *args, **kwargs)
+
+    return of_either
+
+
 class DeferredLogits:
     """``cap * torch.tanh(scale * F.linear(hidden, weight, bias) / cap)`` that nobody has computed (no cap: no tanh)
 
     What models do with logits on their way to the loss is recorded: multiplication and division by a number, tanh, the
     addition of a bias, casts, views that keep the classes, and indices of the other dimensions. `cross_entropy` of it
-    is the objective. Anything else computes it, with its graph, and goes on with the tensor.
+    is the objective. Anything else computes it, with its graph, and from then on it is that tensor.
 
     Args:
         attached: whose objective `cross_entropy` is.
         hidden: (..., D).
         layer: weight (V, D) and bias (V) or None.
+        base, view: the logits that these are a view of, and the function that makes the view of their tensor.
     """
 
     def __init__(
         self, attached: Attached, hidden: Tensor, layer: Layer, scale: float | Tensor = 1.0,
         cap: float | None = None, dtype: torch.dtype | None = None,
+        base: DeferredLogits | None = None, view: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._attached, self._hidden, self._layer = attached, hidden, layer
         self._scale, self._cap = scale, cap  # before a cap is known, tanh(scale·logits) has the cap 1
@@ -64,6 +79,9 @@ class DeferredLogits:
         self.device, self.ndim, self.requires_grad = hidden.device, hidden.ndim, True
         self.is_cuda = hidden.is_cuda
         self._tensor: Tensor | None = None
+        self._base, self._view = base, view
+        # Tensors that were made of rows alone, for who reads them, and their versions; of all views of the same logits.
+        self._of_rows: list[tuple[Tensor, int]] = [] if base is None else base._of_rows
 
     def __repr__(self) -> str:
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -74,12 +92,28 @@ class DeferredLogits:
         return DeferredLogits(self._attached, **(now | changes))
 
     def materialize(self) -> Tensor:
-        """The tensor, (..., V), with its graph; the same one at every call."""
-        if self._tensor is None:
-            z = distributed.whole_logits(self._hidden, *self._layer) * self._scale
-            z = z if self._cap is None else self._cap * torch.tanh(z / self._cap)
-            self._tensor = z.to(self.dtype)
+        """The tensor, (..., V), with its graph; the same one at every call, and a view of its base's."""
+        if self._tensor is not None:
+            return self._tensor
+        base = self._base
+        if base is not None and (base.is_materialized() or base.numel() == self.numel()):
+            self._tensor = self._view(base.materialize())
+            return self._tensor
+        z = distributed.whole_logits(self._hidden, *self._layer) * self._scale
+        z = z if self._cap is None else self._cap * torch.tanh(z / self._cap)
+        self._tensor = z.to(self.dtype)
+        if base is not None and not self._tensor.is_inference():
+            self._of_rows.append((self._tensor, self._tensor._version))
         return self._tensor
+
+    def is_materialized(self) -> bool:
+        """Whether there is a tensor, of these logits or of those that they are a view of."""
+        if any(tensor._version != version for tensor, version in self._of_rows):
+            raise NotImplementedError(
+                "attach: this model changes some rows of its logits in place; leave it unattached and use "
+                "compute_loss_func, or have it change all of them"
+            )
+        return self._tensor is not None or (self._base is not None and self._base.is_materialized())
 
     # -- what models do with logits
 
@@ -96,36 +130,52 @@ class DeferredLogits:
         device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
         if device is not None and device != self.device:
             return self.materialize().to(*arguments, **options)
-        return self if dtype is None else self._with(dtype=dtype)
+        if dtype in (None, self.dtype):
+            return self
+        if self.is_materialized():
+            return self._with(dtype=dtype, base=self, view=lambda tensor: tensor.to(dtype))
+        return self._with(dtype=dtype)
 
-    def float(self) -> DeferredLogits:
-        return self._with(dtype=torch.float32)
+    def float(self) -> Any:
+        return self.to(torch.float32)
 
     def contiguous(self) -> DeferredLogits:
         return self
 
     def view(self, *shape: Any) -> Any:
+        deferred = self._reshaped(*shape)
+        return self.materialize().view(*shape) if deferred is None else deferred
+
+    def reshape(self, *shape: Any) -> Any:
+        deferred = self._reshaped(*shape)
+        return self.materialize().reshape(*shape) if deferred is None else deferred
+
+    def _reshaped(self, *shape: Any) -> DeferredLogits | None:
+        """None where classes do not stay together."""
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         if not all(isinstance(size, int) for size in wanted) or wanted[-1] not in (self.shape[-1], -1):
-            return self.materialize().view(*shape)
+            return None
         if wanted[-1] == -1 and (-1 in wanted[:-1] or math.prod(wanted[:-1]) != math.prod(self.shape[:-1])):
-            return self.materialize().view(*shape)
-        return self._with(hidden=self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1]))
-
-    reshape = view
+            return None
+        hidden = self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1])
+        return self._with(hidden=hidden, base=self, view=lambda tensor: tensor.reshape(wanted))
 
     def __getitem__(self, index: Any) -> Any:
         indices = index if isinstance(index, tuple) else (index,)
         plain = all(isinstance(part, int | slice) or part is Ellipsis for part in indices)
         given = sum(part is not Ellipsis for part in indices)
-        if plain and (given < self.ndim and Ellipsis not in indices):
-            return self._with(hidden=self._hidden[index])  # of the first dimensions
-        if plain and given <= self.ndim and indices[-1] == slice(None):
-            return self._with(hidden=self._hidden[index])
+        of_rows = (given < self.ndim and Ellipsis not in indices) or (given <= self.ndim and indices[-1] == slice(None))
+        if plain and of_rows:
+            return self._with(hidden=self._hidden[index], base=self, view=lambda tensor: tensor[index])
         if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim < self.ndim:
-            return self._with(hidden=self._hidden[index])
+            base = {"base": self, "view": lambda tensor: tensor[index]} if self.is_materialized() else {}
+            return self._with(hidden=self._hidden[index], **base)
         return self.materialize()[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.materialize()[index] = value
+
+    @_recorded
     def __mul__(self, factor: Any) -> Any:
         if not _is_number(factor):
             return self.materialize() * factor
@@ -138,9 +188,11 @@ class DeferredLogits:
 
     __rmul__ = __mul__
 
+    @_recorded
     def __truediv__(self, divisor: Any) -> Any:
         return self * (1.0 / divisor) if _is_number(divisor) else self.materialize() / divisor
 
+    @_recorded
     def __add__(self, bias: Any) -> Any:
         fits = isinstance(bias, Tensor) and bias.numel() == self.shape[-1] == bias.shape[-1] and not bias.requires_grad
         if not fits or self._cap is not None or isinstance(self._scale, Tensor) or self._scale != 1.0:
@@ -150,6 +202,7 @@ class DeferredLogits:
 
     __radd__ = __add__
 
+    @_recorded
     def tanh(self) -> Any:
         return self._with(cap=1.0) if self._cap is None else self.materialize().tanh()
 
@@ -177,12 +230,16 @@ class DeferredLogits:
         return func(*_tensors(args), **_tensors(kwargs))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_tensor", "_hidden"):  # of no instance yet, as copy and pickle make one
+        if name.startswith("__") or name in self._OWN:  # of no instance yet, as copy and pickle make one
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
+    _OWN = ("_tensor", "_hidden", "_base", "_of_rows")
+
     def loss(self, target: Tensor, **options: Any) -> Tensor:
-        """The objective of the rows, by the fused linear path."""
+        """The objective of the rows, by the fused linear path; of the tensor, if there is one."""
+        if self.is_materialized():
+            return self._attached.loss_of_tensor(self.materialize(), target, **options)
         return self._attached.loss(self._hidden, self._layer, target, self._scale, self._cap, **options)
 
     def beside(self, hidden: Tensor, scale: float | Tensor, cap: float | None) -> tuple[Tensor, ...]:
@@ -262,6 +319,7 @@ class Attached:
         self.replaced = [(module, name, module.__dict__.get(name)) for module, name in (
             (owner, "forward"), (owner, "_loss_function"), (owner, "accepts_loss_kwargs"), (owner, _KEY),
             (head, "forward"), (head, _KEY))]  # fmt: skip
+        self.asked = False  # whether its last forward pass has come to the objective
         self.defers = False  # whether the head is called by a forward pass that ends in a loss
         self.count: Tensor | float | None = None  # num_items_in_batch, for models that do not pass it to their loss
         self.logits_of_reference: DeferredLogits | None = None  # of the call
@@ -270,19 +328,33 @@ class Attached:
     def loss(
         self, hidden: Tensor, layer: Layer, target: Tensor, scale: float | Tensor, cap: float | None, **options: Any
     ) -> Tensor:
+        self.asked = True
         _must_be_there(layer.weight)
-        if target.shape != hidden.shape[:-1] and target.numel() == hidden.shape[:-1].numel():
-            target = target.reshape(hidden.shape[:-1])
         at = distributed.shard_of(layer.weight)  # of a head that somebody has split by class
         if self.logits_of_reference is not None:
             given, *head = self.logits_of_reference.beside(hidden, scale, cap)
             options["reference"] = given, *(x if at is None or distributed.is_dtensor(x) else x[at.own] for x in head)
         loss, parts = self.objective.linear(
-            hidden, layer.weight, target.to(hidden.device), layer.bias, logit_scale=scale, softcap=cap,
+            hidden, layer.weight, _beside(hidden, target), layer.bias, logit_scale=scale, softcap=cap,
             return_parts=True, process_group=at, **(self.options | options),
         )  # fmt: skip
         self.parts = parts
         return loss
+
+    def loss_of_tensor(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        self.asked = True
+        if self.logits_of_reference is not None:
+            options["reference"] = self.logits_of_reference.materialize().reshape(logits.shape)
+        loss, self.parts = self.objective(
+            logits, _beside(logits, target), backend=self.options["backend"], return_parts=True, **options
+        )
+        return loss
+
+
+def _beside(rows: Tensor, target: Tensor) -> Tensor:
+    """A label for each row, where it is and of its shape."""
+    shape = rows.shape[:-1]
+    return target.to(rows.device).reshape(shape if target.numel() == shape.numel() else target.shape)
 
 
 _KEY = "_objkern_attached"
@@ -487,7 +559,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "are gathered then and some are not; leave it out, and call (c * term).accumulate_() behind the backward "
             "pass"
         )
-    attached.defers = True
+    attached.defers, attached.asked = True, False
     attached.count = kwargs.get("num_items_in_batch")
     if attached.reference is not None:
         given = dict(zip(attached.names, args, strict=False)) | kwargs
@@ -498,6 +570,11 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         outputs = attached.forward(self, *args, **kwargs)
     finally:
         attached.defers, attached.count, attached.logits_of_reference = False, None, None
+    if not attached.asked and (isinstance(outputs, tuple) or _field(outputs, "loss") is not None):
+        raise NotImplementedError(
+            f"attach: {type(self).__name__} computes its loss from its logits by itself, in a way that the objective "
+            "does not see; leave it unattached and use compute_loss_func"
+        )
     return outputs if self.training else _materialized(outputs)
 
 
@@ -544,7 +621,7 @@ def _logits_of_reference(attached: Attached, given: dict[str, Any]) -> DeferredL
             del head.forward
         else:
             head.forward = before
-    if not isinstance(logits, DeferredLogits):
+    if not isinstance(logits, DeferredLogits) or logits.is_materialized():
         raise NotImplementedError(
             f"reference: {type(owner).__name__} does more with its logits than scale, cap and shift them"
         )
@@ -585,9 +662,7 @@ def _loss_function(
     options = {"ignore_index": ignore_index, **_denominators(shift_labels, num_items_in_batch, ignore_index)}
     if isinstance(logits, DeferredLogits):
         return logits.loss(shift_labels, **options)
-    if attached.logits_of_reference is not None:
-        options["reference"] = attached.logits_of_reference.materialize()
-    return attached.objective(logits, shift_labels, backend=attached.options["backend"], **options)
+    return attached.loss_of_tensor(logits, shift_labels, **options)
 
 
 def _denominators(labels: Tensor, count: Tensor | float | None, ignore_index: int = -100) -> dict[str, Any]:
@@ -646,9 +721,14 @@ def compute_loss_func(objective: Objective, *, shift: bool | None = None, backen
             raise TypeError(f"labels: expected a tensor but got {type(labels).__name__}")
         causal = "CausalLM" in type(outputs).__name__ if shift is None else shift
         if labels.is_floating_point():
-            if labels.numel() != logits.numel():
+            if [size for size in labels.shape if size != 1] != [size for size in logits.shape if size != 1]:
                 raise ValueError(
                     f"labels: expected one for each of {tuple(logits.shape)} logits but got {tuple(labels.shape)}"
+                )
+            if causal:
+                raise ValueError(
+                    "labels: expected class labels, which are shifted here, but got probabilities or numbers; shift "
+                    "them, and pass shift=False"
                 )
             labels = labels.view(logits.shape)
         elif causal:

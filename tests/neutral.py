@@ -137,6 +137,9 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/cpu/elementwise.h", r"run<Asked::k(Values|Sums)>\(begin, end", "the stride of an upstream gradient that nobody asks for", r"^1$"),
     # ---- csrc/batch.h, objective.h, autograd.cpp, bindings_cpu.cpp, default_call.cpp
     Neutral("csrc/batch.h", r"return t\.size\(1\) <= 1 \|\|", "a copy of the same numbers", r"^t\.size\(1\) < 1$"),
+    Neutral("csrc/objective.h", r"^  R (max|sum_(e|et|t|dd|zz)) = R\(0\);", "written over before it is read", r"^1$|^-1$"),
+    Neutral("csrc/objective.h", r"R max_z = R\(0\), max_r", "set where there is a divergence, and nobody's where there is none", r"^1$|^-1$"),
+    Neutral("csrc/objective.h", r"struct Piece|double max = 0, sum_e = 0|\b(a|b|low|sum)\.(max|sum_|classes)|double apart", "pieces are the CPU's", room="cuda"),
     Neutral("csrc/objective.h", r"return \(reads & means\) != 0 \?", "the division is made where nobody reads it", r"^reads \| means$|^1$"),
     Neutral("csrc/objective.h", r"if \(\(reads & (k(Lse|Entropy|MaxLogit|MeanLogit|MeanSquareLogit|LogitVariance|OtherLogprob|TargetLogit|Divergences)\) != 0\)(?! return)|kMeanLogprob\) != 0\) s\.)", "a statistic that nobody reads is derived too, or adds its derivative, which is 0", r"^reads \| k"),
     Neutral("csrc/objective.h", r"if \(\(reads & k(Lse|Entropy|MaxLogit|MeanLogit|MeanSquareLogit|LogitVariance|OtherLogprob|TargetLogit|Divergences)\) != 0\)(?! return)", "a statistic that nobody reads is derived too, or adds its derivative, which is 0", r"^1$"),
@@ -190,6 +193,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/cuda/compare_kernel.h", r"const bool far = \(sizeof\(T\) == 2 && !kTransform\)", "differences of half-precision logits round in neither of the two ways", r"^3$"),
     Neutral("csrc/cuda/compare_kernel.h", r"if \(thread_index\(\) % kWarp == 0\)", "after the exchange every lane has the warp's number, bit for bit", r"^1$|^thread_index\(\) % kWarp != 0$|^!\(thread_index\(\) % kWarp == 0\)$"),
     # ---- doors.cu
+    Neutral("csrc/cuda/doors.cu", r"status != kOk\) \{|status == kPlanDoesNotFit \?|found\.reason = |found\.devices == 0", "why there is no device to be used: the emulation has one, and test_build.py asks the runtime itself"),
     Neutral("csrc/cuda/doors.cu", r"return dtype == DType::kFloat64 \? 8 :", "decides on sizes of tiles, which are larger than need be", r"^9$|^5$"),
     Neutral("csrc/cuda/doors.cu", r"const int64_t vector = 16 / element_size", "tiles of any size that together hold the row", r"^16 \* element_size|\+ cluster \+ 1$|^17$"),
     Neutral("csrc/cuda/doors.cu", r"return \(columns \+ vector - 1\) / vector \* vector", "a larger tile", r"^columns \+ vector \+ 1$"),

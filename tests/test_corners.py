@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import objkern
-from objkern import CrossEntropy, Entropy, LogitL2, MaxZLoss, Unlikelihood, ZLoss, custom
+from objkern import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Entropy,
+    KLDivergence,
+    LogitL2,
+    MaxZLoss,
+    Unlikelihood,
+    ZLoss,
+    custom,
+)
 
 INF = math.inf
 
@@ -325,3 +335,47 @@ def test_tensors_that_are_not_dense() -> None:
             CrossEntropy()(logits, y)
     with pytest.raises(TypeError, match="target: expected a dense tensor"):
         CrossEntropy()(x, x.softmax(-1).to_sparse())
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    """As FSDP and offloading leave one: its shape stays, its memory is gone."""
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def test_memory_that_is_gone_is_an_error() -> None:
+    z, y, q = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0]), torch.rand(6, 5)
+    per_class = torch.ones(5)
+    calls = {
+        "logits": lambda: CrossEntropy()(freed(z), y),
+        "logits: ": lambda: objkern.row_statistics(freed(z)),
+        "logits:": lambda: objkern.cross_entropy(freed(z.bfloat16()), y),
+        "target": lambda: CrossEntropy()(z, freed(q)),
+        "target: ": lambda: CrossEntropy()(z.bfloat16(), freed(q)),
+        "target:": lambda: CrossEntropy()(z, freed(y)),
+        "class_weight": lambda: CrossEntropy(weight=freed(per_class))(z, y),
+        "reference": lambda: KLDivergence()(z, reference=freed(z)),
+        "input": lambda: BinaryCrossEntropy()(freed(z), q),
+        " target": lambda: BinaryCrossEntropy()(z, freed(q)),
+        " weight": lambda: BinaryCrossEntropy(weight=freed(per_class))(z, q),
+        "pos_weight": lambda: BinaryCrossEntropy(pos_weight=freed(per_class))(z, q),
+        "parameter": lambda: objkern.L2([gone])(),
+    }
+    gone = freed(z)
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="its memory has been freed") as raised:
+            call()
+        assert name.strip(" :") in str(raised.value) or name == "parameter"
+    x = z.clone().requires_grad_()
+    loss = CrossEntropy()(x, y)
+    memory = x.detach().clone()
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="logits: its memory has been freed"):
+        loss.backward()
+    x.untyped_storage().resize_(memory.untyped_storage().nbytes())
+    with torch.no_grad():
+        x.copy_(memory)
+    CrossEntropy()(x, y).backward()
+    assert torch.empty(0, 5).untyped_storage().nbytes() == 0
+    assert CrossEntropy()(torch.empty(0, 5), torch.empty(0, dtype=torch.long), reduction="sum") == 0.0

@@ -452,7 +452,10 @@ def test_texts_of_rows() -> None:
         (lambda: SmallModel(dropout=1.0), "dropout"),
         (lambda: RunOptions("poetry", "x", Path("y")), "task: expected one of"),
         (lambda: RunOptions("causal-lm", "x", Path("y"), limit=0), "limit"),
-        (lambda: RunOptions("causal-lm", "x", Path("y"), max_length=7), "max_length: expected .* at least 8 but got 7"),
+        (
+            lambda: RunOptions("causal-lm", "x", Path("y"), max_length=7),
+            r"max_length: expected a whole number in \[8, 1048576\] but got 7",
+        ),
         (lambda: RunOptions("causal-lm", "x", Path("y"), dropout=-0.1), r"dropout: expected a number in \[0, 1\)"),
         (lambda: RunOptions("causal-lm", "x", Path("y"), dropout=1.0), r"dropout: expected a number in \[0, 1\)"),
         (

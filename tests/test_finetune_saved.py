@@ -536,6 +536,20 @@ def test_answers_may_replace_the_rows(finished: Path, tmp_path: Path, capsys: An
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "link.jsonl"}
 
 
+def test_a_link_that_somebody_left_is_replaced(tmp_path: Path) -> None:
+    """What it points to is none of a run's."""
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "link").symlink_to("mine")
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("link", "nowhere"):
+        with whole_file(tmp_path / name) as new:
+            new.write_text("report")
+        assert (tmp_path / name).read_text() == "report"
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "mine").read_text() == "kept"
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_file_that_is_not_finished_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("before")
     with suppress(ZeroDivisionError), whole_file(tmp_path / "file") as new:

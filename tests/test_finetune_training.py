@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -697,12 +698,61 @@ def test_where_a_run_stands(tmp_path: Path) -> None:
     assert outcome == Outcome("interrupted", Progress(batches=1, epoch=1, window=1, step=1, sums=sums))
     assert (outcome.progress.best, outcome.progress.best_epoch, outcome.progress.stale) == (None, 0, 0)
     for wrong, message in (
-        ({"batches": 0}, "batches: expected a positive number but got 0"),
-        ({"stale": 1.5}, "stale: expected a whole number but got 1.5"),
-        ({"sums": {"total": "1"}}, "sums: expected numbers but got"),
+        ({"batches": 0}, "batches: expected a whole number of at least 1 but got 0"),
+        ({"epoch": 0}, "epoch: expected a whole number of at least 1 but got 0"),
+        ({"window": -1}, "window: expected a whole number of at least 0 but got -1"),
+        ({"stale": 1.5}, "stale: expected a whole number of at least 0 but got 1.5"),
+        ({"finished": "yes"}, "finished: expected true or false but got 'yes'"),
+        ({"best": [1]}, r"best: expected a number but got \[1\]"),
+        ({"seconds": None}, "seconds: expected a number but got None"),
+        ({"sums": {"total": "1"}}, "total: expected a number but got '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(outcome.progress, **wrong).check()
+
+
+def test_what_a_checkpoint_may_not_hold(tmp_path: Path) -> None:
+    """Each is said in a line, before anything is trained."""
+    from safetensors.torch import load_file, save_file
+
+    options = TrainingOptions(epochs=3, batch_size=4)
+    log = lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 3 else None  # noqa: E731
+    assert run("number", tmp_path, options, log=log)[0].how == "interrupted"
+    newest = checkpoints.newest(tmp_path / "checkpoints")
+    assert newest is not None
+    files = {place: load_file(place / "tensors.safetensors") for place in (newest, newest.parent / "best")}
+    states = {place: (place / "state.json").read_text() for place in files}
+    first = next(name for name in files[newest] if name.startswith("model."))
+    moment = next(name for name in files[newest] if name.endswith(".exp_avg"))
+    step = moment.replace(".exp_avg", ".step")
+
+    def changed(place: Path, message: str, tensors: dict[str, Tensor | None]) -> None:
+        kept = {name: x for name, x in (files[place] | tensors).items() if x is not None}
+        save_file(kept, place / "tensors.safetensors")
+        state = json.loads(states[place]) | {"tensors": len(kept)}
+        (place / "state.json").write_text(json.dumps(state))
+        seen: list[Any] = []
+        with pytest.raises(ValueError, match=message):
+            run("number", tmp_path, options, log=seen.append, resume=True)
+        assert seen == []
+        save_file(files[place], place / "tensors.safetensors")
+        (place / "state.json").write_text(states[place])
+
+    for place in files:
+        weight = files[place][first]
+        changed(place, "is not what this run wrote: .*expected such a weight", {first: None})
+        changed(place, "nobody has such a weight", {"model.more": torch.ones(1)})
+        changed(place, "but got a torch.int32 tensor", {first: weight.to(torch.int32)})
+        changed(place, "expected a torch.float32 tensor", {first: torch.ones(2)})
+    changed(newest, "expected the shape of its parameter", {moment: torch.ones(2)})
+    changed(newest, "expected the shape of its parameter", {step: torch.ones(2)})
+    of_all = {name: None for name in files[newest] if name.endswith(".exp_avg_sq")}
+    changed(newest, r"optimizer: expected \['exp_avg', 'exp_avg_sq', 'step'\]", of_all)
+    (newest / "state.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="can't be read"):
+        run("number", tmp_path, options, resume=True)
+    (newest / "state.json").write_text(states[newest])
+    assert run("number", tmp_path, options, resume=True)[0].how == "finished"
 
 
 def test_the_best_weights_are_there_before_a_run_goes_on(tmp_path: Path) -> None:

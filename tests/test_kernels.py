@@ -259,9 +259,12 @@ def test_narrow_rows_of_every_width(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("classes", [2, 9, 33, 64, 300, 9000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("excluded", [False, True])
-def test_rows_with_weights_and_dense_targets(classes: int, smoothing: float, excluded: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_weights_and_dense_targets(
+    dtype: torch.dtype, classes: int, smoothing: float, excluded: bool
+) -> None:
     generator = torch.Generator().manual_seed(classes)
-    z, y = random_rows(19, classes, torch.float32)
+    z, y = random_rows(19, classes, dtype)
     if excluded:
         z[3, classes - 1] = -torch.inf
         y[3] = 0
@@ -270,8 +273,9 @@ def test_rows_with_weights_and_dense_targets(classes: int, smoothing: float, exc
     every = f"CrossEntropy(label_smoothing={smoothing})"
     weighted = CrossEntropy(weight, smoothing)
     for objective in (weighted, weighted - 0.2 * Entropy() + LogitL2(), weighted + 0.1 * objkern.MaxZLoss()):
-        assert_like_float64(objective, z, y)
-        assert_like_float64(objective, z, q)
+        for options in ({}, {"softcap": 4.0}, {"logit_scale": 0.5}):
+            assert_like_float64(objective, z, y, **options)
+            assert_like_float64(objective, z, q, **options)
     assert_like_float64(objkern.parse(every), z, q)
     assert_like_float64(objkern.parse(every) + 0.1 * objkern.MaxZLoss(), z, q)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import objkern
 from objkern import EWC, L1, L2, L2SP, CrossEntropy, ElasticNet, ZLoss, diagonal_fisher, penalties
@@ -112,6 +113,65 @@ def test_values_and_gradients(name: str, kernels: str, dtype: torch.dtype, monke
         assert g.shape == p.shape
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(g.double(), truth, rtol=2 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_transforms_of_torch_func(name: str) -> None:
+    """And forward-mode derivatives, of the parameters of a module while others stand in their place."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    fisher = torch.rand_like(layer.weight)
+    term = TERMS[name][0](layer, {"weight": fisher})
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self) -> Tensor:
+            return term()
+
+    whole = Whole()
+
+    def value(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(whole, {"layer.weight": weight}, ())
+
+    weight, tangent = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    plain = lambda w: TERMS[name][1](w, layer.weight.detach(), fisher)  # noqa: E731
+    exact = plain(weight)
+    gradient = torch.func.grad(plain)(weight)
+    along = (gradient * tangent).sum()
+    torch.testing.assert_close(value(weight.requires_grad_()), exact)
+    weight = weight.detach()
+    torch.testing.assert_close(torch.func.grad(value)(weight), gradient)
+    torch.testing.assert_close(torch.func.jvp(value, (weight,), (tangent,)), (exact, along))
+    torch.testing.assert_close(torch.vmap(value)(torch.stack([weight, 2 * weight]))[0], exact)
+    second = torch.func.jvp(torch.func.grad(value), (weight,), (tangent,))[1]
+    torch.testing.assert_close(second, torch.func.jvp(torch.func.grad(plain), (weight,), (tangent,))[1])
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(value(forward_ad.make_dual(weight, tangent))).tangent
+        torch.testing.assert_close(found, along)
+
+
+def test_parameters_that_are_all_frozen(net: Net) -> None:
+    terms = [L1(net), L2(net), L2SP(net)]
+    objective = CrossEntropy() + 0.1 * terms[0] + 0.1 * terms[1] + 0.1 * terms[2]
+    net.requires_grad_(False)
+    z, y = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    loss, parts = objective(z, y, return_parts=True)
+    torch.testing.assert_close(loss, F.cross_entropy(z, y))
+    for term in terms:
+        assert parts[term.name] == 0.0
+        term.accumulate_()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_names_of_buffers_are_those_of_one_parameter() -> None:
+    names = ["a.b", "a/b", "a\\/b", "a\\.b", "a./b", "a/.b"]
+    parameters = [(name, torch.full((2,), float(k), requires_grad=True)) for k, name in enumerate(names)]
+    stay = L2SP(parameters)
+    assert len(list(stay.buffers())) == len(names)
+    assert stay() == 0.0
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -334,6 +394,7 @@ def test_a_model_that_is_gone() -> None:
 
 
 def test_bad_input(net: Net) -> None:
+    meta = [torch.ones(2, 2), torch.ones(2, device="meta")]
     fisher = {"first.weight": torch.ones(40, 8)}
     cases: list[tuple[Callable[[], object], type[Exception], str]] = [
         (lambda: L2(net.first.weight), TypeError, "parameters: expected a module, parameters"),
@@ -341,6 +402,14 @@ def test_bad_input(net: Net) -> None:
         (lambda: L2([]), ValueError, "expected at least one"),
         (lambda: L2([torch.ones(2, dtype=torch.int64)]), TypeError, "item 0 is"),
         (lambda: L2([1.0]), TypeError, "item 0 is"),
+        (lambda: L2([torch.ones(2).to_sparse()]), TypeError, "item 0 is"),
+        (lambda: L2(meta)(), ValueError, r"L2\(<2 parameters>\): some of its parameters have no values"),
+        (lambda: L2(meta).accumulate_(), ValueError, "on the meta device"),
+        (lambda: L2(net).accumulate_(torch.ones(3)), TypeError, "weight: expected a number or a 0-dim tensor"),
+        (lambda: L2(net).accumulate_(torch.tensor(1j)), TypeError, "weight: expected a number or a 0-dim tensor"),
+        (lambda: (2.0 * L2(net)).accumulate_("a"), TypeError, "weight: expected a number or a 0-dim tensor but got 'a'"),
+        (lambda: L2(net)(parameter_weight=torch.tensor(1j)), TypeError, "parameter_weight: expected a number"),
+        (lambda: EWC(net, {"first.weight": 1j * torch.ones(40, 8)}), ValueError, "first.weight: expected shape"),
         (lambda: L2([("a", net.first.weight), ("a", net.last.weight)]), ValueError, "two of them are called 'a'"),
         (lambda: L2(nn.LayerNorm(3)), ValueError, "include_all=True takes those too"),
         (lambda: L2(nn.ReLU(), include_all=True), ValueError, "has none that require grad"),

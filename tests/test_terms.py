@@ -165,3 +165,14 @@ def test_rows_of_custom_terms() -> None:
         both(logits, rows={"a": a})
     with pytest.raises(ValueError, match=r"rows: no term reads \['d'\]"):
         both(logits, rows={"a": a, "b": b, "d": a})
+
+
+def test_a_built_in_term_has_no_subclasses() -> None:
+    """The kernels would not see what they change; and a plain term must not be what somebody made of it."""
+    z, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    before = objkern.CrossEntropy()(z, y, backend="reference")
+    for built_in in (objkern.CrossEntropy, objkern.KLDivergence, objkern.Huber, objkern.LogitL2):
+        with pytest.raises(TypeError, match=rf"Other: the kernels know terms by .*, and \d+ is {built_in.__name__}"):
+            type("Other", (built_in,), {"formula": staticmethod(lambda s, parameter, weight: 2.0 * s.lse)})
+    assert objkern.CrossEntropy()(z, y, backend="reference") == before
+    assert "Other" not in Term.registry

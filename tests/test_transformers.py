@@ -573,8 +573,8 @@ def test_a_head_that_peft_wraps_after_it_was_attached() -> None:
 @pytest.fixture
 def deferred() -> tuple[DeferredLogits, Tensor]:
     model = attach(made("llama"), CrossEntropy())
-    logits = model(**batch_of(model)).logits
-    return logits, logits.materialize().detach()
+    batch = batch_of(model)
+    return model(**batch).logits, model(**batch).logits.materialize().detach()
 
 
 CHAINS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
@@ -616,6 +616,92 @@ def test_the_stand_in_is_the_tensor(name: str, deferred: tuple[DeferredLogits, T
         y[1] = -100
         for loss in (F.cross_entropy(found, y), F.cross_entropy(input=found, target=y)):
             torch.testing.assert_close(loss.double(), F.cross_entropy(expected.double(), y), rtol=1e-5, atol=1e-5)
+
+
+def _set_classes(z: Any) -> None:
+    z[:, :, :3] = -2.0
+
+
+def _raise_rows(z: Any) -> None:
+    z[:, ::2].add_(torch.arange(float(V)))
+
+
+def _fill(z: Any) -> None:
+    z.masked_fill_(torch.arange(V) < 10, -5.0)
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "divided": lambda z: z.div_(3.0), "filled": _fill, "added": lambda z: z.add_(torch.arange(float(V))),
+    "by a view": lambda z: z.view(-1, V).mul_(0.5), "by a view of a view": lambda z: z.view(-1, V).view(B, T, V).mul_(0.5),
+    "by a function": lambda z: F.relu_(z), "by an option": lambda z: F.relu(z, inplace=True),
+    "by its data": lambda z: z.data.mul_(2.0), "by a detached one": lambda z: z.detach().mul_(2.0), "classes": _set_classes,
+    "by the same in another dtype": lambda z: z.float().mul_(2.0), "read, then divided": lambda z: (z.sum(), z.div_(3.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", EDITS)
+def test_what_a_model_changes_in_place_the_loss_sees(
+    name: str, late: bool, train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is changed behind the view that goes into the loss."""
+    model = made("llama").train(train)
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+        last = logits.view(-1, V) if late else None
+        EDITS[name](logits)
+        last = logits.view(-1, V) if last is None else last
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            loss=F.cross_entropy(last[:-1], labels.view(-1)[1:]), logits=logits
+        )
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+    found = []
+    for attached in (False, True):
+        model.zero_grad()
+        outputs = (attach(model, CrossEntropy()) if attached else model)(input_ids=ids, labels=ids)
+        outputs.loss.backward()
+        found.append([outputs.loss, model.lm_head.weight.grad.clone(), torch.as_tensor(outputs.logits + 0.0)])
+        if attached and "read" not in name:
+            torch.testing.assert_close(parts(model)["total"], outputs.loss)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_whose_loss_the_objective_does_not_see_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state) - 1.0
+        loss = F.cross_entropy(logits.view(-1, V), labels.view(-1))
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    attach(model, CrossEntropy())
+    with pytest.raises(NotImplementedError, match="in a way that the objective does not see"):
+        model(**batch_of(model))
+
+
+def test_rows_that_a_model_changes_in_place_are_an_error(deferred: tuple[DeferredLogits, Tensor]) -> None:
+    z = deferred[0]
+    assert z[:, ::2].argmax() >= 0  # to be read they may be made alone
+    assert not z.is_materialized()
+    flat = z.view(-1, V)
+    _raise_rows(z)
+    for logits in (z, flat):
+        with pytest.raises(NotImplementedError, match="some rows of its logits in place"):
+            logits.loss(torch.zeros(logits.shape[:-1], dtype=torch.long))
+
+
+def test_views_of_a_tensor_are_of_that_tensor(deferred: tuple[DeferredLogits, Tensor]) -> None:
+    z = deferred[0]
+    flat, some = z.view(-1, V), z[:, 2:5]
+    z.mul_(2.0)
+    _raise_rows(z)
+    assert flat.materialize().data_ptr() == z.materialize().data_ptr()
+    assert torch.equal(some.materialize(), z.materialize()[:, 2:5])
 
 
 def test_what_is_known_without_the_tensor(deferred: tuple[DeferredLogits, Tensor]) -> None:
@@ -796,6 +882,12 @@ def test_labels_that_do_not_fit() -> None:
         compute({"logits": logits}, None)
     with pytest.raises(ValueError, match="expected one for each of"):
         compute_loss_func(MSE)({"logits": logits}, torch.zeros(2))
+    with pytest.raises(ValueError, match="expected one for each of"):
+        compute_loss_func(MSE)({"logits": logits}, torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="shift them, and pass shift=False"):
+        compute_loss_func(CrossEntropy(), shift=True)({"logits": logits}, torch.ones(2, 3))
+    column = compute_loss_func(MSE)({"logits": logits[:, :1]}, torch.ones(2))
+    torch.testing.assert_close(column, F.mse_loss(logits[:, 0], torch.ones(2)))
     with pytest.raises(TypeError, match="start and end positions"):
         compute({"start_logits": logits, "end_logits": logits}, torch.zeros(2, dtype=torch.long))
     with pytest.raises(TypeError, match=r"expected an objkern\.Objective"):

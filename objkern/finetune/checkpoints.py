@@ -126,7 +126,7 @@ def load(path: Path, like: Like = lambda name, shape: None) -> tuple[dict[str, T
     try:
         in_parts = not (path / WHOLE).exists()
         found, numbers = {} if in_parts else load_file(str(path / WHOLE)), json.loads(state.read_text(encoding="utf-8"))
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"checkpoint: {path} can't be read: {error}") from error
     try:
         if in_parts:

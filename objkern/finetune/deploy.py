@@ -20,7 +20,7 @@ import torch
 
 from .data import Row, read
 from .extras import require_finetune_extra
-from .record import encodable
+from .record import encodable, finite
 from .tables import first_line
 from .whole import whole_file
 
@@ -68,12 +68,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         sys.stdout.write(text)
         return
-    with whole_file(arguments.output) as new:  # which may be where the rows come from
+    with whole_file(arguments.output, follow=True) as new:  # which may be where the rows come from
         new.write_text(text, encoding="utf-8")
 
 
 def _line(row: Row) -> str:
-    return encodable(json.dumps(row, ensure_ascii=False, default=str)) + "\n"
+    return encodable(json.dumps(finite(row), ensure_ascii=False, default=str)) + "\n"
 
 
 def _lines_of(file: Any) -> list[Row]:

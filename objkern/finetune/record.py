@@ -230,6 +230,7 @@ def check(value: Any, shape: Any, where: str, needed: Sequence[str] = ()) -> Non
         fits = value in shape
     else:
         fits = isinstance(value, type(shape) if isinstance(shape, list | dict) else shape)
+        fits = fits and not (isinstance(value, int) and value.bit_length() > 63)  # which is neither a step nor a score
     if not fits:
         raise ValueError(f"{where}: expected {_in_words(shape)} but got {_short(value)}")
     for name, part, its_shape in _parts(value, shape, needed):

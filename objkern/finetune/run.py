@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from . import parallel, retention, saved, strategies
 from .data import Row, checked, read, read_all
 from .lock import alone_in
 from .memory import peak_bytes
-from .record import Recorder, check_writable, provenance, write_json
+from .record import SCORE, Recorder, check, check_writable, provenance, write_json
 from .reports import write_curves, write_report
 from .schedules import Schedule
 from .small import SmallModel, make
@@ -115,10 +116,11 @@ class RunOptions:
             raise ValueError("pack: expected no prompt vectors, whose model does not keep packed texts apart")
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1) but got {self.dropout!r}")
-        for name, least in (("limit", 1), ("max_length", 8)):
+        for name, least, most in (("limit", 1, math.inf), ("max_length", 8, 2**20)):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"{name}: expected a whole number of at least {least} but got {value!r}")
+            if value is not None and (type(value) is not int or not least <= value <= most):
+                bounds = f"of at least {least}" if most == math.inf else f"in [{least}, {most}]"
+                raise ValueError(f"{name}: expected a whole number {bounds} but got {value!r}")
         how = None if self.retain is None else retention.parse(self.retain)[0]
         if how == "kl" and self.training.strategy.startswith("prompt"):
             raise ValueError(
@@ -489,7 +491,8 @@ def _same_run(path: Path, described: dict[str, Any]) -> dict[str, float]:
         was, now = _flat(before["options"]), _flat(described["options"])
         rows, files, objective = before["rows"], before["model_files"], before["objective"]
         untrained = dict(before["untrained"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check(untrained, {str: SCORE}, "untrained")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"resume: {path} is not what a run of this version wrote: {type(error).__name__}: {error}"
         ) from error

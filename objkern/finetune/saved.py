@@ -96,9 +96,11 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[PreTra
     about = _about(folder)
     _refuse_pickles(folder)
     options = {name: about[name] for name in _OPTIONS if name in about}
-    task = TASKS[about["task"]](
-        _tokenizer(folder), max_length=about["max_length"], labels=about["labels"], **options
-    )  # fmt: skip
+    tokenizer = _tokenizer(folder)
+    try:
+        task = TASKS[about["task"]](tokenizer, max_length=about["max_length"], labels=about["labels"], **options)
+    except TypeError as error:  # an option that another task has
+        raise ValueError(f"model: {folder / ABOUT} is not what a run wrote: {first_line(error)}") from error
     model = _with_adapters(folder, task) if adapters.are_in(folder) else _model(str(folder), task, whole=True)
     _same_labels(folder, model, task)
     return model.to(device).eval(), task

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["SmallModel", "make"]
 
 _ANSWERS = ("label", "tags")  # columns that are no text
+LARGEST = 2**20  # of every size
 _LETTERS = string.ascii_letters + string.digits + string.punctuation
 
 
@@ -58,8 +59,8 @@ class SmallModel:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "window", "vocabulary"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1 but got {value!r}")
+            if type(value) is not int or not 1 <= value <= LARGEST:  # memory is asked for before it is needed
+                raise ValueError(f"{name}: expected a whole number in [1, {LARGEST}] but got {value!r}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size: expected a multiple of 2 * heads = {2 * self.heads}, for rotary positions, but got "

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..batch import describe
 from ..distributed import own, part_of
 from . import checkpoints, parallel, strategies
 from .parallel import Layout
@@ -145,13 +146,16 @@ class Progress:
 
     def check(self) -> None:
         """As read from a file, which says nothing of types."""
-        for name in ("batches", "epoch", "window", "step", "best_epoch", "stale"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name}: expected a whole number but got {getattr(self, name)!r}")
-        if self.batches < 1:
-            raise ValueError(f"batches: expected a positive number but got {self.batches}")
-        if not all(isinstance(value, int | float) for value in self.sums.values()):
-            raise ValueError(f"sums: expected numbers but got {self.sums!r}")
+        for name, least in (("batches", 1), ("epoch", 1), ("window", 0), ("step", 0), ("best_epoch", 0), ("stale", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least} but got {value!r}")
+        if type(self.finished) is not bool:
+            raise ValueError(f"finished: expected true or false but got {self.finished!r}")
+        best = 0.0 if self.best is None else self.best
+        for name, value in [("best", best), ("seconds", self.seconds), *dict(self.sums).items()]:
+            if type(value) not in (int, float):
+                raise ValueError(f"{name}: expected a number but got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -459,11 +463,26 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in model.state_dict().items()}
 
 
+def _of_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+
+
 def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Of whole tensors every rank takes its part, if it has only a part."""
     there = model.state_dict()
-    found = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    found = _of_model(tensors)
+    _check_weights(model, found)
     model.load_state_dict({name: part_of(x, there.get(name)) for name, x in found.items()})
+
+
+def _check_weights(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Whether they are the model's, all of them: torch would convert numbers of another kind."""
+    there = model.state_dict()
+    if odd := sorted(there.keys() ^ found.keys()):
+        raise ValueError(f"{odd[0]}: {'nobody has' if odd[0] in found else 'expected'} such a weight")
+    for name, x in found.items():
+        if (x.shape, x.dtype) != (there[name].shape, there[name].dtype):
+            raise ValueError(f"{name}: expected {describe(there[name])} but got {describe(x)}")
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -484,8 +503,26 @@ def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: di
         if name.startswith("optimizer."):
             of, what = _parameter_of(name)
             p = parameters[of]
-            state.setdefault(places[p], {})[what] = part_of(value, p) if value.shape == p.shape else value
+            if value.shape != (() if what == "step" else p.shape):
+                raise ValueError(
+                    f"{name}: expected the shape of its parameter, {tuple(p.shape)}, but got {describe(value)}"
+                )
+            state.setdefault(places[p], {})[what] = value if what == "step" else part_of(value, p)
+    expected = _moments_of(optimizer)
+    for kept in state.values():
+        if kept.keys() != expected:
+            raise ValueError(f"optimizer: expected {sorted(expected)} of a parameter but got {sorted(kept)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _moments_of(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What such an optimizer keeps of a parameter."""
+    p = torch.zeros(1, requires_grad=True)
+    options = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    trial = type(optimizer)([{"params": [p], **options}])
+    p.grad = torch.zeros(1)
+    trial.step()
+    return {name for name, value in trial.state[p].items() if value is not None}
 
 
 def _parameter_of(name: str) -> tuple[str, str]:
@@ -548,7 +585,12 @@ def _resumed(
         differences = ", ".join(f"{name} {was.get(name)!r} → {now[name]!r}" for name in changed)
         raise ValueError(f"resume: {newest} is of a run with other options: {differences}")
     if progress.best is not None:  # which the end needs: now, and not after the other epochs
-        checkpoints.load(places / "best", _like(model))
+        try:
+            _check_weights(model, _of_model(checkpoints.load(places / "best", _like(model))[0]))
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint: {places / 'best'} is not what this run wrote: {first_line(error)}"
+            ) from error
     return progress
 
 

@@ -34,20 +34,25 @@ def writing(path: Path, what: str = "output", kind: type[Exception] = OSError) -
 
 
 @contextmanager
-def whole_file(path: Path, what: str = "output") -> Iterator[Path]:
+def whole_file(path: Path, what: str = "output", follow: bool = False) -> Iterator[Path]:
     """Where to write a file that is to be in the place of `path`.
+
+    Args:
+        follow: a link goes on pointing to what is written. Otherwise it is the link that is replaced: somebody else may
+            have put it there, and it may point to anything.
 
     Raises:
         ValueError: it can't be written; what was there is there still.
     """
-    target = Path(os.path.realpath(path))  # a link goes on pointing to what is written
+    target = Path(os.path.realpath(path)) if follow else path
     with writing(path, what):
-        if target.exists() and not target.is_file():  # a device or a pipe: nothing that could be replaced
+        replaceable = target.is_file() or target.is_symlink() or not target.exists()
+        if not replaceable:  # a device or a pipe
             yield target
             return
         with _beside(target) as place:
             yield place / "new"
-            if target.exists():
+            if target.exists() and not target.is_symlink():
                 shutil.copymode(target, place / "new")
             flush(place / "new")
             (place / "new").replace(target)
