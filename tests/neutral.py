@@ -192,6 +192,7 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("csrc/cuda/compare_kernel.h", r"if \(top_z != low && \(max_z != top_z", "sums of nothing are raised, or by nothing: they stay", r"^top_z != low \|\| "),
     Neutral("csrc/cuda/compare_kernel.h", r"const bool far = \(sizeof\(T\) == 2 && !kTransform\)", "differences of half-precision logits round in neither of the two ways", r"^3$"),
     Neutral("csrc/cuda/compare_kernel.h", r"if \(thread_index\(\) % kWarp == 0\)", "after the exchange every lane has the warp's number, bit for bit", r"^1$|^thread_index\(\) % kWarp != 0$|^!\(thread_index\(\) % kWarp == 0\)$"),
+    Neutral("csrc/cuda/epilogue.h", r"for \(int k = 0; k < kCentred; \+\+k\) call\.centred\[.*\] = 0;", "kept of rows that count for nothing, whose gradient is 0 whatever it is"),
     # ---- doors.cu
     Neutral("csrc/cuda/doors.cu", r"status != kOk\) \{|status == kPlanDoesNotFit \?|found\.reason = |found\.devices == 0", "why there is no device to be used: the emulation has one, and test_build.py asks the runtime itself"),
     Neutral("csrc/cuda/doors.cu", r"return dtype == DType::kFloat64 \? 8 :", "decides on sizes of tiles, which are larger than need be", r"^9$|^5$"),
