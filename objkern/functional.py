@@ -201,6 +201,8 @@ def cross_entropy(
         raise TypeError(f"cross_entropy: {name}: expected a tensor but got {describe(got)}")
     class_dim = 0 if input.dim() == 1 else 1
     dense = input.shape == target.shape
+    if class_dim == 0 and target.shape == (1,) and not dense:  # one row, whose label torch takes so, too
+        target = target[0]
     program = _program(input, target, weight, class_dim, ignore_index, label_smoothing, z_loss, entropy)
     dtype = torch.promote_types(input.dtype, target.dtype) if dense else input.dtype
     loss = ops.default_call(program, input, target, (weight, ignore_index, reduction), _DEFAULTS, masked=False)
@@ -438,7 +440,7 @@ def mse_loss(
 
     Args:
         input, target: of shapes that broadcast, with torch's warning where they differ; float32, float64, bfloat16 or
-            float16.
+            float16; one of them may be of whole numbers.
         weight: of the input's shape; a weighted mean divides by the sum of the weights.
 
     Returns:
@@ -452,6 +454,10 @@ def mse_loss(
     >>> mse_loss(prediction, target), mse_loss(prediction, target, weight=torch.tensor([1.0, 3.0]))
     (tensor(2.5000), tensor(3.2500))
     """
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and input.dtype != target.dtype:
+        wide = torch.promote_types(input.dtype, target.dtype)  # whole numbers beside others become such
+        if wide.is_floating_point:
+            input, target = (x if x.is_floating_point() else x.to(wide) for x in (input, target))
     reduction = _checked_elementwise("mse_loss", input, target, {"weight": weight}, size_average, reduce, reduction)
     if target.shape != input.shape:
         warnings.warn(

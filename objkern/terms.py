@@ -386,7 +386,7 @@ class Custom(Term):
         if batch.dense:
             visible = visible._replace(other_logprob=None, target_logit=None)
         dtype = batch.result_dtype
-        visible = visible.each(lambda field: field.to(dtype))
+        visible = visible.each(lambda field: field.to(dtype, copy=True))  # the function may write to them
         try:
             value = self.fn(visible, **{name: row for name, row in batch.rows.items() if self.reads_row(name)})
         except (TypeError, AttributeError) as error:
@@ -396,9 +396,9 @@ class Custom(Term):
                     f"{' or '.join(missing)}: {self._formula_name()} reads statistics that are None without: {error}"
                 ) from error
             raise
-        if not isinstance(value, Tensor) or value.shape != s.lse.shape:
+        if not isinstance(value, Tensor) or value.shape != s.lse.shape or value.is_complex():
             raise ValueError(
-                f"{self._formula_name()}: expected one value per row, a tensor of shape {tuple(s.lse.shape)}, "
+                f"{self._formula_name()}: expected one real value per row, a tensor of shape {tuple(s.lse.shape)}, "
                 f"but got {describe(value)}"
                 + ("; statistics of a target or a reference are None without" if value is None else "")
             )

@@ -132,6 +132,26 @@ def test_empty_and_ignored_as_in_torch() -> None:
     assert_same(torch.randn(2, 5), torch.tensor([1, 2]), zero_weights)
 
 
+@pytest.mark.parametrize("other", [torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_dtypes_that_promote(dtype: torch.dtype, other: torch.dtype) -> None:
+    x, y = torch.randn(6).to(dtype), torch.tensor([0, 1, 1, 0, 3, 0]).to(other)
+    for a, b in ((x, y), (y, x)):
+        found, expected = objkern.mse_loss(a, b), F.mse_loss(a, b)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError):
+        objkern.mse_loss(torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+
+
+def test_a_row_whose_label_has_a_dimension() -> None:
+    z = torch.randn(5)
+    for label in (torch.tensor([1]), torch.tensor([-100])):
+        for reduction in ("none", "sum"):
+            found, expected = (f(z, label, reduction=reduction) for f in (objkern.cross_entropy, F.cross_entropy))
+            torch.testing.assert_close(found, expected)
+
+
 def test_byte_labels_and_single_rows() -> None:
     assert_same(torch.randn(6, 5), torch.randint(0, 5, (6,)).byte(), {})
     assert_same(torch.randn(5), torch.tensor(2), {})

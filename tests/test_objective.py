@@ -347,8 +347,10 @@ def test_custom_mistakes_are_named() -> None:
         custom(lambda s: s.lse, needs=("nonsense",))
     with pytest.raises(TypeError, match="fn: expected a function"):
         custom(3)
-    with pytest.raises(ValueError, match=r"expected one value per row, a tensor of shape \(4,\), but got"):
+    with pytest.raises(ValueError, match=r"expected one real value per row, a tensor of shape \(4,\), but got"):
         custom(lambda s: s.lse.mean())(z, y)
+    with pytest.raises(ValueError, match="expected one real value per row"):
+        custom(lambda s: s.lse + 1j)(z, y)
     with pytest.raises(ValueError, match=r"rows: weights: expected a tensor of shape \(4,\)"):
         custom(lambda s, weights: s.lse * weights)(z, y, rows={"weights": torch.ones(5)})
     with pytest.raises(ValueError, match="target: custom"):
@@ -364,3 +366,14 @@ def test_the_mean_over_one_row_divides_by_its_weight(backend: str) -> None:
     for empty in ("zero", "nan"):
         found = CrossEntropy(weight)(z, y, empty=empty, backend=backend)
         torch.testing.assert_close(found, F.cross_entropy(z[1:2], y[1:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_custom_term_may_write_to_its_statistics(dtype: torch.dtype, requires_grad: bool) -> None:
+    """They are its own: the other terms' stay as they are."""
+    z, y = torch.randn(4, 5, dtype=dtype, requires_grad=requires_grad), torch.zeros(4, dtype=torch.long)
+    in_place = custom(lambda s: s.lse.mul_(2.0), name="a") + ZLoss() + custom(lambda s: s.lse.add_(1.0), name="b")
+    plain = custom(lambda s: s.lse * 2.0, name="a") + ZLoss() + custom(lambda s: s.lse + 1.0, name="b")
+    for backend in ("auto", "reference"):
+        torch.testing.assert_close(in_place(z, y, backend=backend), plain(z, y, backend=backend))
