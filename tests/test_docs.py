@@ -94,3 +94,16 @@ def test_python_blocks_run(page: Path) -> None:
     for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         blank = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback names the page's own line
         exec(compile(blank + block[1], str(page), "exec"), namespace)
+
+
+def test_the_tests_that_pages_name_are_there() -> None:
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text("utf-8"))
+    }
+    there |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {(page.name, name) for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8"))}
+    assert len(named) > 50
+    assert sorted((page, name) for page, name in named if name not in there) == []

@@ -508,17 +508,18 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
     assert order(1) != order(1, seed=1)
 
 
-def test_the_order_is_that_of_a_seed_for_every_epoch() -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_order_is_that_of_a_seed_for_every_epoch(grouped: bool) -> None:
     """What goes on after another version's checkpoint needs the same one. Of eight batches at a time those of similar
-    lengths are together."""
+    lengths are together, if that is asked for."""
     lengths = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
     examples = [SimpleNamespace(number=number, length=length) for number, length in enumerate(lengths)]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3 * 1_000_003 + 2)).tolist()
     expected = set()
     for some in (order[:16], order[16:]):
-        some.sort(key=lambda number: lengths[number])
+        some = sorted(some, key=lambda number: lengths[number]) if grouped else some
         expected |= {tuple(some[k : k + 2]) for k in range(0, len(some), 2)}
-    windows = training.windows(examples, TrainingOptions(seed=3, batch_size=2), 2, 1)
+    windows = training.windows(examples, TrainingOptions(seed=3, batch_size=2, group_by_length=grouped), 2, 1)
     assert {tuple(example.number for example in batch) for (batch,) in windows} == expected
 
 

@@ -1,5 +1,6 @@
 """The rooms keep to themselves, and the front door opens quickly."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -152,3 +153,22 @@ for threads in (2, 1, 3, 2):
 print('same')
 """
     assert run_python(code) in ("same", "cannot run here")
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    """No text or file becomes code: nothing is unpickled or evaluated, no model's own code is run, no shell is asked."""
+    forbidden = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load"}
+    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "yaml"}
+    seen = set()
+    for path in sorted((ROOT / "objkern").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not modules & {name.split(".")[0] for name in names}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                seen.add(called)
+                assert called not in forbidden, f"{path}: {called}"
+                given = {keyword.arg for keyword in node.keywords}
+                assert not given & {"trust_remote_code", "shell"}, f"{path}: {called}"
+    assert {"torch.compiler.is_compiling", "subprocess.run", "len"} <= seen  # calls are found as they are written

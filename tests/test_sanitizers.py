@@ -88,7 +88,14 @@ def library() -> Path:
     csrc = planted(folder)
     build = Build(folder, SANITIZED)
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_paths()["include"])]
-    flags = ["-fPIC", "-fopenmp", f"-I{csrc}", *includes]
+    flags = [
+        "-fPIC",
+        "-fopenmp",
+        "-DTORCH_EXTENSION_NAME=_C",
+        "-DTORCH_API_INCLUDE_EXTENSION_H",
+        f"-I{csrc}",
+        *includes,
+    ]
     compile_core(build, csrc, flags)
     for name in ("bindings", "bindings_cpu", "autograd", "default_call"):
         build.compile(csrc / f"{name}.cpp", [*KERNELS, "-O0", *flags])

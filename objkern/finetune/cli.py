@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         steps, "--precision", "%(choices)s (%(default)s)", choices=PRECISIONS, default=default.precision, metavar="NAME"
     )
+    add(steps, "--group-by-length", "texts of similar length share a batch: less padding, and where the length says "
+        "something about the label, batches of one label", action="store_true")  # fmt: skip
     add(steps, "--checkpointing", "compute activations anew in the backward pass: less memory, more time",
         action="store_true")  # fmt: skip
 

@@ -69,6 +69,8 @@ class TrainingOptions:
         patience: evaluations without a better one before training stops.
         metric: that decides which epoch is best; None: the task's own.
         precision: "float32" or "bfloat16".
+        group_by_length: whether texts of similar length share a batch, which saves padding. Where the length says
+            something about the label, as it does where one class is of short texts, a batch then has few of the others.
         checkpointing: activations are computed anew in the backward pass.
         strategy: what trains: "full", "head", "last:2", "lora:16", "prompt:20" or "gradual".
         parallel: how ranks share the work: "data", "fsdp", "tensor" or "tensor:2".
@@ -98,6 +100,7 @@ class TrainingOptions:
     patience: int = 3
     metric: str | None = None
     precision: str = "float32"
+    group_by_length: bool = False
     checkpointing: bool = False
     strategy: str = "full"
     parallel: str = "data"
@@ -345,16 +348,14 @@ def _penalize(penalties: Objective, sums: dict[str, Tensor], step: int) -> None:
 def windows(
     examples: Sequence[Example], options: TrainingOptions, epoch: int, of_step: int
 ) -> Iterator[list[list[Example]]]:
-    """The batches of every step of an epoch, `of_step` each: similar lengths together, in an order that seed and epoch
-    decide."""
+    """The batches of every step of an epoch, `of_step` each, in an order that seed and epoch decide."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator).tolist()
     size = options.batch_size
-    pool = 8 * size  # sorting a few batches at a time saves the padding and keeps the order random enough
-    batches = []
-    for start in range(0, len(order), pool):
-        some = sorted(order[start : start + pool], key=lambda place: examples[place].length)
-        batches += [some[first : first + size] for first in range(0, len(some), size)]
+    if options.group_by_length:  # of a few batches at a time, so that the order stays random enough
+        pools = [order[first : first + 8 * size] for first in range(0, len(order), 8 * size)]
+        order = [place for pool in pools for place in sorted(pool, key=lambda place: examples[place].length)]
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
     batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
     for first in range(0, len(batches), of_step):
         yield [[examples[place] for place in batch] for batch in batches[first : first + of_step]]
