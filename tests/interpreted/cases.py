@@ -25,6 +25,8 @@ from ..properties import Case, cases, check, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the infinities that kernels make
 
+beside_native_kernels = pytest.mark.skipif(objkern.native._C is None, reason="compares with the kernels of the CPU")
+
 INF = float("inf")
 KINDS = ["few", "narrow", "wide"]  # "pieces": wide, and rows are split; for tests of sums
 REGULARIZED = objkern.parse("CrossEntropy(label_smoothing=0.1) + 0.01*ZLoss() - 0.1*Entropy() + 0.1*LogitL2()")
@@ -262,6 +264,7 @@ def test_excluded_classes(every_kind: str) -> None:
     assert not gradient[z[:3] == -INF].any()
 
 
+@beside_native_kernels
 def test_minus_infinity_as_a_number(every_kind: str) -> None:
     """The drop-in follows torch: infinite smoothed losses, NaN where torch has it."""
     z, y = random_rows(4, 35, torch.float32)
@@ -718,6 +721,7 @@ def test_the_gradient_of_a_part_of_the_vocabulary(kind: str) -> None:
         torch.testing.assert_close(found, of_statistics[:, part], rtol=1e-6, atol=1e-9)
 
 
+@beside_native_kernels
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("with_parts", [False, True])
 def test_results_have_the_shapes_of_native_ones(reduction: int, with_parts: bool, kind: str) -> None:
@@ -777,6 +781,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
             call()
 
 
+@beside_native_kernels
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_excluded_classes_of_probability_zero_as_numbers(smoothing: float, every_kind: str) -> None:
     """The drop-in with probabilities: 0·(−∞) is NaN in torch, and a smoothed share is infinite."""
@@ -887,6 +892,7 @@ def test_elementwise_options() -> None:
     assert objkern.MeanSquaredError()(nothing, nothing, backend="triton", empty="zero") == 0.0
 
 
+@beside_native_kernels
 @pytest.mark.usefixtures("few_elements")
 @pytest.mark.parametrize("limits", [True, False])
 def test_elementwise_infinities(limits: bool) -> None:
