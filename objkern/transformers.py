@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -91,6 +92,14 @@ class DeferredLogits:
                "dtype": self.dtype}  # fmt: skip
         return DeferredLogits(self._attached, **(now | changes))
 
+    def _copied(self, copy: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
+        """What shares no memory with these: a copy is of what they are now, and not of what they become."""
+        if not self.is_materialized():
+            return self._with(**changes)
+        found = self._with(**changes, base=self, view=copy)
+        found.materialize()
+        return found
+
     def materialize(self) -> Tensor:
         """The tensor, (..., V), with its graph; the same one at every call, and a view of its base's."""
         if self._tensor is not None:
@@ -132,9 +141,7 @@ class DeferredLogits:
             return self.materialize().to(*arguments, **options)
         if dtype in (None, self.dtype):
             return self
-        if self.is_materialized():
-            return self._with(dtype=dtype, base=self, view=lambda tensor: tensor.to(dtype))
-        return self._with(dtype=dtype)
+        return self._copied(operator.methodcaller("to", dtype), dtype=dtype)
 
     def float(self) -> Any:
         return self.to(torch.float32)
@@ -158,7 +165,7 @@ class DeferredLogits:
         if wanted[-1] == -1 and (-1 in wanted[:-1] or math.prod(wanted[:-1]) != math.prod(self.shape[:-1])):
             return None
         hidden = self._hidden.reshape(*wanted[:-1], self._hidden.shape[-1])
-        return self._with(hidden=hidden, base=self, view=lambda tensor: tensor.reshape(wanted))
+        return self._with(hidden=hidden, base=self, view=operator.methodcaller("reshape", wanted))
 
     def __getitem__(self, index: Any) -> Any:
         indices = index if isinstance(index, tuple) else (index,)
@@ -166,10 +173,9 @@ class DeferredLogits:
         given = sum(part is not Ellipsis for part in indices)
         of_rows = (given < self.ndim and Ellipsis not in indices) or (given <= self.ndim and indices[-1] == slice(None))
         if plain and of_rows:
-            return self._with(hidden=self._hidden[index], base=self, view=lambda tensor: tensor[index])
+            return self._with(hidden=self._hidden[index], base=self, view=operator.itemgetter(index))
         if isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim < self.ndim:
-            base = {"base": self, "view": lambda tensor: tensor[index]} if self.is_materialized() else {}
-            return self._with(hidden=self._hidden[index], **base)
+            return self._copied(operator.itemgetter(index), hidden=self._hidden[index])
         return self.materialize()[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -234,7 +240,7 @@ class DeferredLogits:
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
-    _OWN = ("_tensor", "_hidden", "_base", "_of_rows")
+    _OWN = ("_tensor", "_hidden", "_base", "_view", "_of_rows")
 
     def loss(self, target: Tensor, **options: Any) -> Tensor:
         """The objective of the rows, by the fused linear path; of the tensor, if there is one."""

@@ -103,12 +103,11 @@ def test_values_and_gradients(name: str, gradient: str, shape: tuple[int, ...], 
             assert_within_budget(got, theirs, exact, dtype, f"{name} {reduction}")
 
 
-@pytest.mark.parametrize("second", EAGER)
-@pytest.mark.parametrize("first", EAGER)
+@pytest.mark.parametrize(
+    ("first", "second"), [pair for pair in itertools.product(EAGER, EAGER) if set(pair) != {"LogitL2()"}]
+)
 def test_terms_in_any_order(first: str, second: str) -> None:
     """What one of them reads is there, whichever stands before it."""
-    if first == second == "LogitL2()":
-        pytest.skip("without another it is a term on rows")
     z, y = inputs((3, 41), torch.float64)
     found = results(lambda z: objective(f"{first} + 0.3*{second}")(z, y, reduction="none"), z)
     native = results(lambda z: EAGER[first](z, y) + 0.3 * EAGER[second](z, y), z)

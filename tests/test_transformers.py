@@ -704,6 +704,21 @@ def test_views_of_a_tensor_are_of_that_tensor(deferred: tuple[DeferredLogits, Te
     assert torch.equal(some.materialize(), z.materialize()[:, 2:5])
 
 
+def test_a_copy_is_of_what_the_logits_were(deferred: tuple[DeferredLogits, Tensor]) -> None:
+    z, before = deferred[0], deferred[1]
+    y = torch.zeros(B, T, dtype=torch.long)
+    rows = torch.arange(B * T).view(B, T) % 2 == 0
+    early = z.to(torch.float64), z[rows], 1.0 * z
+    z.mul_(2.0)
+    late = z.to(torch.float64), z[rows]
+    z.mul_(2.0)
+    for copies, factor in ((early, 1.0), (late, 2.0)):
+        torch.testing.assert_close(torch.as_tensor(copies[0] + 0.0), factor * before.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(copies[1] + 0.0), factor * before[rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(early[2].loss(y), F.cross_entropy(before.view(-1, V), y.view(-1)))
+    torch.testing.assert_close(z.loss(y), F.cross_entropy(4.0 * before.view(-1, V), y.view(-1)))
+
+
 def test_what_is_known_without_the_tensor(deferred: tuple[DeferredLogits, Tensor]) -> None:
     z, tensor = deferred[0][:], deferred[1]
     assert (z.size(), z.size(1), z.dim(), z.ndim, z.numel()) == (tensor.shape, T, 3, 3, tensor.numel())

@@ -118,6 +118,7 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("more than 2^31 and 2^32 logits: the last rows are right (10)",
               ("large::more_logits_than_32_bits_count",)),
         Claim("the caller's logits are never written (1)", ("layouts::the_callers_logits_are_never_written",)),
+        Claim("tensors whose memory has been freed are an error", ("layouts::memory_that_is_gone_is_an_error",)),
         Claim("any strides of logits and of upstream gradients (11); rows that begin anywhere",
               ("layouts::any_strides", "layouts::rows_that_begin_anywhere",
                "layouts::expanded_logits_and_upstream_gradients")),

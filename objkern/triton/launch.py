@@ -179,6 +179,7 @@ class Elements(OnDevice):
         self, input: Tensor, target: Tensor | None = None, logit_scale: Tensor | None = None,
         weight: Tensor | None = None, pos_weight: Tensor | None = None, softcap: float = 0.0, limits: bool = True,
     ) -> None:  # fmt: skip
+        check_allocated(input=input, target=target, weight=weight, pos_weight=pos_weight)
         super().__init__(input)
         self.input, self.limits = input.contiguous(), limits
         self.count = input.numel()
@@ -228,6 +229,7 @@ class Rows(OnDevice):
             )
         if logits.shape[1] >= 2**31 - 2**16:
             raise ValueError(f"logits: the Triton backend counts classes in 32 bits but got {logits.shape[1]}")
+        check_allocated(logits=logits, target=target, class_weight=class_weight, reference=reference)
         self.logits = with_unit_class_stride(logits)
         self.rows, self.classes = logits.shape
         super().__init__(logits)
@@ -293,6 +295,16 @@ class Rows(OnDevice):
         places = self.logits.data_ptr() // self.logits.element_size(), gradient.data_ptr() // gradient.element_size()
         apart = self.logits.stride(0) - self.classes
         return (places[0] - places[1]) % self.vector == 0 and (self.rows <= 1 or apart % self.vector == 0)
+
+
+def check_allocated(**tensors: Tensor | None) -> None:
+    """FSDP and offloading free the memory of a tensor that they keep; a kernel would read at the address 0."""
+    for name, x in tensors.items():
+        if x is not None and x.numel() and not x.untyped_storage().nbytes():
+            raise ValueError(
+                f"objkern: {name}: its memory has been freed, as FSDP and offloading do between uses; make the call, "
+                "and its backward pass, where it is there"
+            )
 
 
 def with_unit_class_stride(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from objkern import custom
+from objkern import BinaryCrossEntropy, CrossEntropy, KLDivergence, custom
 
 from ..conftest import DTYPES
 from ..test_pitfalls import layouts
@@ -99,3 +99,20 @@ def test_the_callers_logits_are_never_written(
     (3.0 * REGULARIZED(again, y, backend="reference") + 0.3 * again.square().mean()).backward()
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(x.grad.double(), again.grad, rtol=0, atol=4 * eps * again.grad.abs().max().item())
+
+
+def test_memory_that_is_gone_is_an_error(device: torch.device, backend: str) -> None:
+    """FSDP and offloading free it, and keep the tensor."""
+    z, y = rows_on(device, 6, 35, torch.float32)
+    q = z.sigmoid()
+    gone = z.clone()
+    gone.untyped_storage().resize_(0)
+    for name, call in {
+        "logits": lambda: CrossEntropy()(gone, y, backend=backend),
+        "target": lambda: CrossEntropy()(z, gone, backend=backend),
+        "reference": lambda: KLDivergence()(z, reference=gone, backend=backend),
+        "input": lambda: BinaryCrossEntropy()(gone, q, backend=backend),
+        "weight": lambda: BinaryCrossEntropy(weight=gone)(z, q, backend=backend),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: its memory has been freed"):
+            call()

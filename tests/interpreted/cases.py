@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import objkern
 import objkern.triton
-from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
+from objkern import BinaryCrossEntropy, CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from objkern.triton import launch
 
 from ..conftest import EVERY_NATIVE, EVERY_TERM, NATIVE, assert_within_budget, native_objective, random_rows
@@ -778,6 +778,23 @@ def test_what_does_not_belong_together_is_refused() -> None:
     }  # fmt: skip
     for said, call in calls.items():
         with pytest.raises((RuntimeError, ValueError), match=said):
+            call()
+
+
+def test_memory_that_is_gone_is_an_error() -> None:
+    """FSDP and offloading free it, and keep the tensor."""
+    z, y = random_rows(3, 35, torch.float32)
+    q = z.sigmoid()
+    gone = z.clone()
+    gone.untyped_storage().resize_(0)
+    for name, call in {
+        "logits": lambda: CrossEntropy()(gone, y, backend="triton"),
+        "target": lambda: CrossEntropy()(z, gone, backend="triton"),
+        "reference": lambda: KLDivergence()(z, reference=gone, backend="triton"),
+        "input": lambda: BinaryCrossEntropy()(gone, q, backend="triton"),
+        "weight": lambda: BinaryCrossEntropy(weight=gone)(z, q, backend="triton"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: its memory has been freed"):
             call()
 
 
