@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from . import distributed, ops
 from .batch import REDUCTIONS, describe
@@ -243,11 +243,18 @@ def is_bias_or_norm(name: str, owner: nn.Module) -> bool:
     return "bias" in name or "norm" in type(owner).__name__.lower()
 
 
+def _may_be_transformed() -> bool:
+    """Asked once for all parameters, of which there may be hundreds. A graph of torch.compile cannot ask."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _is_transformed(x: Tensor) -> bool:
     """Whether torch.func, or forward-mode differentiation, may ask for its derivative."""
-    if torch.compiler.is_compiling():  # which refuses what it cannot trace
+    if not _may_be_transformed():
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
 
 
 def _of_module(model: nn.Module, include_all: bool) -> dict[str, Tensor]:
@@ -364,7 +371,7 @@ class ParameterTerm(Term):
         tensors = self._tensors_of_one_kind()
         if not tensors[0]:
             return torch.zeros(())  # all are frozen
-        if any(map(_is_transformed, tensors[0])):
+        if _may_be_transformed() and any(map(_is_transformed, tensors[0])):
             return _plain_value(*tensors, self.l1, self.l2)
         if not distributed.is_dtensor(*tensors[0]):
             return torch.ops.objkern.parameter_penalty(*tensors, self.l1, self.l2)
