@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m objkern", description="Fused objective functions.")
+    parser.add_argument("--version", action="version", version=f"objkern {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, backends that can run here, CPU capability, CUDA architectures")
     commands.add_parser("finetune", help="train a model with an objective given as a formula; see finetune --help")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import build_cuda
-from objkern import _C, __main__
+from objkern import _C, __main__, __version__
 from objkern import cuda as cuda_backend
 from tests import check_oldest_torch
 
@@ -191,6 +191,13 @@ def info(monkeypatch: pytest.MonkeyPatch, archs: str | None, cuda: str | None, *
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
     return {line[:18].strip(): line[19:] for line in __main__.info().splitlines()}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"objkern {__version__}\n"
 
 
 def test_info_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

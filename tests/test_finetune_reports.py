@@ -484,6 +484,13 @@ def test_curves_say_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         reports.write_curves(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["cost $x_", "$\\frac{$", "\ud800 half", "a$b$"])
+def test_curves_of_any_name(name: str, tmp_path: Path) -> None:
+    """No name is a formula to matplotlib, and none is without letters."""
+    written(tmp_path, [dict(record) | {name: 1.0, f"dev_{name}": 0.5} for record in records(2, 2)])
+    assert reports.write_curves(tmp_path).stat().st_size > 1000
+
+
 def test_smoothing_is_the_mean_of_the_last_values() -> None:
     assert reports.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 

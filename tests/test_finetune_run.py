@@ -715,6 +715,10 @@ def test_a_search_that_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
              "{1e-4..1e-2}", "--output", str(tmp_path / "run"), "--search"]  # fmt: skip
     with pytest.raises(ValueError, match="search: expected a number of runs of at least 1 but got 0"):
         search.main([*words, "0"])
+    with pytest.raises(ValueError, match="resume: a search that was interrupted goes on by itself"):
+        search.main([*words, "1", "--resume"])
+    with pytest.raises(ValueError, match="output: expected one folder"):
+        search.main([*words, "1", "--output", str(tmp_path / "run-{0..1}")])
     needed: list[int] = []
     monkeypatch.setattr(search, "check_writable", lambda folder, size: needed.append(size))
     monkeypatch.setattr(search, "alone_in", lambda folder: 1 / 0)

@@ -126,7 +126,7 @@ class Recorder:
     def _show(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self._board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+                self._board.add_scalar(encodable(f"{record['event']}/{name}"), value, record["step"])
         if record["event"] == "epoch":
             self._board.flush()
 
@@ -197,7 +197,7 @@ def json_text(value: Any) -> str:
 
 
 def encodable(text: str) -> str:
-    """JSON that UTF-8 can hold: halves of surrogate pairs, which it can't, are escaped as JSON has them."""
+    """Text that UTF-8 can hold: halves of surrogate pairs, which it can't, are escaped as JSON has them."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

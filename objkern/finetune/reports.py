@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .record import METRICS, NUMBER, SCORE, read_json, records_of
+from .record import METRICS, NUMBER, SCORE, encodable, read_json, records_of
 from .whole import whole_file
 
 Record = dict[str, Any]
@@ -131,7 +131,7 @@ def write_curves(folder: Path) -> Path:
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            label = name.removeprefix("dev_").replace("_", " ")
+            label = _in_a_picture(name.removeprefix("dev_"))
             if is_epoch:
                 axis.plot(x, y, marker="o", markersize=4, label=label)
             elif name == "learning_rate" or name.startswith("coefficient_"):  # nothing in them is noise
@@ -139,7 +139,7 @@ def write_curves(folder: Path) -> Path:
             else:
                 axis.plot(x, y, alpha=0.25, linewidth=1, color="C0")
                 axis.plot(x, smoothed(y, max(2, min(50, len(y) // 10))), color="C0", label=label)
-        axis.set_title(title.replace("_", " "), fontsize=10)
+        axis.set_title(_in_a_picture(title), fontsize=10)
         axis.set_xlabel("epoch" if is_epoch else "step", fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -153,6 +153,11 @@ def write_curves(folder: Path) -> Path:
     finally:
         pyplot.close(figure)
     return path
+
+
+def _in_a_picture(name: str) -> str:
+    """Words that matplotlib draws as they are: dollars begin a formula there, and lone surrogates have no glyph."""
+    return encodable(name.replace("_", " ").replace("$", r"\$"))
 
 
 def _names(records: Iterable[Record], left_out: Sequence[str] = ()) -> list[str]:

@@ -119,11 +119,17 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("search: expected something to search for, such as --learning-rate {1e-5..1e-3:log}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("search: expected one process; each of its runs is one")
+    folders = set()
     for values in _corners(variables):
         arguments = parser().parse_args(filled(argv, values))
         options = options_from(arguments)
+        folders.add(arguments.output)
     if arguments.search < 1:
         raise ValueError(f"search: expected a number of runs of at least 1 but got {arguments.search}")
+    if arguments.resume:
+        raise ValueError("resume: a search that was interrupted goes on by itself: give the same command without it")
+    if len(folders) > 1:
+        raise ValueError("output: expected one folder, in which a search keeps all its runs, but got braces")
     folder: Path = arguments.output
     if (folder / "run.json").exists():
         raise ValueError(f"output: {folder} holds a run, and a search has many; name another folder")
