@@ -435,7 +435,9 @@ def examine(
         if not was.items() <= done.get(fault.number, was).items():
             raise SystemExit(f"{out} is of another draw, or of other sources: {done[fault.number]} instead of {was}")
     work = [each for each in work if (only is None or each[1].number in only) and each[1].number not in done]
-    work.sort(key=lambda each: each[1].number % 1000)  # the rooms take turns: one that is stopped says something of each
+    work.sort(
+        key=lambda each: each[1].number % 1000
+    )  # the rooms take turns: one that is stopped says something of each
     runner, found = Runner(verbose), []
     own = threading.local()
     with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
