@@ -107,6 +107,8 @@ struct ProgramArguments {
     TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
                 "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
     const auto size = static_cast<int64_t>(terms.size());
+    check_allocated("coefficient_tensor", coefficient_tensor);
+    check_allocated("normalizer", normalizer);
     TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
                 "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");
     TORCH_CHECK(!normalizer.has_value() || normalizer->dim() == 0, "objkern: normalizer: expected a 0-dim tensor but ",
@@ -172,6 +174,7 @@ struct ElementBatch {
     check_allocated("target", in.target);
     check_allocated("weight", in.weight);
     check_allocated("pos_weight", in.pos_weight);
+    check_allocated("logit_scale", in.logit_scale);
     elements.dtype = dtype_of(input);
     elements.input = input.const_data_ptr();
     elements.count = input.numel();
@@ -218,8 +221,8 @@ struct Batch {
   explicit Batch(const RowArguments& in, int64_t reads = kEverything) {
     TORCH_CHECK(in.logits.dim() == 2, "objkern: logits: expected (rows, classes) but got ", in.logits.sizes());
     allocated("logits", in.logits);
-    for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"class_weight", &in.class_weight},
-                                  std::pair{"reference", &in.reference}})
+    for (const auto& [name, t] : {std::pair{"target", &in.target}, std::pair{"logit_scale", &in.logit_scale},
+                                  std::pair{"class_weight", &in.class_weight}, std::pair{"reference", &in.reference}})
       check_allocated(name, *t);
     logits = with_unit_class_stride(in.logits);
     rows.dtype = dtype_of(logits);

@@ -360,6 +360,9 @@ def test_memory_that_is_gone_is_an_error() -> None:
         " target": lambda: BinaryCrossEntropy()(z, freed(q)),
         " weight": lambda: BinaryCrossEntropy(weight=freed(per_class))(z, q),
         "pos_weight": lambda: BinaryCrossEntropy(pos_weight=freed(per_class))(z, q),
+        "logit_scale": lambda: CrossEntropy()(z, y, logit_scale=freed(torch.tensor(2.0))),
+        "logit_scale:": lambda: BinaryCrossEntropy()(z, q, logit_scale=freed(torch.tensor(2.0))),
+        "normalizer": lambda: CrossEntropy()(z, y, normalizer=freed(torch.tensor(2.0))),
         "parameter": lambda: objkern.L2([gone])(),
     }
     gone = freed(z)

@@ -145,9 +145,10 @@ class OnDevice:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def on_device(self, number: Tensor | None) -> Tensor | None:
+    def on_device(self, name: str, number: Tensor | None) -> Tensor | None:
         """A number or a few of them, without waiting for the device. Those of the CPU travel with launches, because a
         CUDA graph captures no copy of memory that may be gone when it is replayed."""
+        check_allocated(**{name: number})
         if number is None or number.device == self.device:
             return number
         if not number.is_cpu:
@@ -163,6 +164,7 @@ class OnDevice:
 
     def set_transform(self, logit_scale: Tensor | None, softcap: float) -> None:
         """A scale of the CPU is a number of the launch; one of the device is read there."""
+        check_allocated(logit_scale=logit_scale)
         self.logit_scale, scale = None, 1.0
         if logit_scale is not None and logit_scale.is_cpu and self.device.type != "cpu":
             scale = float(logit_scale)

@@ -54,11 +54,11 @@ class Call:
         rows, count = self.rows, len(self.terms.kinds)
         scales = rows.empty(3 * count + 1, dtype=torch.float64)
         counting = not self.per_row and (self.mean or self.with_parts)
-        tensor = rows.on_device(self.coefficient_tensor)
+        tensor = rows.on_device("coefficient_tensor", self.coefficient_tensor)
         prepare_kernel[(1,)](
             rows.labels if counting else None, rows.class_weight, None if tensor is None else tensor.contiguous(),
-            rows.on_device(self.normalizer), self.terms.numbers, scales, rows.rows, rows.ignore_index, rows.classes,
-            TERMS=self.terms.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero, BLOCK=launch.COUNT_ROWS,
+            rows.on_device("normalizer", self.normalizer), self.terms.numbers, scales, rows.rows, rows.ignore_index,
+            rows.classes, TERMS=self.terms.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero, BLOCK=launch.COUNT_ROWS,
             num_warps=8,
         )  # fmt: skip
         return scales
@@ -173,8 +173,9 @@ def _write_gradient(
         raise RuntimeError(f"objkern: upstream: expected () or ({rows.rows}) but got {tuple(upstream.shape)}")
     shared = {
         **rows.sizes(), "dense": rows.dense, "dense_stride": rows.dense_stride, "row_gradient": row_gradient,
-        "upstream": rows.on_device(upstream), "upstream_stride": upstream.stride(0) if upstream.dim() else 0,
-        "gradient": gradient, "DEPTH": depth, "UNSCALED": unscaled, "RESCALE": rescale,
+        "upstream": rows.on_device("upstream", upstream),
+        "upstream_stride": upstream.stride(0) if upstream.dim() else 0, "gradient": gradient, "DEPTH": depth,
+        "UNSCALED": unscaled, "RESCALE": rescale,
     }  # fmt: skip
     if rows.narrow:
         table = launch.narrow_launch(rows.classes)
@@ -321,10 +322,10 @@ class ElementCall:
     def scales(self) -> Tensor:
         e, count = self.elements, len(self.kinds)
         scales = e.empty(3 * count + 1, dtype=torch.float64)
-        tensor = e.on_device(self.coefficient_tensor)
+        tensor = e.on_device("coefficient_tensor", self.coefficient_tensor)
         prepare_kernel[(1,)](
-            None, None, None if tensor is None else tensor.contiguous(), e.on_device(self.normalizer), self.numbers,
-            scales, e.count, 0, 1, TERMS=self.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero,
+            None, None, None if tensor is None else tensor.contiguous(), e.on_device("normalizer", self.normalizer),
+            self.numbers, scales, e.count, 0, 1, TERMS=self.kinds, MEAN=self.mean, EMPTY_ZERO=self.empty_zero,
             BLOCK=launch.COUNT_ROWS, num_warps=8,
         )  # fmt: skip
         return scales
@@ -341,7 +342,7 @@ class ElementCall:
                 raise RuntimeError(
                     f"objkern: upstream: expected () or {tuple(e.input.shape)} but got {tuple(upstream.shape)}"
                 )
-            upstream = e.on_device(upstream.to(e.dtype)).contiguous()
+            upstream = e.on_device("upstream", upstream.to(e.dtype)).contiguous()
             stride = 0 if upstream.dim() == 0 and not self.per_element else 1
         element_kernel[(programs,)](
             **e.sizes(), scales=self.scales() if scales is None else scales, values=values, loss=loss,

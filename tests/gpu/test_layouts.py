@@ -107,10 +107,14 @@ def test_memory_that_is_gone_is_an_error(device: torch.device, backend: str) -> 
     q = z.sigmoid()
     gone = z.clone()
     gone.untyped_storage().resize_(0)
+    lost = torch.tensor(2.0, device=device)
+    lost.untyped_storage().resize_(0)
     for name, call in {
         "logits": lambda: CrossEntropy()(gone, y, backend=backend),
         "target": lambda: CrossEntropy()(z, gone, backend=backend),
         "reference": lambda: KLDivergence()(z, reference=gone, backend=backend),
+        "logit_scale": lambda: CrossEntropy()(z, y, logit_scale=lost, backend=backend),
+        "normalizer": lambda: CrossEntropy()(z, y, normalizer=lost, backend=backend),
         "input": lambda: BinaryCrossEntropy()(gone, q, backend=backend),
         "weight": lambda: BinaryCrossEntropy(weight=gone)(z, q, backend=backend),
     }.items():

@@ -787,10 +787,14 @@ def test_memory_that_is_gone_is_an_error() -> None:
     q = z.sigmoid()
     gone = z.clone()
     gone.untyped_storage().resize_(0)
+    lost = torch.tensor(2.0)
+    lost.untyped_storage().resize_(0)
     for name, call in {
         "logits": lambda: CrossEntropy()(gone, y, backend="triton"),
         "target": lambda: CrossEntropy()(z, gone, backend="triton"),
         "reference": lambda: KLDivergence()(z, reference=gone, backend="triton"),
+        "logit_scale": lambda: CrossEntropy()(z, y, logit_scale=lost, backend="triton"),
+        "normalizer": lambda: CrossEntropy()(z, y, normalizer=lost, backend="triton"),
         "input": lambda: BinaryCrossEntropy()(gone, q, backend="triton"),
         "weight": lambda: BinaryCrossEntropy(weight=gone)(z, q, backend="triton"),
     }.items():
