@@ -1,5 +1,7 @@
 """What the tests share: the error budget, and the formulas as people write them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,20 @@ def random_rows(
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale).to(dtype)
     return logits, torch.randint(0, classes, (rows,), generator=generator)
+
+
+def assert_rounded(found: Tensor, exact: Tensor, error: float, msg: Callable[[str], str] | None = None) -> None:
+    """Computed with such an error, as a part of the largest number, and then rounded to the dtype.
+
+    Half precision rounds each number by itself: the small ones beside a large one have their own digits.
+    """
+    finite = exact[exact.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 1.0
+    of = torch.finfo(found.dtype)
+    torch.testing.assert_close(
+        found.double(), exact.double(), rtol=max(error, of.eps), atol=error * largest + of.smallest_normal * of.eps,
+        equal_nan=True, msg=msg,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

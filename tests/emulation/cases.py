@@ -20,7 +20,7 @@ from torch import Tensor
 import objkern
 from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from tests import properties
-from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_within_budget, random_rows
+from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_rounded, assert_within_budget, random_rows
 
 from . import control
 from .control import A100, SMALL, Plan
@@ -99,20 +99,16 @@ def truth(
 def assert_same(
     found: Found, expected: Found, dtype: torch.dtype, what: object = "", upstream: float = UPSTREAM
 ) -> None:
-    def close(a: Tensor, b: Tensor, tolerance: float, name: str) -> None:
-        finite = b[torch.isfinite(b)].abs()
-        atol = tolerance * (finite.max().item() if finite.numel() else 1.0)
-        torch.testing.assert_close(
-            a.double(), b.double(), rtol=tolerance, atol=atol, equal_nan=True, msg=lambda m: f"{what} {name}: {m}"
-        )
+    def close(a: Tensor, b: Tensor, name: str) -> None:
+        assert_rounded(a, b, OF_LOSS[dtype], lambda m: f"{what} {name}: {m}")
 
-    close(found.loss, expected.loss, OF_LOSS[dtype], "loss")
-    close(found.gradient, expected.gradient, TOLERANCE[dtype], "gradient")
+    close(found.loss, expected.loss, "loss")
+    close(found.gradient, expected.gradient, "gradient")
     if found.fused is not None:
-        close(found.fused, expected.gradient / upstream, TOLERANCE[dtype], "gradient of the forward pass")
+        close(found.fused, expected.gradient / upstream, "gradient of the forward pass")
     assert found.parts.keys() == expected.parts.keys()
     for name, value in expected.parts.items():
-        close(found.parts[name], value, OF_LOSS[dtype], name)
+        close(found.parts[name], value, name)
 
 
 def bits(found: Found) -> list[Tensor]:
@@ -515,17 +511,17 @@ def test_half_precision_gradients_of_float32_logits(plan: Plan, dtype: torch.dty
                     _, _, kept, wide = ops.fused(terms, 1, z, y, **options)
                     out = torch.full(z.shape, torch.nan, dtype=dtype)
                     loss = ops.fused.into(terms, 1, z, y, **options, gradient=out)[0]
-                    assert_rounded(out, wide)
+                    assert_nearest(out, wide)
                     assert torch.equal(loss, ops.fused(terms, 1, z, y, **options)[0])
                 upstream = torch.rand(4)
                 wide = ops.gradient(upstream, kept, False, terms, 1, z, y, **options)
                 for place in (0, 1):  # of the gradient in memory
                     out = torch.full((z.numel() + place,), torch.nan, dtype=dtype)[place:].view(z.shape)
                     ops.gradient.into(upstream, kept, False, terms, 1, z, y, **options, gradient=out)
-                    assert_rounded(out, wide)
+                    assert_nearest(out, wide)
 
 
-def assert_rounded(half: Tensor, wide: Tensor) -> None:
+def assert_nearest(half: Tensor, wide: Tensor) -> None:
     """To nearest, up to the last digit of float32, which the two kernels may have computed in different orders."""
     slack = wide.abs() * 2.0**-22
     assert ((half == (wide - slack).to(half.dtype)) | (half == (wide + slack).to(half.dtype))).all()
@@ -680,7 +676,7 @@ def test_half_precision_gradients_of_a_divergence(plan: Plan | None, dtype: torc
                 wide = torch.ops.objkern.fused(terms, 1, z, y, reference=r)[3]
                 out = torch.full(z.shape, torch.nan, dtype=dtype)
                 torch.ops.objkern.fused.into(terms, 1, z, y, reference=r, gradient=out)
-            assert_rounded(out, wide)
+            assert_nearest(out, wide)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 129])
@@ -920,9 +916,8 @@ def test_elementwise(shape: tuple[int, ...], dtype: torch.dtype) -> None:
                 for seed in (1, 2):
                     control.seed(seed)
                     found = elements_of(objective, z, y, upstream, reduction, gradient=gradient)
-                    for ours, truth, tolerances in zip(found, exact, (OF_LOSS, TOLERANCE), strict=True):
-                        bound = tolerances[dtype] * truth.abs().max().item()
-                        torch.testing.assert_close(ours.double(), truth, rtol=tolerances[dtype], atol=bound)
+                    for ours, truth in zip(found, exact, strict=True):
+                        assert_rounded(ours, truth, OF_LOSS[dtype])
 
 
 def elements_of(
@@ -1021,6 +1016,21 @@ def test_many_parameters(with_origin: bool, with_weight: bool, l1: float, l2: fl
         assert torch.equal(torch.ops.objkern.multi_penalty(*numbers), value)
         again = torch.ops.objkern.multi_penalty_gradient(upstream, *numbers)
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@every_dtype
+def test_parameters_between_boundaries(dtype: torch.dtype) -> None:
+    """All that a parameter has lies there; its gradient is that of one at a boundary, bit for bit."""
+    numbers = [torch.randn(1001, dtype=torch.float64).to(dtype) for _ in range(4)]
+    if dtype != torch.float64:
+        numbers[2] = numbers[2].float()
+    found = []
+    for begin in (1, 0):  # 1: views; 0: copies of them
+        theta, origin, weight, gradient = ([x.clone()[1:] if begin else x[1:].clone()] for x in numbers)
+        torch.ops.objkern.multi_penalty_accumulate_(gradient, torch.tensor(1.7), theta, origin, weight, 0.3, 0.7)
+        found.append(gradient[0])
+    assert not torch.equal(found[0], numbers[3][1:])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("count", [0, 1, 50])

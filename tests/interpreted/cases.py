@@ -20,7 +20,15 @@ import objkern.triton
 from objkern import BinaryCrossEntropy, CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from objkern.triton import launch
 
-from ..conftest import EVERY_NATIVE, EVERY_TERM, NATIVE, assert_within_budget, native_objective, random_rows
+from ..conftest import (
+    EVERY_NATIVE,
+    EVERY_TERM,
+    NATIVE,
+    assert_rounded,
+    assert_within_budget,
+    native_objective,
+    random_rows,
+)  # fmt: skip
 from ..properties import Case, cases, check, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the infinities that kernels make
@@ -134,9 +142,7 @@ def assert_same(
     exact_y = y if y is None or y.dtype == torch.long else y.double()
     exact = run(objective, z.double(), exact_y, upstream, **{**options, "backend": "reference"})
     for ours, truth in zip(found, exact, strict=True):
-        tolerance = TOLERANCE[ours.dtype]
-        size = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 1.0
-        torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=tolerance * size, equal_nan=True)
+        assert_rounded(ours, truth, 1e-13 if z.dtype == torch.float64 else 3e-6)
     return found
 
 
