@@ -1,7 +1,7 @@
 """Faults planted in the C++ sources, all of them in one build and asleep: the environment wakes one.
 
 A test that passes although a kernel is wrong is no test. Building every wrong kernel by itself would take most of an
-hour, so each place reads `fault == n ? wrong : right`.
+hour, so each place reads `planted(n) ? wrong : right`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 VARIABLE = "OBJKERN_PLANTED_FAULT"
+REACHED, MOST = "objkern_reached", 1 << 13
 _SWITCH = f"""#pragma once
 #include <cstdlib>
 namespace objkern {{
@@ -20,6 +21,14 @@ inline const int planted_fault = [] {{
   const char* const number = std::getenv("{VARIABLE}");
   return number == nullptr ? 0 : std::atoi(number);
 }}();
+// A negative number wakes none: then it is kept which places are reached.
+extern "C" {{
+inline __attribute__((visibility("default"), used)) unsigned char {REACHED}[{MOST}];
+}}
+inline bool planted(int number) {{
+  if (planted_fault < 0) [[unlikely]] {REACHED}[number] = 1;
+  return planted_fault == number;
+}}
 }}  // namespace objkern
 """
 
@@ -74,8 +83,8 @@ def plant_spans(csrc: Path, spans: Mapping[int, Span]) -> None:
 
 def _switch(number: int, right: str, wrong: str, statement: bool) -> str:
     if statement:
-        return f"if (planted_fault != {number}) {{\n{right}\n}} else {{\n{wrong}\n}}\n"
-    return f"(planted_fault == {number} ? ({wrong}) : ({right}))"
+        return f"if (!planted({number})) {{\n{right}\n}} else {{\n{wrong}\n}}\n"
+    return f"(planted({number}) ? ({wrong}) : ({right}))"
 
 
 def _sources() -> dict[Path, str]:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from torch.utils import cpp_extension
 
-from . import mutator
+from . import mutator, reached
 from .emulation import build as emulation
 from .faults import ROOT, VARIABLE, Span, plant_spans
 from .fork_server import Server
@@ -49,6 +49,7 @@ class Room(NamedTuple):
     # shell's commands, the first ones may set the environment: "NAME=value"
     environment: Mapping[str, str] = MappingProxyType({})
     by_file: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({})  # instead of `tests`
+    traced: str = ""  # a folder; before those runs come some of the tests that reach the place in it, or in C++
 
 
 def files(*names: str) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ ROOMS = {
             files("triton"),  # which compiles
         ),
         {"MALLOC_PERTURB_": "129"},
+        traced="objkern/triton",
     ),
     "python": Room(
         ("objkern/*.py", "objkern/finetune/*.py"),
@@ -264,7 +266,7 @@ def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[
             (str(Path("csrc", path.split("/csrc/")[-1])), int(line))
             for path, line in re.findall(r"^(\S+/csrc/\S+?):(\d+):(?:\d+:)? (?:fatal )?error:", output, re.MULTILINE)
         }
-        named = {int(number) for number in re.findall(r"planted_fault == (\d+)", output)}
+        named = {int(number) for number in re.findall(r"planted\((\d+)\)", output)}
         bad = {fault.number for fault in chosen if _lines(fault) & wrong or fault.number in named}
         if not bad:
             raise RuntimeError(f"the faults do not compile:\n{output[-6000:]}")
@@ -312,12 +314,20 @@ def compile_cuda(folder: Path) -> str | None:
 # ---- runs -------------------------------------------------------------------------------------------------------------
 
 
+class Reach(NamedTuple):
+    """A test that passes without a fault."""
+
+    test: str
+    seconds: float
+    places: frozenset[int | str]  # that it reaches: numbers of faults in C++, "file:line" of Python
+
+
 class Runner:
     """pytest in folders of their own, two at a time; each run is seen to pass without a fault before it counts."""
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
-        self.sound: dict[tuple[str, ...], float] = {}
+        self.sound: dict[tuple[str, ...], tuple[float, list[Reach]]] = {}
         self.lock = threading.Lock()
         self.locks: dict[tuple[str, ...], threading.Lock] = {}
         self.own = threading.local()
@@ -341,27 +351,56 @@ class Runner:
             server.close()
 
     def pytest(
-        self, folder: Path, room: Room, arguments: tuple[str, ...], number: int, limit: float
+        self, folder: Path, room: Room, arguments: tuple[str, ...], number: int, limit: float, **environment: str
     ) -> tuple[int, str]:
-        options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-        named = [argument for argument in arguments if re.match(r"[A-Z_]+=", argument)]
+        options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.reached")
+        named, rest = split(arguments)
         own = {**room.environment, **dict(each.split("=", 1) for each in named)}
         with tempfile.TemporaryDirectory() as temporary:
-            environment = {"TMPDIR": temporary, VARIABLE: str(number)}
-            return self.server(own).run(folder, (*options, *arguments[len(named) :]), environment, limit)
+            environment |= {"TMPDIR": temporary, VARIABLE: str(number)}
+            return self.server(own).run(folder, (*options, *rest), environment, limit)
 
-    def limit(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> float:
+    def without(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> tuple[float, list[Reach]]:
+        """How long it takes without a fault, and which tests reach what."""
         with self.lock:  # a lock for each, so that the others go on
             lock = self.locks.setdefault(arguments, threading.Lock())
         with lock:
             if arguments not in self.sound:
                 begin = time.monotonic()
-                status, output = self.pytest(folder, room, arguments, 0, 3600)
+                with tempfile.TemporaryDirectory() as temporary:
+                    out = Path(temporary, "reached.json")
+                    environment = {reached.OUT: str(out)} | ({reached.FOLDER: room.traced} if room.traced else {})
+                    status, output = self.pytest(folder, room, arguments, -1, 3600, **environment)
+                    tests = json.loads(out.read_text()) if out.exists() else {}
                 if status != 0:
                     raise RuntimeError(f"{' '.join(arguments)} fails without a fault:\n{output[-6000:]}")
-                self.sound[arguments] = time.monotonic() - begin
-                print(f"without a fault: {self.sound[arguments]:.0f} s: {' '.join(arguments)}", flush=True)
-        return 60 + 4 * self.sound[arguments]
+                reach = [Reach(test, seconds, frozenset(places)) for test, (seconds, places) in tests.items()]
+                self.sound[arguments] = time.monotonic() - begin, reach
+                print(f"without a fault: {self.sound[arguments][0]:.0f} s: {' '.join(arguments)}", flush=True)
+        return self.sound[arguments]
+
+    def some(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+        """Runs of a minute at most of tests that reach the place, three of each function: most faults are seen at once.
+        Without a fault they pass by themselves."""
+        room, source = ROOMS[fault.room], (ROOT / fault.file).read_text(encoding="utf-8")
+        last = fault.line + source.count("\n", fault.place.begin, fault.place.end)
+        places = {fault.number, *(f"{fault.file}:{line}" for line in range(fault.line, last + 1))}
+        found: dict[tuple[str, ...], list[Reach]] = {}
+        for arguments in tests:
+            known = found.setdefault(split(arguments)[0], [])
+            known += [each for each in self.without(folder, room, arguments)[1] if places & each.places]
+        runs = []
+        for named, some in found.items():
+            functions: dict[str, list[Reach]] = {}
+            for each in sorted(set(some), key=lambda each: each.seconds):
+                functions.setdefault(each.test.partition("[")[0], []).append(each)
+            chosen = {each for of in functions.values() for each in (of[0], of[len(of) // 2], of[-1])}
+            ordered = sorted(chosen, key=lambda each: each.seconds)
+            ends = itertools.accumulate(each.seconds for each in ordered)
+            words = [each.test for each, end in zip(ordered, ends, strict=True) if end <= 60]
+            if words:
+                runs.append((*named, *words))
+        return runs
 
     def run(self, folder: Path, fault: Fault) -> dict[str, Any]:
         """What became of it."""
@@ -370,31 +409,47 @@ class Runner:
         tests = next(
             (t for name, t in room.by_file.items() if inside == name or inside.startswith(f"{name}")), room.tests
         )
-        in_python = fault.file.endswith(".py")
-        path = folder / fault.file
         source = (ROOT / fault.file).read_text(encoding="utf-8")
         begin = time.monotonic()
         found: dict[str, Any] = {"outcome": "survived", "by": ""}
-        for arguments in tests:
-            limit = self.limit(folder, room, arguments)
-            if in_python:
-                path.write_text(
-                    source[: fault.place.begin] + fault.place.wrong + source[fault.place.end :], encoding="utf-8"
-                )
-            try:
-                status, output = self.pytest(folder, room, arguments, fault.number, limit)
-            finally:
-                if in_python:
-                    path.write_text(source, encoding="utf-8")
+        some = self.some(folder, fault, tests) if room.traced or not fault.file.endswith(".py") else []
+        for arguments in (*some, *tests):
+            limit = 300 if arguments in some else 60 + 4 * self.without(folder, room, arguments)[0]
+            status, output = self.with_fault(folder, fault, arguments, limit)
             if self.verbose:
                 print(output[-3000:], flush=True)
             if status == 5 or "no tests ran" in output:
                 raise RuntimeError(f"no tests: {arguments}\n{output}")
             if status != 0:
                 first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+                if arguments in some and not self.passes(folder, room, arguments, first[1] if first else ""):
+                    continue  # it takes the others that come before it, or its name is none that pytest takes
                 found = {"outcome": "caught", "by": first[1] if first else f"status {status}"}
                 break
         return fault.describe(source) | found | {"seconds": round(time.monotonic() - begin, 1)}
+
+    def passes(self, folder: Path, room: Room, arguments: tuple[str, ...], failed: str) -> bool:
+        """Whether the test that failed, or all, if it is not known, pass without the fault."""
+        again = (*split(arguments)[0], failed) if failed in arguments else arguments
+        return self.pytest(folder, room, again, 0, 300)[0] == 0
+
+    def with_fault(self, folder: Path, fault: Fault, arguments: tuple[str, ...], limit: float) -> tuple[int, str]:
+        room, path = ROOMS[fault.room], folder / fault.file
+        if not fault.file.endswith(".py"):
+            return self.pytest(folder, room, arguments, fault.number, limit)
+        source = (ROOT / fault.file).read_text(encoding="utf-8")
+        wrong = source[: fault.place.begin] + fault.place.wrong + source[fault.place.end :]
+        path.write_text(wrong, encoding="utf-8")
+        try:
+            return self.pytest(folder, room, arguments, fault.number, limit)
+        finally:
+            path.write_text(source, encoding="utf-8")
+
+
+def split(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The settings of the environment, and what pytest is given."""
+    count = sum(re.match(r"[A-Z_]+=", argument) is not None for argument in arguments)
+    return arguments[:count], arguments[count:]
 
 
 def copy_of_package(folder: Path, native: bool = True) -> Path:
