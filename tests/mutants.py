@@ -13,6 +13,8 @@ place why it changes nothing; nothing is drawn from such places.
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import functools
 import itertools
 import json
@@ -36,7 +38,7 @@ from torch.utils import cpp_extension
 
 from . import mutator, reached
 from .emulation import build as emulation
-from .faults import ROOT, VARIABLE, Span, plant_spans
+from .faults import REACHED, ROOT, VARIABLE, Span, plant_spans
 from .fork_server import Server
 from .neutral import NEUTRAL, Neutral
 
@@ -49,7 +51,6 @@ class Room(NamedTuple):
     # shell's commands, the first ones may set the environment: "NAME=value"
     environment: Mapping[str, str] = MappingProxyType({})
     by_file: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({})  # instead of `tests`
-    traced: str = ""  # a folder; before those runs come some of the tests that reach the place in it, or in C++
 
 
 def files(*names: str) -> tuple[str, ...]:
@@ -123,7 +124,6 @@ ROOMS = {
             files("triton"),  # which compiles
         ),
         {"MALLOC_PERTURB_": "129"},
-        traced="objkern/triton",
     ),
     "python": Room(
         ("objkern/*.py", "objkern/finetune/*.py"),
@@ -319,13 +319,14 @@ class Reach(NamedTuple):
 
     test: str
     seconds: float
-    places: frozenset[int | str]  # that it reaches: numbers of faults in C++, "file:line" of Python
+    faults: frozenset[int]  # whose places it reaches
 
 
 class Runner:
     """pytest in folders of their own, two at a time; each run is seen to pass without a fault before it counts."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self, faults: Sequence[Fault], verbose: bool) -> None:
+        self.faults = faults
         self.verbose = verbose
         self.sound: dict[tuple[str, ...], tuple[float, list[Reach]]] = {}
         self.lock = threading.Lock()
@@ -368,13 +369,14 @@ class Runner:
             if arguments not in self.sound:
                 begin = time.monotonic()
                 with tempfile.TemporaryDirectory() as temporary:
+                    if INTERPRETED in arguments:
+                        folder = marked(copy_of_package(Path(temporary)), self.faults)
                     out = Path(temporary, "reached.json")
-                    environment = {reached.OUT: str(out)} | ({reached.FOLDER: room.traced} if room.traced else {})
-                    status, output = self.pytest(folder, room, arguments, -1, 3600, **environment)
+                    status, output = self.pytest(folder, room, arguments, -1, 3600, **{reached.OUT: str(out)})
                     tests = json.loads(out.read_text()) if out.exists() else {}
                 if status != 0:
                     raise RuntimeError(f"{' '.join(arguments)} fails without a fault:\n{output[-6000:]}")
-                reach = [Reach(test, seconds, frozenset(places)) for test, (seconds, places) in tests.items()]
+                reach = [Reach(test, seconds, frozenset(faults)) for test, (seconds, faults) in tests.items()]
                 self.sound[arguments] = time.monotonic() - begin, reach
                 print(f"without a fault: {self.sound[arguments][0]:.0f} s: {' '.join(arguments)}", flush=True)
         return self.sound[arguments]
@@ -382,13 +384,11 @@ class Runner:
     def some(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
         """Runs of a minute at most of tests that reach the place, three of each function: most faults are seen at once.
         Without a fault they pass by themselves."""
-        room, source = ROOMS[fault.room], (ROOT / fault.file).read_text(encoding="utf-8")
-        last = fault.line + source.count("\n", fault.place.begin, fault.place.end)
-        places = {fault.number, *(f"{fault.file}:{line}" for line in range(fault.line, last + 1))}
         found: dict[tuple[str, ...], list[Reach]] = {}
         for arguments in tests:
             known = found.setdefault(split(arguments)[0], [])
-            known += [each for each in self.without(folder, room, arguments)[1] if places & each.places]
+            reach = self.without(folder, ROOMS[fault.room], arguments)[1]
+            known += [each for each in reach if fault.number in each.faults]
         runs = []
         for named, some in found.items():
             functions: dict[str, list[Reach]] = {}
@@ -412,7 +412,7 @@ class Runner:
         source = (ROOT / fault.file).read_text(encoding="utf-8")
         begin = time.monotonic()
         found: dict[str, Any] = {"outcome": "survived", "by": ""}
-        some = self.some(folder, fault, tests) if room.traced or not fault.file.endswith(".py") else []
+        some = self.some(folder, fault, tests) if fault.room != "python" else []
         for arguments in (*some, *tests):
             limit = 300 if arguments in some else 60 + 4 * self.without(folder, room, arguments)[0]
             status, output = self.with_fault(folder, fault, arguments, limit)
@@ -444,6 +444,21 @@ class Runner:
             return self.pytest(folder, room, arguments, fault.number, limit)
         finally:
             path.write_text(source, encoding="utf-8")
+
+
+def marked(folder: Path, faults: Sequence[Fault]) -> Path:
+    """With places in Python that tell that they are reached, as planted ones in C++ do; no compiler of kernels takes
+    such a source. Lines stay where they are."""
+    for fault in sorted(faults, key=lambda fault: -fault.place.begin):  # from the end, so that places stay
+        if not fault.file.endswith(".py"):
+            continue
+        source, (_, begin, end, _, statement) = (folder / fault.file).read_text(encoding="utf-8"), fault.place
+        right, call = source[begin:end], f"{REACHED}({fault.number})"
+        place = f"{call}; {right}" if statement else f"({call} or ({right}))"
+        with contextlib.suppress(SyntaxError):
+            ast.parse(new := source[:begin] + place + source[end:])
+            (folder / fault.file).write_text(new, encoding="utf-8")
+    return folder
 
 
 def split(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -493,7 +508,7 @@ def examine(
     work.sort(
         key=lambda each: each[1].number % 1000
     )  # the rooms take turns: one that is stopped says something of each
-    runner, found = Runner(verbose), []
+    runner, found = Runner([fault for _, fault in work], verbose), []
     own = threading.local()
     with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
 
