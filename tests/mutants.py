@@ -370,7 +370,9 @@ class Runner:
                 begin = time.monotonic()
                 with tempfile.TemporaryDirectory() as temporary:
                     if INTERPRETED in arguments:
-                        folder = marked(copy_of_package(Path(temporary)), self.faults)
+                        folder = marked(
+                            copy_of_package(Path(temporary)), [each for each in self.faults if ROOMS[each.room] is room]
+                        )
                     out = Path(temporary, "reached.json")
                     status, output = self.pytest(folder, room, arguments, -1, 3600, **{reached.OUT: str(out)})
                     tests = json.loads(out.read_text()) if out.exists() else {}

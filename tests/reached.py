@@ -20,26 +20,27 @@ import pytest
 from .faults import MOST, REACHED
 
 OUT = "OBJKERN_REACHED"
+IN_PYTHON: set[int] = set()
+if OUT in os.environ:  # before anything is imported that calls it
+    setattr(builtins, REACHED, IN_PYTHON.add)
 
 
 class Plugin:
     def __init__(self) -> None:
         self.tests: dict[str, tuple[float, list[int]]] = {}
-        self.in_python: set[int] = set()
-        setattr(builtins, REACHED, self.in_python.add)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         places = in_cpp()
         if places is not None:
             ctypes.memset(places, 0, MOST)
-        self.in_python.clear()
+        IN_PYTHON.clear()
         begin = time.monotonic()
         try:
             return (yield)
         finally:
             found = set() if places is None else {k for k, there in enumerate(bytes(places)) if there}
-            self.tests[item.nodeid] = time.monotonic() - begin, sorted(found | self.in_python)
+            self.tests[item.nodeid] = time.monotonic() - begin, sorted(found | IN_PYTHON)
 
     def pytest_sessionfinish(self) -> None:
         Path(os.environ[OUT]).write_text(json.dumps(self.tests))
