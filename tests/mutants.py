@@ -16,6 +16,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -362,26 +363,34 @@ class Runner:
             return self.server(own).run(folder, (*options, *rest), environment, limit)
 
     def without(self, folder: Path, room: Room, arguments: tuple[str, ...]) -> tuple[float, list[Reach]]:
-        """How long it takes without a fault, and which tests reach what."""
+        """How long it takes without a fault, and which tests reach what; kept for these sources and faults."""
+        key = (*room.files, *arguments)
         with self.lock:  # a lock for each, so that the others go on
-            lock = self.locks.setdefault(arguments, threading.Lock())
+            lock = self.locks.setdefault(key, threading.Lock())
         with lock:
-            if arguments not in self.sound:
-                begin = time.monotonic()
-                with tempfile.TemporaryDirectory() as temporary:
-                    if INTERPRETED in arguments:
-                        folder = marked(
-                            copy_of_package(Path(temporary)), [each for each in self.faults if ROOMS[each.room] is room]
-                        )
-                    out = Path(temporary, "reached.json")
-                    status, output = self.pytest(folder, room, arguments, -1, 3600, **{reached.OUT: str(out)})
-                    tests = json.loads(out.read_text()) if out.exists() else {}
-                if status != 0:
-                    raise RuntimeError(f"{' '.join(arguments)} fails without a fault:\n{output[-6000:]}")
-                reach = [Reach(test, seconds, frozenset(faults)) for test, (seconds, faults) in tests.items()]
-                self.sound[arguments] = time.monotonic() - begin, reach
-                print(f"without a fault: {self.sound[arguments][0]:.0f} s: {' '.join(arguments)}", flush=True)
-        return self.sound[arguments]
+            if key not in self.sound:
+                own = [fault for fault in self.faults if ROOMS[fault.room] is room]
+                kept = KEPT / f"without-{fingerprint(str((key, room.environment, own)))}.json"
+                if not kept.exists():
+                    kept.write_text(json.dumps(self.run_without(folder, room, arguments, own)))
+                seconds, tests = json.loads(kept.read_text())
+                self.sound[key] = seconds, [Reach(test, time, frozenset(k)) for test, (time, k) in tests.items()]
+        return self.sound[key]
+
+    def run_without(
+        self, folder: Path, room: Room, arguments: tuple[str, ...], faults: Sequence[Fault]
+    ) -> tuple[float, dict[str, Any]]:
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as temporary:
+            if INTERPRETED in arguments:
+                folder = marked(copy_of_package(Path(temporary)), faults)
+            out = Path(temporary, "reached.json")
+            status, output = self.pytest(folder, room, arguments, -1, 3600, **{reached.OUT: str(out)})
+            if status != 0:
+                raise RuntimeError(f"{' '.join(arguments)} fails without a fault:\n{output[-6000:]}")
+            seconds = time.monotonic() - begin
+            print(f"without a fault: {seconds:.0f} s: {' '.join(arguments)}", flush=True)
+            return seconds, json.loads(out.read_text())
 
     def some(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
         """Runs of a minute at most of tests that reach the place, three of each function: most faults are seen at once.
@@ -469,6 +478,18 @@ def split(arguments: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
     return arguments[:count], arguments[count:]
 
 
+@functools.cache
+def _sources() -> bytes:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    of_interest = [ROOT / name for name in names if name.startswith(("csrc/", "objkern/", "tests/"))]
+    return b"".join(path.read_bytes() for path in of_interest if path.exists())
+
+
+def fingerprint(what: str) -> str:
+    """Of it and of the sources and tests."""
+    return hashlib.sha256(_sources() + what.encode()).hexdigest()[:24]
+
+
 def copy_of_package(folder: Path, native: bool = True) -> Path:
     """Everything that tests read, and with `native` the library that was built."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -506,11 +527,13 @@ def examine(
         was = fault.describe((ROOT / fault.file).read_text(encoding="utf-8"))
         if not was.items() <= done.get(fault.number, was).items():
             raise SystemExit(f"{out} is of another draw, or of other sources: {done[fault.number]} instead of {was}")
+    every = [fault for _, fault in work]
     work = [each for each in work if (only is None or each[1].number in only) and each[1].number not in done]
     work.sort(
         key=lambda each: each[1].number % 1000
     )  # the rooms take turns: one that is stopped says something of each
-    runner, found = Runner([fault for _, fault in work], verbose), []
+    KEPT.mkdir(parents=True, exist_ok=True)
+    runner, found = Runner(every, verbose), []
     own = threading.local()
     with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
 

@@ -383,9 +383,9 @@ def test_numbers_of_the_host_travel_with_launches() -> None:
     assert launch.Rows(x, logit_scale=scale, softcap=2.0).transform == 2
     there = scale.to("meta")
     assert launch.Rows(x, logit_scale=there).logit_scale is there
-    assert rows.on_device(None) is None
-    assert rows.on_device(there) is there
-    moved = rows.on_device(torch.tensor([[0.5, 2.0]]))
+    assert rows.on_device("normalizer", None) is None
+    assert rows.on_device("normalizer", there) is there
+    moved = rows.on_device("normalizer", torch.tensor([[0.5, 2.0]]))
     assert (moved.device.type, moved.shape) == ("meta", (1, 2))
 
 
