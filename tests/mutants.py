@@ -134,7 +134,7 @@ ROOMS = {
             "distributed": (files("distributed"), files("transformers"), RANKS, SHARDED),
             "elementwise": (quick("elementwise"), *CALLS, (*files("elementwise"), "-k", LONG)),
             "penalties": (quick("penalties"), quick("finetune_retention", "objective", "distributed"), (*files("penalties"), "-k", LONG), RANKS),
-            "functional": (quick("functional"), (*files("functional"), "-k", LONG), quick("elementwise", "torch", "linear")),
+            "functional": (quick("functional"), (*files("functional", "linear"), "-k", LONG), quick("elementwise", "torch", "linear")),
             "reference": (quick("terms", "kernels", "objective"), quick("corners", "divergence", "precision", "torch"), *CALLS),
             "terms": (quick("terms", "objective"), quick("divergence", "elementwise", "torch", "corners"), CALLS[1]),
             "batch": (quick("objective", "corners", "errors"), *CALLS),
