@@ -182,6 +182,9 @@ LEFT_OUT = (
 )  # fmt: skip
 
 
+KEY = ("room", "file", "line", "kind", "right", "wrong")
+
+
 class Fault(NamedTuple):
     number: int
     room: str
@@ -195,6 +198,10 @@ class Fault(NamedTuple):
             "number": self.number, "room": self.room, "file": self.file, "line": self.line, "kind": self.place.kind,
             "right": right, "wrong": self.place.wrong,
         }  # fmt: skip
+
+    def key(self, source: str) -> tuple[Any, ...]:
+        """What it is whatever its number: that of one behind a fault which is found to change nothing is another."""
+        return tuple(self.describe(source)[name] for name in KEY)
 
 
 @functools.cache
@@ -219,17 +226,18 @@ def is_neutral(known: Neutral, room: str, file: str, lines: str, place: mutator.
 
 
 @functools.cache
-def places(room: str) -> dict[str, list[tuple[str, mutator.Place]]]:
-    """(file, place) by kind."""
-    found: dict[str, list[tuple[str, mutator.Place]]] = {kind: [] for kind in mutator.KINDS}
+def places(room: str) -> dict[str, list[tuple[str, mutator.Place, bool]]]:
+    """(file, place, whether it changes nothing) by kind."""
+    found: dict[str, list[tuple[str, mutator.Place, bool]]] = {kind: [] for kind in mutator.KINDS}
     for file, lines, place in every_place(room):
-        if not any(is_neutral(known, room, file, lines, place) for known in NEUTRAL):
-            found[place.kind].append((file, place))
+        neutral = any(is_neutral(known, room, file, lines, place) for known in NEUTRAL)
+        found[place.kind].append((file, place, neutral))
     return found
 
 
 def draw(name: str, seed: int, first: int) -> Iterator[Fault]:
-    """Without an end, but for the places': the kinds take turns; no two faults touch the same lines."""
+    """Without an end, but for the places': the kinds take turns; no two faults touch the same lines. One that is found
+    to change nothing leaves its place to the next of its kind; the others stay."""
     generator = random.Random(f"{name} {seed}")
     found = {kind: generator.sample(some, len(some)) for kind, some in places(name).items()}
     taken: dict[str, set[int]] = {}
@@ -237,7 +245,9 @@ def draw(name: str, seed: int, first: int) -> Iterator[Fault]:
     while any(found.values()):
         for of_kind in found.values():
             while of_kind:
-                file, place = of_kind.pop()
+                file, place, neutral = of_kind.pop()
+                if neutral:
+                    continue
                 source = (ROOT / file).read_text(encoding="utf-8")
                 line = source.count("\n", 0, place.begin) + 1
                 lines = range(line, source.count("\n", 0, place.end) + 2)
@@ -392,26 +402,31 @@ class Runner:
             print(f"without a fault: {seconds:.0f} s: {' '.join(arguments)}", flush=True)
             return seconds, json.loads(out.read_text())
 
-    def some(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
-        """Runs of a minute at most of tests that reach the place, three of each function: most faults are seen at once.
-        Without a fault they pass by themselves."""
-        found: dict[tuple[str, ...], list[Reach]] = {}
-        for arguments in tests:
-            known = found.setdefault(split(arguments)[0], [])
-            reach = self.without(folder, ROOMS[fault.room], arguments)[1]
-            known += [each for each in reach if fault.number in each.faults]
-        runs = []
-        for named, some in found.items():
+    def runs(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
+        """A minute of tests that reach the place, three of each function, by which most faults are seen at once; then
+        all others that do, and those of which it is not known, for they work in other processes."""
+        begun: set[str] = set()
+        reach = {each: self.without(folder, ROOMS[fault.room], each)[1] for each in tests if fault.room != "python"}
+        for named in dict.fromkeys(split(arguments)[0] for arguments in reach):
             functions: dict[str, list[Reach]] = {}
-            for each in sorted(set(some), key=lambda each: each.seconds):
-                functions.setdefault(each.test.partition("[")[0], []).append(each)
+            there = {each for arguments, some in reach.items() if split(arguments)[0] == named for each in some}
+            for each in sorted(there, key=lambda each: (each.seconds, each.test)):
+                if fault.number in each.faults:
+                    functions.setdefault(each.test.partition("[")[0], []).append(each)
             chosen = {each for of in functions.values() for each in (of[0], of[len(of) // 2], of[-1])}
-            ordered = sorted(chosen, key=lambda each: each.seconds)
+            ordered = sorted(chosen, key=lambda each: (each.seconds, each.test))
             ends = itertools.accumulate(each.seconds for each in ordered)
             words = [each.test for each, end in zip(ordered, ends, strict=True) if end <= 60]
             if words:
-                runs.append((*named, *words))
-        return runs
+                begun.update(words)
+                yield (*named, *words)
+        for arguments in tests:
+            if arguments not in reach:
+                yield arguments
+                continue
+            others = [each.test for each in reach[arguments] if fault.number in each.faults or not each.faults]
+            if words := [test for test in others if test not in begun]:
+                yield (*split(arguments)[0], *words)
 
     def run(self, folder: Path, fault: Fault) -> dict[str, Any]:
         """What became of it."""
@@ -420,12 +435,11 @@ class Runner:
         tests = next(
             (t for name, t in room.by_file.items() if inside == name or inside.startswith(f"{name}")), room.tests
         )
-        source = (ROOT / fault.file).read_text(encoding="utf-8")
         begin = time.monotonic()
         found: dict[str, Any] = {"outcome": "survived", "by": ""}
-        some = self.some(folder, fault, tests) if fault.room != "python" else []
-        for arguments in (*some, *tests):
-            limit = 300 if arguments in some else 60 + 4 * self.without(folder, room, arguments)[0]
+        for arguments in self.runs(folder, fault, tests):
+            whole = arguments in tests
+            limit = 60 + 4 * self.without(folder, room, arguments)[0] if whole else 600
             status, output = self.with_fault(folder, fault, arguments, limit)
             if self.verbose:
                 print(output[-3000:], flush=True)
@@ -433,10 +447,11 @@ class Runner:
                 raise RuntimeError(f"no tests: {arguments}\n{output}")
             if status != 0:
                 first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-                if arguments in some and not self.passes(folder, room, arguments, first[1] if first else ""):
+                if not whole and not self.passes(folder, room, arguments, first[1] if first else ""):
                     continue  # it takes the others that come before it, or its name is none that pytest takes
                 found = {"outcome": "caught", "by": first[1] if first else f"status {status}"}
                 break
+        source = (ROOT / fault.file).read_text(encoding="utf-8")
         return fault.describe(source) | found | {"seconds": round(time.monotonic() - begin, 1)}
 
     def passes(self, folder: Path, room: Room, arguments: tuple[str, ...], failed: str) -> bool:
@@ -513,7 +528,7 @@ def examine(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """So many faults of each room; what became of each. `out`: a file that says so too; those in it are not run again."""
     known = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
-    done = {each["number"]: each for each in known}
+    done = {tuple(each[name] for name in KEY): each for each in known}
     work: list[tuple[Path | None, Fault]] = []
     for k, (name, count) in enumerate(rooms.items()):
         faults = draw(name, seed, 1000 * k + 1)
@@ -523,15 +538,13 @@ def examine(
             work += [(folder, fault) for fault in chosen]
         else:
             work += [(None, fault) for fault in itertools.islice(faults, count)]
-    for _, fault in work:
-        was = fault.describe((ROOT / fault.file).read_text(encoding="utf-8"))
-        if not was.items() <= done.get(fault.number, was).items():
-            raise SystemExit(f"{out} is of another draw, or of other sources: {done[fault.number]} instead of {was}")
     every = [fault for _, fault in work]
-    work = [each for each in work if (only is None or each[1].number in only) and each[1].number not in done]
-    work.sort(
-        key=lambda each: each[1].number % 1000
-    )  # the rooms take turns: one that is stopped says something of each
+    keys = {fault.number: fault.key((ROOT / fault.file).read_text(encoding="utf-8")) for fault in every}
+    before = [done[key] for key in keys.values() if key in done]
+    if known and not before:
+        raise SystemExit(f"{out} is of another draw, or of other sources")
+    work = [each for each in work if (only is None or each[1].number in only) and keys[each[1].number] not in done]
+    work.sort(key=lambda each: each[1].number % 1000)  # rooms take turns: a draw that is stopped says something of each
     KEPT.mkdir(parents=True, exist_ok=True)
     runner, found = Runner(every, verbose), []
     own = threading.local()
@@ -554,7 +567,7 @@ def examine(
         finally:
             pool.shutdown(cancel_futures=True)
             runner.close()
-    return known + found
+    return before + found
 
 
 def line_of(found: Mapping[str, Any]) -> str:

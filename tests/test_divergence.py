@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -477,6 +478,13 @@ def test_the_inputs_are_not_written_and_results_repeat() -> None:
     for one, other in zip(found, again, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("bound", [1e-6, 1e6])
+def test_the_least_and_the_greatest_temperature(bound: float) -> None:
+    assert KLDivergence(temperature=bound).parameter == bound
+    with pytest.raises(ValueError, match="temperature: expected a number in"):
+        KLDivergence(temperature=math.nextafter(bound, 0.0 if bound < 1 else math.inf))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

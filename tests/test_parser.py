@@ -115,6 +115,11 @@ def test_what_it_reads() -> None:
         assert repr(parse(text)) == formula == repr(parse(formula))
 
 
+def test_many_parentheses_that_are_closed_are_not_deep() -> None:
+    assert repr(parse(" + ".join(["(2*ZLoss())"] * 150))) == " + ".join(["2.0*ZLoss()"] * 150)
+    assert parse("(" * 99 + "ZLoss()" + ")" * 99) is not None
+
+
 def test_every_seed_of_the_fuzzer_parses() -> None:
     for text in SEEDS:
         assert check(text) is not None, text
