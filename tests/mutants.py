@@ -274,7 +274,7 @@ def planted(name: str, faults: Iterator[Fault], count: int) -> tuple[Path, list[
         if output is None:
             return folder, chosen[:count]
         wrong = {
-            (str(Path("csrc", path.split("/csrc/")[-1])), int(line))
+            (os.path.normpath(f"csrc/{path.split('/csrc/')[-1]}"), int(line))
             for path, line in re.findall(r"^(\S+/csrc/\S+?):(\d+):(?:\d+:)? (?:fatal )?error:", output, re.MULTILINE)
         }
         named = {int(number) for number in re.findall(r"planted\((\d+)\)", output)}
