@@ -107,7 +107,6 @@ struct ProgramArguments {
     TORCH_CHECK(Reduction::kNone <= reduction && reduction <= Reduction::kSum,
                 "objkern: reduction: expected 0, 1 or 2 but got ", a[kReduction].toInt());
     const auto size = static_cast<int64_t>(terms.size());
-    check_allocated("coefficient_tensor", coefficient_tensor);
     check_allocated("normalizer", normalizer);
     TORCH_CHECK(!coefficient_tensor.has_value() || coefficient_tensor->sizes() == at::IntArrayRef{size},
                 "objkern: coefficient_tensor: expected one coefficient for each of ", size, " terms");

@@ -342,7 +342,7 @@ class ElementCall:
                 raise RuntimeError(
                     f"objkern: upstream: expected () or {tuple(e.input.shape)} but got {tuple(upstream.shape)}"
                 )
-            upstream = e.on_device("upstream", upstream.to(e.dtype)).contiguous()
+            upstream = e.on_device("upstream", upstream).to(e.dtype).contiguous()
             stride = 0 if upstream.dim() == 0 and not self.per_element else 1
         element_kernel[(programs,)](
             **e.sizes(), scales=self.scales() if scales is None else scales, values=values, loss=loss,
