@@ -28,7 +28,7 @@ from ..conftest import (
     assert_within_budget,
     native_objective,
     random_rows,
-)  # fmt: skip
+)
 from ..properties import Case, cases, check, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the infinities that kernels make
