@@ -63,6 +63,10 @@ OBJKERN_INLINE bool far_apart(R max_z, R max_r) {
   return Lane<R>::less(R(16), Lane<R>::abs(max_r - max_z));
 }
 
+// What a gradient takes d for: an infinite one is of a class that r excludes, or that one of the two masks by numbers
+// that are −3e38 and, over T, no longer finite; its e or f is 0 then, and 0·∞ would be NaN.
+constexpr float kMostApart = 1e30f;
+
 // One class more; the sums of KL(p ‖ q) alone only if kReverse. kFinite: d is known to be.
 template <bool kDouble, bool kReverse, bool kFinite = false, class R>
 [[gnu::always_inline]] OBJKERN_INLINE void add_class(DivergenceSums<R>& s, R e, R f, R d) {
@@ -93,18 +97,18 @@ struct Raise {
     s = up_z - up_r;
     const bool small = std::fabs(s) < 0.5;
     change = small ? less_r * std::expm1(-s) : less_z - less_r;
-    g_e = small ? less_r * g_of_minus<true>(s) : change + less_r * s;
-    g_f = small ? less_z * g_of_minus<true>(-s) : -change - less_z * s;
+    g_e = small ? less_r * g_of_minus<true>(s) : change + weighted(less_r, s);
+    g_f = small ? less_z * g_of_minus<true>(-s) : -change - weighted(less_z, s);
   }
 
   // A: the type of a number of R.
   template <class A, class R>
   OBJKERN_INLINE void apply(DivergenceSums<R>& sums) const {
     const auto r = [](double number) { return R(static_cast<A>(number)); };
-    sums.eg = r(less_z) * sums.eg + r(g_e) * sums.e - r(change) * sums.ed;
-    sums.fg = r(less_r) * sums.fg + r(g_f) * sums.f - weighted(r(change), sums.fd);
-    sums.ed = r(less_r) * (sums.ed + r(s) * sums.e);
-    sums.fd = weighted(r(less_z), sums.fd + r(s) * sums.f);
+    sums.eg = weighted(r(less_z), sums.eg) + weighted(sums.e, r(g_e)) - weighted(r(change), sums.ed);
+    sums.fg = weighted(r(less_r), sums.fg) + weighted(sums.f, r(g_f)) - weighted(r(change), sums.fd);
+    sums.ed = weighted(r(less_r), sums.ed + weighted(sums.e, r(s)));
+    sums.fd = weighted(r(less_z), sums.fd + weighted(sums.f, r(s)));
     sums.e = r(less_r) * sums.e;
     sums.f = r(less_z) * sums.f;
   }

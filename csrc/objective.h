@@ -384,8 +384,9 @@ OBJKERN_INLINE RowGradient<R> chain(const Centred<R>& c, const Odds<R>& o, const
     const R twice = R(2) * f.logit_variance * inverse_n;
     const R mean_t = (c.sum_t + target_t(c)) * inverse_n;
     g.const_t = g.const_t + twice;
-    g.const_1 = g.const_1 - twice * mean_t;
-    g.target_grad = g.target_grad + twice * (target_t(c) - mean_t);
+    // Logits of −3e38 that mask classes have no finite mean, which is nothing to a gradient that is not of it.
+    g.const_1 = g.const_1 - weighted(twice, mean_t);
+    g.target_grad = g.target_grad + weighted(twice, target_t(c) - mean_t);
   }
   if ((reads & kTargetLogit) != 0) g.target_grad = g.target_grad + f.target_logit;
   if ((reads & kMeanLogprob) != 0) {  // (w_j − W p_j) / n; at the target (w_y (1 − p_y) − (W − w_y) p_y) / n
@@ -425,7 +426,7 @@ OBJKERN_INLINE Piece merge(const Piece& a, const Piece& b) {
   Piece sum = a.max < b.max ? b : a;
   const double shift = low.max - sum.max, factor = std::exp(shift);  // t = t_low + shift
   sum.sum_e += factor * low.sum_e;
-  sum.sum_et += factor * (low.sum_et + (low.sum_e == 0 ? 0 : shift * low.sum_e));
+  sum.sum_et += weighted(factor, low.sum_et + shift * low.sum_e);
   const double apart = low.sum_t / low.classes + shift - sum.sum_t / sum.classes;  // of the two means
   sum.sum_dd += low.sum_dd + apart * apart * low.classes * sum.classes / (low.classes + sum.classes);
   sum.sum_t += low.sum_t + low.classes * shift;

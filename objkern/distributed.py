@@ -75,7 +75,8 @@ class Shard(NamedTuple):
 
 IGNORED = -(2**63)
 
-_known: weakref.WeakKeyDictionary[Any, dict[int, Shard]] = weakref.WeakKeyDictionary()
+# By the group and the classes here: this rank, and what a Shard says beside the group, which is not to be kept alive.
+_known: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, tuple[int, ...]]]] = weakref.WeakKeyDictionary()
 
 
 def shard(group: ProcessGroup, classes: int, device: torch.device | str = "cpu") -> Shard:
@@ -127,8 +128,8 @@ def _part_of(group: ProcessGroup | Shard, classes: int, device: torch.device) ->
 
     known = _known.setdefault(group, {}) if isinstance(group, dist.ProcessGroup) else {}
     if classes not in known:
-        known[classes] = shard(group, classes, device)
-    return known[classes]
+        _, *known[classes] = shard(group, classes, device)
+    return Shard(group, *known[classes])
 
 
 # ---- sums of parts --------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def merged(parts: Sums) -> Sums:
     return Sums(
         max=maximum,
         sum_e=(factor * parts.sum_e).sum(0),
-        sum_et=(factor * (parts.sum_et + shift * parts.sum_e)).sum(0),
+        sum_et=torch.where(factor == 0, 0.0, factor * (parts.sum_et + shift * parts.sum_e)).sum(0),
         sum_t=sum_t,
         sum_dd=(parts.sum_dd + parts.classes * apart * apart).sum(0),
         sum_zz=parts.sum_zz.sum(0),
@@ -206,7 +207,7 @@ def merged_divergence(parts: Divergence, there: Tensor, temperature: float) -> D
     # a log(a/b) − a + b ≥ 0 for every part, and the sum of −a + b over all is 0.
     forward = torch.where(in_r, shares_q * apart - shares_q + shares_p, shares_p).sum(0)
     reverse = torch.where(in_r, -shares_p * apart - shares_p + shares_q, 0.0).sum(0)
-    forward = forward + (shares_q * parts.forward.masked_fill(~in_r, 0.0)).sum(0)
+    forward = forward + torch.where(shares_q == 0, 0.0, shares_q * parts.forward).masked_fill(~in_r, 0.0).sum(0)
     reverse = reverse + torch.where(shares_p == 0, 0.0, shares_p * parts.reverse).masked_fill(~in_r, 0.0).sum(0)
     reverse = reverse.masked_fill(((shares_p > 0) & there & ~in_r).any(0), torch.inf)
     log_e_sum, log_f_sum = (
@@ -382,6 +383,12 @@ class _Own(NamedTuple):
     reference_weight: Tensor | None = None  # of the last layer of a reference, whose hidden states `reference` are
     reference_bias: Tensor | None = None
 
+    def tensors(self) -> list[Tensor | None]:
+        return [getattr(self, name) for name in _TENSORS]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> _Own:
+        return self._replace(**dict(zip(_TENSORS, tensors, strict=True)))
+
     @property
     def labelled(self) -> bool:
         return self.target is not None and not self.target.is_floating_point()
@@ -403,12 +410,17 @@ class _Own(NamedTuple):
         return found
 
 
-class _Logits:
+_TENSORS = ("target", "class_weight", "reference", "reference_weight", "reference_bias")
+
+
+class _Logits(NamedTuple):
     """A rank's logits: tensors are (logits, logit_scale)."""
 
-    def __init__(self, own: _Own) -> None:
-        self.own = own
-        self.ops = getattr(torch.ops, own.family)
+    own: _Own
+
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.own.family)
 
     def collect(self, logits: Tensor, scale: Tensor | None) -> tuple[Part, Tensor | None]:
         rows, classes = logits.shape
@@ -437,11 +449,13 @@ class _Logits:
         return g if needs[0] else None, of_scale
 
 
-class _Layer:
+class _Layer(NamedTuple):
     """A rank's part of the last layer: tensors are (hidden, weight, bias, logit_scale)."""
 
-    def __init__(self, own: _Own, layer: linear.Layer, reduces: bool) -> None:
-        self.own, self.layer, self.reduces = own, layer, reduces
+    own: _Own
+    chunk_rows: int
+    skip_ignored: bool
+    reduces: bool  # the gradient of the hidden states is summed over the ranks here
 
     def arguments(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> tuple[Any, ...]:
         own = self.own
@@ -456,7 +470,7 @@ class _Layer:
             return _nothing(len(hidden), self.own.reference is not None, hidden), hidden.new_zeros(2, len(hidden))
         elsewhere = self.own.elsewhere(len(weight))
         _, centred, maximum = linear.without_autocast(linear.collect)(
-            *self.arguments(*tensors), self.layer.chunk_rows, self.layer.skip_ignored, True
+            *self.arguments(*tensors), self.chunk_rows, self.skip_ignored, True
         )
         return _part(centred, elsewhere, self.own.reference is not None), maximum
 
@@ -465,8 +479,8 @@ class _Layer:
         scale, needs_scale = tensors[3], needs[3]
         reduction = _Reduction(at) if self.reduces and needs[0] else None
         found = list(linear.without_autocast(linear.gradients_of_statistics)(
-            partials, centred, maximum, *self.arguments(*tensors), list(needs[:3]), self.layer.chunk_rows,
-            self.layer.skip_ignored, needs_scale, reduction,
+            partials, centred, maximum, *self.arguments(*tensors), list(needs[:3]), self.chunk_rows,
+            self.skip_ignored, needs_scale, reduction,
         ))  # fmt: skip
         if needs_scale:
             found[3] = found[3].to(scale)
@@ -508,8 +522,10 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         part, maximum = work.collect(*tensors)
         found = whole(_gathered(part, at))
-        ctx.work, ctx.at = work, at
-        ctx.save_for_backward(found.centred, found.holds_maximum, maximum, *tensors)
+        # All tensors are saved as such: what was changed since is an error, and they are free after the backward pass.
+        constants = work.own.tensors()
+        ctx.work, ctx.at = work._replace(own=work.own.with_tensors([None] * len(constants))), at
+        ctx.save_for_backward(found.centred, found.holds_maximum, maximum, *constants, *tensors)
         first = found.centred[_FIELDS.index("target_is_max")] > 0
         ctx.mark_non_differentiable(first)
         return found.statistics, first
@@ -517,13 +533,15 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, partials: Tensor, _: Tensor) -> tuple[Any, ...]:
-        centred, holds_maximum, maximum, *tensors = ctx.saved_tensors
+        centred, holds_maximum, maximum, *rest = ctx.saved_tensors
+        constants, tensors = rest[: len(_TENSORS)], rest[len(_TENSORS) :]
+        work = ctx.work._replace(own=ctx.work.own.with_tensors(constants))
         partials = partials.contiguous().clone()
         of_max = Statistics._fields.index("max_logit")
         at_target = centred[_FIELDS.index("target_is_max")] > 0
         partials[of_max].masked_fill_(~(holds_maximum | at_target), 0.0)  # another rank holds it
         needs = ctx.needs_input_grad[3:]
-        return None, None, None, *ctx.work.gradients(partials, centred, maximum, needs, ctx.at, *tensors)
+        return None, None, None, *work.gradients(partials, centred, maximum, needs, ctx.at, *tensors)
 
 
 def _gathered(part: Part, at: Shard) -> Part:
@@ -598,7 +616,8 @@ def statistics(
         found, first = _Statistics.apply(_Logits(own), at, whole, batch.logits, batch.logit_scale)
     else:
         tensors = (layer.hidden, layer.weight, layer.bias, batch.logit_scale)
-        found, first = _Statistics.apply(_Layer(own, layer, reduces), at, whole, *tensors)
+        work = _Layer(own, layer.chunk_rows, layer.skip_ignored, reduces)
+        found, first = _Statistics.apply(work, at, whole, *tensors)
     return ops.named_statistics(found, batch), first
 
 

@@ -85,7 +85,7 @@ def statistics(batch: Batch) -> Statistics:
     p_target, p_others = torch.sigmoid(-d), torch.sigmoid(d)
     lse_others = maximum + log_s
     lse = torch.where(d < 0, z_target + nlp_target, lse_others + nlp_others)
-    mu = (e * t).sum(-1) / total
+    mu = (e * t.clamp(min=-1e30)).sum(-1) / total  # times an upstream gradient finite, and e is 0 there
     # 0·∞ = 0 at p_y = 0, and no NaN in its derivative: the factor is replaced before the product.
     own_entropy = p_target * nlp_target.masked_fill(p_target == 0, 0.0)
     entropy = own_entropy + p_others * (nlp_others.masked_fill(p_others == 0, 0.0) + log_s - mu)
@@ -159,8 +159,9 @@ def divergences(batch: Batch, z: Tensor, excluded: Tensor) -> tuple[Tensor, Tens
     more = torch.where(near & ~absent, d - (p * d.expm1()).sum(-1, keepdim=True).log1p(), more)
     small = more.abs() < 0.5
     little, much = more.masked_fill(~small, 0.0), more.masked_fill(small, 0.0)
-    forward = torch.where(small, q * _g(-little), p - q + q * much)
-    reverse = torch.where(small, p * _g(little), q - p - p * much)
+    # Where a mask of −3e38, over T, is −∞ after all, the other's probability decides whether that counts.
+    forward = torch.where(small, q * _g(-little), p - q + q * much.masked_fill(q == 0, 0.0))
+    reverse = torch.where(small, p * _g(little), q - p - p * much.masked_fill(p == 0, 0.0))
     forward = torch.where(absent, p, forward).sum(-1)
     reverse = reverse.masked_fill(absent, 0.0).sum(-1)
     return forward, reverse.masked_fill(((p > 0) & absent).any(-1), torch.inf)

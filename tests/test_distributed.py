@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,6 +65,7 @@ class Call:
     weighted_rows: bool = False
     broken: bool = False  # NaN, infinities, rows without classes; of logits alone
     far: bool = False  # some classes have a probability that is 0 in any dtype
+    least: bool = False  # some classes are masked by the least number there is
 
 
 def by_advantage(s: objkern.Statistics, advantage: Tensor) -> Tensor:
@@ -116,6 +120,12 @@ CALLS = {
         CrossEntropy(label_smoothing=0.1) + 0.1 * ZLoss() - 0.1 * Entropy() + 0.1 * MaxZLoss() + 0.1 * LogitL2(),
         options={"reduction": "none"}, broken=True,
     ),
+    "masks": Call(CrossEntropy() - 0.1 * Entropy() + 0.1 * MaxZLoss(), dtype=torch.float32, least=True),
+    "masks, float64": Call(CrossEntropy() - 0.1 * Entropy(), least=True),
+    "masks, reverse KL": Call(
+        KLDivergence("reverse", 0.5) + custom(lambda s: s.lse), target="none", reference=True, dtype=torch.float32,
+        least=True,
+    ),
     "the second class is ignored": Call(CrossEntropy(label_smoothing=0.1), options={"ignore_index": 1}),
 }  # fmt: skip
 
@@ -137,6 +147,9 @@ def inputs(call: Call) -> dict[str, Any]:
         z[:, 30:] -= 1e4
         found["bias"][30:] -= 1e4
     z[10, 6] = z[10, 36] = 12.0
+    if call.least:
+        least = torch.finfo(call.dtype).min
+        z[:, 30:] = z[1::2, 4] = found["bias"][30:] = least
     if call.broken:
         z[10, :], z[10, 3], z[10, 22] = -torch.inf, 1.0, 2.0  # two classes
         z[0, 8], z[1, 3], z[2, :] = torch.nan, torch.inf, -torch.inf
@@ -258,6 +271,76 @@ def test_a_reference_that_excludes_the_classes_of_a_rank(ranks: Ranks) -> None:
     assert expected[0] == torch.inf
     for found in ranks(excluded_divergence_on_a_rank)[:2]:
         torch.testing.assert_close(found, expected)
+
+
+def of_any_shape(kind: str) -> Tensor | None:
+    """Rows in two dimensions, on two ranks of which one has no classes."""
+    of, rank = group(2), dist.get_rank()
+    if of is None:
+        return None
+    z, own = torch.arange(24.0).view(2, 3, 4).sin(), slice(0, 4 if rank else 0)
+    y = torch.tensor([[0, 3, 1], [-100, 2, 0]])
+    if kind == "logits":
+        return CrossEntropy()(z[..., own], y, process_group=of)
+    return CrossEntropy().linear(z, torch.eye(4)[own], y, process_group=of)
+
+
+@pytest.mark.parametrize("kind", ["logits", "linear"])
+def test_rows_of_any_shape_where_a_rank_has_no_classes(kind: str, ranks: Ranks) -> None:
+    z, y = torch.arange(24.0).view(2, 3, 4).sin(), torch.tensor([[0, 3, 1], [-100, 2, 0]])
+    for found in ranks(of_any_shape, kind)[:2]:
+        torch.testing.assert_close(found, F.cross_entropy(z.flatten(0, 1), y.flatten()))
+
+
+def after_a_change() -> list[str] | None:
+    """What the backward pass says of tensors that were changed since the forward pass."""
+    of = group(1)
+    if of is None:
+        return None
+    said = []
+    for kind in ("reference", "target"):
+        z = torch.randn(4, 6, requires_grad=True)
+        beside = torch.rand(4, 6).softmax(-1)
+        given = {"reference": beside} if kind == "reference" else {"target": beside}
+        loss = (KLDivergence() if kind == "reference" else CrossEntropy())(z, **given, process_group=of)
+        beside.mul_(0.5)
+        try:
+            loss.backward()
+            said.append("nothing")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_was_changed_since_the_forward_pass_is_an_error(ranks: Ranks) -> None:
+    said = ranks(after_a_change)[0]
+    assert len(said) == 2
+    assert all("modified by an inplace operation" in words for words in said)
+
+
+def kept_alive() -> list[bool] | None:
+    """Hidden states after the backward pass, while the loss is still there, and a group after its end."""
+    of = group(1)
+    if of is None:
+        return None
+    hidden = torch.randn(4, 5, requires_grad=True) * 1.0
+    alive = weakref.ref(hidden)
+    loss = CrossEntropy().linear(hidden, torch.randn(6, 5), torch.tensor([0, 1, 2, 3]), process_group=of)
+    loss.backward()
+    del hidden
+    gc.collect()
+    found = [alive() is not None]
+    own = dist.new_group([0], use_local_synchronization=True)
+    CrossEntropy()(torch.randn(2, 6), torch.tensor([0, 3]), process_group=own)
+    alive = weakref.ref(own)
+    dist.destroy_process_group(own)
+    del own
+    gc.collect()
+    return [*found, alive() is not None]
+
+
+def test_nothing_is_kept_alive(ranks: Ranks) -> None:
+    assert ranks(kept_alive)[0] == [False, False]
 
 
 def bad_labels() -> Tensor | None:

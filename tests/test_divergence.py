@@ -14,7 +14,7 @@ from torch import Tensor
 import objkern
 from objkern import CrossEntropy, Entropy, KLDivergence, ZLoss, custom
 
-from .conftest import DTYPES, assert_within_budget
+from .conftest import DTYPES, assert_rounded, assert_within_budget, masked_sides
 
 DIRECTIONS = ["forward", "reverse"]
 
@@ -230,6 +230,23 @@ def test_classes_that_one_side_all_but_excludes(low: float, direction: str, back
         )
         second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, other))
         assert all(torch.isfinite(g).all() for g in (*first, *second))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("classes", [16, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_masks_of_the_least_number(dtype: torch.dtype, classes: int, temperature: float, backend: str) -> None:
+    """Over T < 1 they are −∞ after all, and differences times an upstream gradient of 65536 are: 0·∞ is 0 here."""
+    for direction, z, r in masked_sides(3, classes, dtype):
+        term, up = KLDivergence(direction, temperature), torch.tensor(65536.0, dtype=torch.float64)
+        found = value_and_gradient(lambda x, t=term, r=r: t(x, reference=r, backend=backend).double(), z, up)
+        r = r.double().clamp(min=-1e30)
+        exact = value_and_gradient(
+            lambda x, r=r, d=direction: eager(x.clamp(min=-1e30), r, d, temperature).mean(), z.double(), up
+        )
+        for ours, truth in zip(found, exact, strict=True):
+            assert_rounded(ours, truth, 1e-12 if dtype == torch.float64 else 4e-6)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

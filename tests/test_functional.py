@@ -10,7 +10,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import objkern
 
-from .conftest import assert_within_budget
+from .conftest import assert_masks_are_no_part_of_a_gradient, assert_within_budget
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CROSS_ENTROPY = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
@@ -236,6 +236,13 @@ def test_row_statistics_without_target_with_ignored_rows_and_shift(backend: str)
     expected[0, 1] = 0.0
     torch.testing.assert_close(s.logprob, expected)
     assert s.lse[0, 1] == s.lse[0, 3] == 0.0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [6, 700, 9000])
+def test_statistics_beside_masks_of_the_least_number(classes: int, dtype: torch.dtype, backend: str) -> None:
+    assert_masks_are_no_part_of_a_gradient(backend, classes, dtype)
 
 
 def test_a_policy_loss_on_row_statistics() -> None:

@@ -95,6 +95,7 @@ struct Reference {
   DivergenceSums<double> sums_of(const T* x, int64_t row, int64_t begin, int64_t end) const {
     const V low = minus_inf<A>(), zero(A(0)), by(inverse_temperature);
     const auto finite = [](A max) { return max == -std::numeric_limits<A>::infinity() ? A(0) : max; };
+    const A most = std::numeric_limits<A>::max() / 8 * std::min(A(1), static_cast<A>(in.temperature));
     A top_z = -std::numeric_limits<A>::infinity(), top_r = top_z;
     DivergenceSums<V> sums;
     for (int64_t first = begin; first < end; first += kAtOnce) {
@@ -112,9 +113,8 @@ struct Reference {
           }
         }
       });
-      // Whether z and r have −∞ in a whole pack. Where z has, what r has does not count.
-      const V finite_from(std::numeric_limits<A>::lowest());
-      const bool excluded = any_above(finite_from, low_z), absent = any_above(finite_from, low_r);
+      // Whether z has −∞ in a whole pack, where what r has does not count.
+      const bool excluded = any_above(V(std::numeric_limits<A>::lowest()), low_z);
       if (excluded) [[unlikely]] {
         high_r = low;
         packs(x, row, first, last, [&](const Pack& z, const Pack& r, auto) {
@@ -133,6 +133,9 @@ struct Reference {
       top_r = max_r;
       const V m_z(finite(top_z)), m_r(finite(top_r)), apart = m_r - m_z;
       const bool far = far_apart(finite(top_z), finite(top_r));
+      // No difference of such logits, over T, is infinite.
+      const V least(-most);
+      const bool ordinary = !any_above(least, low_z) && !any_above(least, low_r) && top_z <= most && top_r <= most;
       const auto add = [&]<bool kUsual>() __attribute__((always_inline)) {
         DivergenceSums<V> own;  // in registers
         if constexpr (!kFewLanes) own = sums;
@@ -158,7 +161,7 @@ struct Reference {
         }
         sums = own;
       };
-      if (far || excluded || absent) [[unlikely]] {
+      if (far || !ordinary) [[unlikely]] {
         add.template operator()<false>();
       } else {
         add.template operator()<true>();
@@ -176,7 +179,7 @@ struct Reference {
     return found;
   }
 
-  // What the divergence adds to a row's gradient, times `factor`; finite where r is −∞.
+  // What the divergence adds to a row's gradient, times `factor`; finite where d is not.
   struct Share {
     const bool of_forward_alone, far;  // KL(q ‖ p) alone needs no log-ratio
     const V by, max_z, max_r, of_p, of_q, of_pd, apart;
@@ -198,7 +201,7 @@ struct Reference {
       const V below_z = z - max_z, below_r = r - max_r;
       const V e = exp_nonpositive(below_r * by), f = exp_nonpositive(below_z * by);
       if constexpr (kForwardAlone) return at::vec::fmadd(f, of_p, of_q * e);
-      const V d = at::vec::clamp_min((far ? below_r - below_z : (r - z) - apart) * by, V(A(-1e30)));
+      const V d = at::vec::clamp((far ? below_r - below_z : (r - z) - apart) * by, V(-kMostApart), V(kMostApart));
       return at::vec::fmadd(f, at::vec::fmadd(of_pd, d, of_p), of_q * e);
     }
     [[gnu::always_inline]] V operator()(const V& z, const V& r) const {

@@ -45,12 +45,13 @@ struct Affine {
     }
   }
 
-  // What a reference adds to the gradient of a class whose logits are z and r; finite where r is −∞.
+  // What a reference adds to the gradient of a class whose logits are z and r; finite where d is not. A NaN is in e or f.
   OBJKERN_DEVICE A share(A z, A r) const {
     const A t_r = r - g.max_r, t_z = z - g.max_z, e = exp_over(t_r), f = exp_over(t_z);
     if (g.of_pd == A(0)) return f * g.of_p + e * g.of_q;
     const A apart = far_apart(g.max_z, g.max_r) ? t_r - t_z : (r - z) - (g.max_r - g.max_z);
-    return f * (g.of_p + g.of_pd * larger(apart * exp_over.by, A(kLeastExponent))) + e * g.of_q;
+    const A d = smaller(larger(apart * exp_over.by, A(-kMostApart)), A(kMostApart));
+    return f * (g.of_p + g.of_pd * d) + e * g.of_q;
   }
   OBJKERN_DEVICE A beside(int column) const {
     return kFull && rows.reference != nullptr ? Beside<T>{rows, row}.at(column) : A(0);

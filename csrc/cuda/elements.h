@@ -121,6 +121,10 @@ template <class A>
 OBJKERN_DEVICE A larger(A a, A b) {  // of a NaN and a number, the number
   return std::fmax(a, b);
 }
+template <class A>
+OBJKERN_DEVICE A smaller(A a, A b) {
+  return std::fmin(a, b);
+}
 
 // exp(t) for t ≤ 0, of which half precision needs fewer digits. The product t·log2 e loses |t| units in the last place;
 // for float32 logits what it lost is put back. e^−200 is 0, and −∞·0 would be NaN.

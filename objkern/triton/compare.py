@@ -50,9 +50,9 @@ def apart(z, r, max_z, max_r, by, A: tl.constexpr):
 
 @triton.jit
 def share_at(share, z, r, by, gain, cap, A: tl.constexpr, TRANSFORM: tl.constexpr):
-    """What a reference adds to the gradient of classes; finite where r is −∞."""
+    """What a reference adds to the gradient of classes; finite where d is not."""
     e, f, d = apart(z, r, share.max_z, share.max_r, by, A)
-    d = tl.where(d < -1e30, -1e30, d)
+    d = tl.minimum(tl.maximum(d, -1e30), 1e30)  # a NaN is in e or f
     return (f * (share.of_p + share.of_pd * d) + share.of_q * e) * slope(z, gain, cap, TRANSFORM)
 
 

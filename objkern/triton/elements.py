@@ -67,12 +67,13 @@ def add(s, z, A: tl.constexpr, DEPTH: tl.constexpr):
     """
     top = tl.maximum(s.max, tl.max(z, 1))
     shift = tl.maximum(s.max - top, lowest(A))
-    factor = tl.exp(shift)
+    near = tl.maximum(shift, least_exponent(A))  # where its product with Σ e is finite: 0·∞ would be NaN
+    factor = tl.exp(near)
     t_ = z - top[:, None]
     e_ = tl.exp(t_)
     et, t, n, zz = s.et, s.t, s.n, s.zz
     if DEPTH >= 1:
-        et = factor * (et + shift * s.e) + tl.sum(e_ * t_, 1)
+        et = factor * (et + near * s.e) + tl.sum(e_ * t_, 1)
         t = t + n * shift + tl.sum(t_, 1)
         n = n + z.shape[1]
     if DEPTH >= 2:
@@ -95,7 +96,8 @@ def add_carefully(
     out = z == float("-inf")
     top = tl.maximum(s.max, tl.max(z, 1))
     shift = tl.maximum(s.max - top, lowest(A))
-    factor = tl.exp(shift)
+    near = tl.maximum(shift, least_exponent(A))  # where its product with Σ e is finite: 0·∞ would be NaN
+    factor = tl.exp(near)
     apart = z - top[:, None]
     e_ = tl.where(out, 0.0, tl.exp(apart))
     et, t, n, zz, dd = s.et, s.t, s.n, s.zz, s.dd
@@ -103,7 +105,7 @@ def add_carefully(
     if DEPTH >= 1:
         t_ = tl.where(out, 0.0, tl.where(apart < lowest(A), lowest(A), apart))  # finite: 0·(−inf) would be NaN
         found = tl.sum(tl.where(out, 0.0, 1.0).to(A), 1)
-        et = factor * (et + shift * s.e) + tl.sum(e_ * t_, 1)
+        et = factor * (et + near * s.e) + tl.sum(e_ * t_, 1)
         t_old, t_new = t + n * shift, tl.sum(t_, 1)
         if DEPTH == 3:  # the spread about a mean that both parts share, as of two samples
             mean = t_new / tl.maximum(found, 1.0)
@@ -144,12 +146,13 @@ def fold(s, A: tl.constexpr, DEPTH: tl.constexpr):
     """The lanes of a piece, merged."""
     top = tl.max(s.max, 0)
     shift = tl.maximum(s.max - top, lowest(A))
-    factor = tl.exp(shift)
+    near = tl.maximum(shift, least_exponent(A))  # where its product with Σ e is finite: 0·∞ would be NaN
+    factor = tl.exp(near)
     e = tl.sum(s.e * factor, 0)
     zero = zero_of(e)
     et, t, n, zz, dd, w, wt, q, qt = zero, zero, zero, zero, zero, zero, zero, zero, zero
     if DEPTH >= 1:
-        et = tl.sum(factor * (s.et + shift * s.e), 0)
+        et = tl.sum(factor * (s.et + near * s.e), 0)
         t_ = s.t + s.n * shift
         t = tl.sum(t_, 0)
         n = tl.sum(s.n, 0)

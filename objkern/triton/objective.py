@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .elementary import exp, expm1, log1p_of_unit, lowest, zero_of
+from .elementary import exp, expm1, least_exponent, log1p_of_unit, lowest, zero_of
 
 
 class Centred(NamedTuple):
@@ -321,8 +321,9 @@ def chain(c, o, s, f, READS: tl.constexpr, DENSE: tl.constexpr, WEIGHTED: tl.con
         twice = 2.0 * f.logit_variance * inverse_n
         mean_t = (c.sum_t + target_t(c)) * inverse_n
         const_t += twice
-        const_1 -= twice * mean_t
-        target_grad += twice * (target_t(c) - mean_t)
+        # Logits of −3e38 that mask classes have no finite mean, which is nothing to a gradient that is not of it.
+        const_1 -= weighted(twice, mean_t)
+        target_grad += weighted(twice, target_t(c) - mean_t)
     if TARGET_LOGIT & READS:
         target_grad += f.target_logit
     if MEAN_LOGPROB & READS:
@@ -369,13 +370,15 @@ def merge(a, b, A: tl.constexpr):
     top = tl.maximum(a.max, b.max)
     shift_a = tl.maximum(a.max - top, lowest(A))
     shift_b = tl.maximum(b.max - top, lowest(A))
-    factor_a, factor_b = tl.exp(shift_a), tl.exp(shift_b)
+    near_a = tl.maximum(shift_a, least_exponent(A))  # where its product with Σ e is finite: 0·∞ would be NaN
+    near_b = tl.maximum(shift_b, least_exponent(A))
+    factor_a, factor_b = tl.exp(near_a), tl.exp(near_b)
     t_a, t_b = a.t + a.n * shift_a, b.t + b.n * shift_b
     n = a.n + b.n
     apart = t_a / tl.maximum(a.n, 1.0) - t_b / tl.maximum(b.n, 1.0)  # of the two means
     return Piece(
         max=top, e=a.e * factor_a + b.e * factor_b, before=tl.maximum(a.before, b.before),
-        et=factor_a * (a.et + shift_a * a.e) + factor_b * (b.et + shift_b * b.e), t=t_a + t_b, n=n, zz=a.zz + b.zz,
+        et=factor_a * (a.et + near_a * a.e) + factor_b * (b.et + near_b * b.e), t=t_a + t_b, n=n, zz=a.zz + b.zz,
         dd=a.dd + b.dd + tl.where((a.n == 0) | (b.n == 0), 0.0, apart * apart * (a.n * (b.n / tl.maximum(n, 1.0)))),
         w=a.w + b.w, wt=(a.wt + a.w * shift_a) + (b.wt + b.w * shift_b), q=a.q + b.q,
         qt=(a.qt + a.q * shift_a) + (b.qt + b.q * shift_b),

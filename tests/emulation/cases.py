@@ -20,7 +20,16 @@ from torch import Tensor
 import objkern
 from objkern import CrossEntropy, Entropy, KLDivergence, LogitL2, MaxZLoss, ZLoss, custom
 from tests import properties
-from tests.conftest import DTYPES, EVERY_TERM, NATIVE, assert_rounded, assert_within_budget, random_rows
+from tests.conftest import (
+    DTYPES,
+    EVERY_TERM,
+    NATIVE,
+    assert_masks_are_no_part_of_a_gradient,
+    assert_rounded,
+    assert_within_budget,
+    masked_sides,
+    random_rows,
+)
 
 from . import control
 from .control import A100, SMALL, Plan
@@ -632,6 +641,24 @@ def test_a_small_divergence_keeps_its_digits(
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
     bound = tolerance * exact.gradient.abs().max().item() if direction == "reverse" else 2e-7
     torch.testing.assert_close(found.gradient.double(), exact.gradient, rtol=tolerance, atol=bound)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("classes", [16, 1031, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_masks_of_the_least_number(dtype: torch.dtype, classes: int, temperature: float) -> None:
+    """Over T < 1 they are −∞ after all, and so are differences times an upstream gradient of 65536."""
+    for direction, z, r in masked_sides(2, classes, dtype):
+        options, up = {"reduction": "none"}, torch.tensor([65536.0, 0.5])
+        term, live = KLDivergence(direction, temperature), [x.double().clamp(min=-1e30) for x in (z, r)]
+        found = run(term, z, None, None, up, reference=r, **options)
+        assert_same(found, truth(term, live[0], None, up, reference=live[1], **options), dtype, direction)
+
+
+@pytest.mark.parametrize("classes", [9, 130, 1031])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_statistics_beside_masks_of_the_least_number(dtype: torch.dtype, classes: int) -> None:
+    assert_masks_are_no_part_of_a_gradient("auto", classes, dtype)
 
 
 @every_dtype

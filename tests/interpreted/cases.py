@@ -24,8 +24,10 @@ from ..conftest import (
     EVERY_NATIVE,
     EVERY_TERM,
     NATIVE,
+    assert_masks_are_no_part_of_a_gradient,
     assert_rounded,
     assert_within_budget,
+    masked_sides,
     native_objective,
     random_rows,
 )
@@ -655,6 +657,23 @@ def test_statistics_beside_a_reference(temperature: float) -> None:
         found.append((s.forward_kl.detach(), s.reverse_kl.detach(), x.grad))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_of_the_least_number(dtype: torch.dtype, temperature: float) -> None:
+    for direction, z, r in masked_sides(2, 37, dtype):
+        term, up = KLDivergence(direction, temperature), torch.tensor([65536.0, 0.5])
+        found = run(term, z, None, up, reference=r, reduction="none")
+        live = [x.double().clamp(min=-1e30) for x in (z, r)]
+        exact = run(term, live[0], None, up, reference=live[1], reduction="none", backend="reference")
+        for ours, truth in zip(found, exact, strict=True):
+            assert_rounded(ours, truth, 1e-12 if dtype == torch.float64 else 4e-6)
+
+
+def test_statistics_beside_masks_of_the_least_number(every_kind: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert_masks_are_no_part_of_a_gradient("triton", 37, dtype)
 
 
 def test_rows_without_a_finite_logit(kind: str) -> None:
