@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import NamedTuple
 
@@ -134,11 +135,12 @@ def flatten(
         reference = _check_reference(reference, logits, class_dim)
     softcap = checked_softcap(softcap)
     if len(shape) != 1:
-        logits = logits.reshape(-1, classes)
+        rows_ = -1 if classes else math.prod(shape)  # a part of the vocabulary may be none of it
+        logits = logits.reshape(rows_, classes)
         if reference is not None:
-            reference = reference.reshape(-1, classes)
+            reference = reference.reshape(rows_, classes)
         if target is not None:
-            target = target.reshape(-1, *target.shape[len(shape) :])
+            target = target.reshape(rows_, *target.shape[len(shape) :])
     return Batch(
         logits, target, class_weight,
         None if normalizer is None else scalar_tensor("normalizer", normalizer, None, logits),
@@ -270,11 +272,11 @@ def scalar_tensor(
 ) -> Tensor | None:  # fmt: skip
     """0-dim tensor, or None for the neutral value. Numbers stay on the CPU, where every backend can read them."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not (value.is_floating_point() or value.dtype == torch.int64):
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: expected a number or a 0-dim tensor but got {describe(value)}")
         if value.is_meta and not beside.is_meta:
             raise ValueError(f"{name}: expected a tensor on {beside.device}, as the other tensors, but got one on meta")
-        return value
+        return value if value.is_floating_point() else value.long()
     if value is None or (_is_number(value) and value == neutral):
         if value is None and neutral is not None:
             raise TypeError(f"{name}: expected a number or a 0-dim tensor but got None")

@@ -343,6 +343,8 @@ def linear_cross_entropy(
     if dense and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
+    if input.dim() == 1 and target.shape == (1,) and not dense:  # one row, whose label torch takes so, too
+        target = target[0]
     if places or classes == 0 or torch._C._are_functorch_transforms_active():
         bias = None if linear_bias is None else linear_bias.flatten()
         logits = linear.eager_logits(input, linear_weight.flatten(0, -2), bias).view(shape)

@@ -432,7 +432,8 @@ class Objective(nn.Module):
         Adds their gradient to `.grad` in one pass over each parameter, and makes it where there is none.
 
         Raises:
-            ValueError: the objective has a term on logits; it would be left out.
+            ValueError: the objective has a term on logits, which would be left out; a coefficient that requires grad,
+                which would get none.
 
         >>> theta = torch.tensor([3.0, -4.0], requires_grad=True)
         >>> (0.1 * L2([theta]) + 0.01 * L1([theta])).accumulate_()
@@ -442,8 +443,15 @@ class Objective(nn.Module):
         for _, term in self.weighted_terms:
             if not term.about_parameters:
                 raise ValueError(f"accumulate_: {term._formula_name()} is not about parameters")
+        weight = checked_weight("weight", weight)
+        for x in (weight, *(coefficient for coefficient, _ in self.weighted_terms)):
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise ValueError(
+                    "accumulate_: a coefficient or weight that requires grad would get none; call objective() and "
+                    "backward(), or detach it"
+                )
         for coefficient, term in self.weighted_terms:
-            term.accumulate_(checked_weight("weight", weight) * coefficient)
+            term.accumulate_(weight * coefficient)
 
     def _result(
         self, loss: Tensor | None, parts: Tensor | list[Tensor], batch: Batch | None, return_parts: bool,

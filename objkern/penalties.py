@@ -397,8 +397,7 @@ class ParameterTerm(Term):
             return
         parameters, origins, weights = ([distributed.own(x) for x in some] for some in tensors)
         gradients = [distributed.gradient_of(theta) for theta in tensors[0]]
-        like = parameters[0]
-        upstream = torch.as_tensor(weight, dtype=_wide(like), device=like.device)
+        upstream = torch.as_tensor(weight, dtype=torch.float64, device=parameters[0].device)
         at_once: dict[torch.device, list[int]] = {}
         for k, (whole, theta, g) in enumerate(zip(tensors[0], parameters, gradients, strict=True)):
             if not whole.requires_grad:
@@ -411,6 +410,8 @@ class ParameterTerm(Term):
             (found,) = torch.ops.objkern.parameter_penalty_gradient(upstream, *own, self.l1, self.l2)
             if g is None:
                 whole.grad = distributed.spread_like(found, whole)
+            elif g.is_sparse:  # of an embedding, say; the sum is dense
+                whole.grad = found + g
             else:
                 g.add_(found)
         for place, places in at_once.items():

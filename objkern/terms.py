@@ -376,7 +376,7 @@ class Custom(Term):
         self.required_rows, self._optional_rows = _arguments_after_first(fn)
         self.reads_reference = bool(self.needs) and bool({"forward_kl", "reverse_kl"} & set(self.needs))
         if self.needs is not None and {"logprob", "other_logprob", "target_logit"} & set(self.needs):
-            self.target = "any" if set(self.needs) & {"logprob"} else "index"
+            self.target = "index" if {"other_logprob", "target_logit"} & set(self.needs) else "any"
 
     def reads_row(self, name: str) -> bool:
         return self._optional_rows is None or name in self.required_rows or name in self._optional_rows
@@ -390,7 +390,9 @@ class Custom(Term):
         try:
             value = self.fn(visible, **{name: row for name, row in batch.rows.items() if self.reads_row(name)})
         except (TypeError, AttributeError) as error:
-            missing = [name for name, x in (("target", batch.target), ("reference", batch.reference)) if x is None]
+            missing = [] if batch.target is not None else ["target"]
+            missing += ["class labels (int64) as target"] if batch.dense else []
+            missing += [] if batch.reference is not None else ["reference"]
             if missing and "None" in str(error):
                 raise ValueError(
                     f"{' or '.join(missing)}: {self._formula_name()} reads statistics that are None without: {error}"

@@ -32,6 +32,7 @@ from objkern.finetune.small import SmallModel  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
 from objkern.finetune.training import TrainingOptions  # noqa: E402
 
+from .test_finetune_tasks import tokenizer_of_words  # noqa: E402
 from .test_finetune_training import rows_of, task_of  # noqa: E402
 
 SIZES = ["--hidden-size", "32", "--layers", "2", "--heads", "2", "--vocabulary", "400", "--max-length", "64"]
@@ -288,7 +289,8 @@ def test_rows_are_held_back_where_a_source_has_no_others(tmp_path: Path) -> None
     texts = [row["text"] for rows in splits.values() for row in rows]
     assert sorted(texts) == sorted(row["text"] for row in rows_of("sequence-classification", 30))
     other = runs.splits_of(replace(options, training=TrainingOptions(seed=1)))
-    assert other["dev"] != splits["dev"]
+    assert other == splits  # runs of several seeds are judged by the same rows
+    assert splits["dev"] != rows_of("sequence-classification", 30)[:3]
     (tmp_path / "folder").mkdir()
     for split in ("train", "validation", "test"):
         (tmp_path / "folder" / f"{split}.jsonl").write_text('{"text": "the cat", "label": "x"}\n')
@@ -350,25 +352,41 @@ def test_every_row_is_checked_before_training(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_label_that_occurs_once_stays_in_training(tmp_path: Path) -> None:
     rows = [{"text": f"text {k}", "label": str(k) if k < 5 else "rest"} for k in range(20)]
-    for seed in range(20):
+    for first in range(20):
         path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        options = RunOptions("sequence-classification", str(path), tmp_path, training=TrainingOptions(seed=seed))
-        splits = runs.splits_of(options)
+        path.write_text("\n".join(map(json.dumps, [*rows[first:], *rows[:first]])))
+        splits = runs.splits_of(RunOptions("sequence-classification", str(path), tmp_path))
         assert {row["label"] for row in splits["train"]} == {"0", "1", "2", "3", "4", "rest"}
         assert len(splits["dev"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("causal-lm", [{"text": f"text {k}", "label": f"id-{k}", "tags": [str(k)]} for k in range(50)]),
+        ("sequence-classification", [{"text": f"text {k}", "label": k if k % 7 else k + 0.5} for k in range(50)]),
+    ],
+)
+def test_columns_without_classes_do_not_say_what_is_held_back(
+    task: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dev = runs.splits_of(RunOptions(task, str(path), tmp_path))["dev"]
+    assert len(dev) == 5
+    assert any(isinstance(row["label"], int | str) for row in dev)
+
+
 def test_rows_that_are_held_back_leave_one_of_every_label() -> None:
     rows = [{"text": "x", "label": label} for label in "aabbc"]
-    assert runs._held(rows, [4, 0, 1, 2, 3], 2) == {0, 2}
-    assert runs._held(rows, [4, 0, 1, 2, 3], 9) == {0, 2}
-    assert runs._held(rows[3:], [1, 0], 1) == {1}  # there has to be one
-    for row, labels in (
-        ({"text": "x"}, set()), ({"label": 1.5}, set()), ({"label": 1}, {"1"}), ({"label": ("x", "y")}, {"x", "y"}),
-        ({"tags": ["O", "B-x"]}, {"O", "B-x"}),
-    ):  # fmt: skip
-        assert runs._labels_in(row) == labels
+    assert runs._held(rows, [4, 0, 1, 2, 3], 2, "label") == {0, 2}
+    assert runs._held(rows, [4, 0, 1, 2, 3], 9, "label") == {0, 2}
+    assert runs._held(rows, [4, 0, 1, 2, 3], 2, None) == {4, 0}
+    assert runs._held(rows[3:], [1, 0], 1, "label") == {1}  # there has to be one
+    tagged = [{"tags": tags} for tags in (["O", "B-x"], ["O"], ["B-x", "O"], ["B-y"])]
+    assert runs._held(tagged, [3, 2, 1, 0], 4, "tags") == {2, 1}
+    for label, classes in ((None, set()), (1, {"1"}), (("x", "y"), {"x", "y"}), (["O", "B-x"], {"O", "B-x"})):
+        assert runs._classes_in(label) == classes
 
 
 def test_two_rows_are_enough(tmp_path: Path) -> None:
@@ -599,17 +617,19 @@ def test_tokenizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs.load_tokenizer("x", "token-classification").pad_token == "</s>"
     found.pad_token = "<pad>"
     assert runs.load_tokenizer("x", "causal-lm").pad_token == "<pad>"
-    assert seen == [{"add_prefix_space": True}, {}]
+    assert seen == [{"trust_remote_code": False, "add_prefix_space": True}, {"trust_remote_code": False}]
     found.is_fast = False
     with pytest.raises(ValueError, match="model: 'x' has no fast tokenizer"):
         runs.load_tokenizer("x", "causal-lm")
 
-    def missing(name: str) -> None:
-        raise OSError("nobody has it")
+    def missing(name: str, **options: Any) -> None:
+        raise KeyError("added_tokens") if name == "y" else OSError("nobody has it")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ValueError, match="model: no tokenizer can be loaded from 'x': nobody has it"):
         runs.load_tokenizer("x", "causal-lm")
+    with pytest.raises(ValueError, match=r"model: no tokenizer can be loaded from 'y': .*added_tokens"):
+        runs.load_tokenizer("y", "causal-lm")
 
 
 def test_names_of_models(tmp_path: Path) -> None:
@@ -641,6 +661,39 @@ def test_models(tmp_path: Path) -> None:
     assert model.transformer.drop.p == 0.25
     with pytest.raises(ValueError, match=r"dropout: \w+ has no rate that could be set"):
         runs._set_dropout(transformers.PretrainedConfig(), 0.1)
+
+
+def test_a_model_that_was_pickled_is_not_loaded(tmp_path: Path) -> None:
+    task = task_of("sequence-classification", [{"text": "cat", "label": label} for label in "abc"])
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.BertForSequenceClassification(config)
+    config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="can't be loaded for sequence-classification"):
+        runs.load_model(str(tmp_path), task)
+    model.save_pretrained(tmp_path)
+    runs.load_model(str(tmp_path), task)
+
+
+def test_a_model_with_code_of_its_own_is_not_run(tmp_path: Path) -> None:
+    """Nor is anybody asked: a "y" on standard input would be an answer."""
+    data, folder = written(tmp_path, "causal-lm"), tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "unheard", "auto_map": {
+        "AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model", "AutoTokenizer": ["theirs.T", "theirs.T"],
+    }}))  # fmt: skip
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    tokenizer_of_words().save_pretrained(folder)
+    for words in (["finetune", "causal-lm", str(data), "--model", str(folder), "--output", str(tmp_path / "run")],
+                  ["predict", str(folder), "--text", "the cat"]):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "objkern", *words], input="y\n" * 9, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_fingerprint_is_one_of_names_and_contents(tmp_path: Path) -> None:
@@ -983,6 +1036,34 @@ def test_a_model_that_sees_what_it_is_to_tell_is_refused(tmp_path: Path, capsys:
     words = ["--model", tmp_path / "bert", "--output", tmp_path / "other"]
     assert finetune("causal-lm", data, *QUICK, *words) == 2
     assert "reads from left to right but got BertLMHeadModel" in capsys.readouterr().err
+
+
+def test_texts_that_would_see_each_other_are_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = written(tmp_path, "causal-lm")
+    assert finetune("causal-lm", data, *QUICK, "--output", tmp_path / "run") == 0
+    config = transformers.OPTConfig(
+        vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+        max_position_embeddings=300, init_std=0.5,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model").save_pretrained(tmp_path / "opt")
+    words = ["--model", tmp_path / "opt", "--output", tmp_path / "other"]
+    assert finetune("causal-lm", data, *QUICK, "--pack", *words) == 2
+    assert "pack: texts of one sequence would see each other in OPTForCausalLM" in capsys.readouterr().err
+    assert finetune("causal-lm", data, *QUICK, *words) == 0
+
+
+def test_rows_without_a_prompt_and_a_tokenizer_without_a_beginning(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"completion": f"the cat sat {k}"}) + "\n" for k in range(12)))
+    assert finetune("causal-lm", data, *QUICK, "--output", tmp_path / "run") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "start")
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path / "start")
+    words = ["--model", tmp_path / "start", "--output", tmp_path / "other"]
+    assert finetune("causal-lm", data, *QUICK, *words) == 0
+    assert len(json.loads((tmp_path / "other" / "result.json").read_text())["samples"]) == 1
 
 
 def test_what_a_model_says_ends_with_its_places(tmp_path: Path) -> None:

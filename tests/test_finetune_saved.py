@@ -520,6 +520,30 @@ def test_answers_on_the_command_line(
     assert lines((tmp_path / "out.jsonl").read_text()) == found[:2]
 
 
+def test_how_long_an_answer_may_be(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task, rows = trained("causal-lm", tmp_path / "run")
+    saved.save(tmp_path / "model", model, task)
+    words = [str(tmp_path / "model"), "--text", asked(task, rows)[0]["text"]]
+    seen: list[int] = []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **o: seen.append(o["max_new_tokens"]) or generate(self, **o)
+    )
+    for more in ([], ["--max-new-tokens", "5"]):
+        assert predict_main([*words, *more]) == 0
+    assert seen[1] == 5 < seen[0]
+    capsys.readouterr()
+    for bad, message in (
+        ([*words, "--max-new-tokens", "0"], "max_new_tokens: expected a whole number of at least 1 but got 0"),
+        ([str(finished), "--text", "x", "--max-new-tokens", "5"], "max_new_tokens: sequence-classification writes no"),
+    ):
+        with pytest.raises(SystemExit):
+            predict_main(bad)
+        assert message in capsys.readouterr().err
+
+
 def test_answers_may_replace_the_rows(finished: Path, tmp_path: Path, capsys: Any) -> None:
     """Half of a surrogate pair, which UTF-8 can't hold, is as it was; a link goes on pointing to the file."""
     path, link = tmp_path / "rows.jsonl", tmp_path / "link.jsonl"

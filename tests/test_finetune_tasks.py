@@ -603,6 +603,31 @@ def test_likelihood_and_continuations() -> None:
     assert model.training
 
 
+def test_what_begins_anew_is_kept_apart() -> None:
+    model = tiny_llama()
+    causal(pack=True).check(model)
+    assert model.training
+    for module in model.modules():  # in its eyes all is one text
+        if hasattr(module, "is_causal"):
+            forward = module.forward
+            module.forward = lambda *a, forward=forward, **o: forward(*a, **{**o, "attention_mask": None})
+    causal().check(model)
+    with pytest.raises(ValueError, match="pack: texts of one sequence would see each other in LlamaForCausalLM"):
+        causal(pack=True).check(model)
+
+
+def test_a_prompt_without_a_token_begins_as_texts_do() -> None:
+    model, tokenizer = tiny_llama(), tokenizer_of_words()
+    begun = causal().predict(model, [{"prompt": ""}])
+    tokenizer.bos_token = None
+    task = causal(tokenizer=tokenizer)
+    ended = task.predict(model, [{"prompt": ""}, {"prompt": "the cat"}])
+    assert (ended[0], begun[0]) == tuple(
+        task.tokenizer.decode(model.generate(torch.tensor([[k]]), max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 1:],
+                              skip_special_tokens=True).strip() for k in (2, 1)
+    )  # fmt: skip
+
+
 def test_seq2seq() -> None:
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
@@ -617,6 +642,13 @@ def test_seq2seq() -> None:
     found = task.score(model, rows).metrics
     assert found["loss"] == pytest.approx(model.eval()(**batch.inputs, labels=batch.target).loss.item(), rel=1e-4)
     assert len(task.predict(model, rows)) == 2
+    seen: list[int] = []
+    write = model.generate
+    model.generate = lambda **options: seen.append(options["max_new_tokens"]) or write(**options)
+    task.predict(model, rows)
+    task.max_new_tokens = 3
+    task.predict(model, rows)
+    assert seen == [task.max_length, 3]
     assert task.evaluate(rows, ["a dog", "it was blue"]).metrics["exact_match"] == 0.5
     assert task.evaluate(rows, [row["target"] for row in rows]).metrics["chrf"] == pytest.approx(100.0)
 

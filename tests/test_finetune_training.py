@@ -648,6 +648,43 @@ def test_what_has_no_label_changes_nothing(penalized: bool, tmp_path: Path, monk
         assert records[1]["gradient_norm"] == 0.0
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_is_taken(tmp_path: Path) -> None:
+    """Of a loss that is: the root at 0, say."""
+    rows = rows_of("sequence-classification", 8)
+    task = task_of("sequence-classification", rows)
+    model = model_of(task)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steep = objkern.custom(lambda s: (s.logprob - s.logprob.detach()).abs().sqrt(), needs=("logprob",), name="steep")
+    options = TrainingOptions(batch_size=4, checkpoint_steps=1)
+    with pytest.raises(FloatingPointError, match=r"the gradient is not finite in step 1: .*nan.*its rows: \["):
+        train(
+            model, task, task.examples(rows), lambda: Evaluation({"accuracy": 0.5}), objkern.CrossEntropy() + steep,
+            options, tmp_path,
+        )  # fmt: skip
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any((tmp_path / "checkpoints").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("strategy", ["last:1", "lora:4"])
+def test_checkpointing_trains_what_would_train_without(strategy: str, tmp_path: Path) -> None:
+    rows, found = rows_of("causal-lm", 4), []
+    for checkpointing in (False, True):
+        task = task_of("causal-lm", rows)
+        torch.manual_seed(0)
+        model = strategies.apply(model_of(task), strategy, "causal-lm")
+        options = TrainingOptions(
+            batch_size=4, epochs=1, checkpointing=checkpointing, strategy=strategy, optimizer="sgd", learning_rate=0.1
+        )
+        train(
+            model, task, task.examples(rows), lambda: Evaluation({"loss": 0.5}), objkern.CrossEntropy(), options,
+            tmp_path / str(checkpointing),
+        )  # fmt: skip
+        found.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert len(found[0]) > 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_terms_on_parameters_alone(tmp_path: Path) -> None:
     rows = rows_of("number", 4)
     task = task_of("number", rows)

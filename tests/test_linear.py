@@ -1086,6 +1086,19 @@ def test_opinfo_errors() -> None:
     assert count >= 3
 
 
+@pytest.mark.skipif(not OPINFOS, reason="torch.nn.functional.linear_cross_entropy came with torch 2.13")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_row_whose_label_has_a_dimension(reduction: str) -> None:
+    hidden, weight = torch.randn(4), torch.randn(5, 4)
+    for label in (torch.tensor([2]), torch.tensor(2)):
+        ours, theirs = (
+            call(hidden, weight, label, reduction=reduction)
+            for call in (objkern.linear_cross_entropy, F.linear_cross_entropy)
+        )
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bad_arguments_of_the_drop_in() -> None:
     hidden, weight, bias, labels = inputs(torch.float32)
     with pytest.raises(RuntimeError, match="linear_weight to have the same dtype as input"):

@@ -161,7 +161,9 @@ def test_scale_then_softcap_then_margin(scale: float, softcap: float | None) -> 
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("normalizer", [7, 2.5, torch.tensor(4.0), torch.tensor(13)])
+@pytest.mark.parametrize(
+    "normalizer", [7, 2.5, torch.tensor(4.0), torch.tensor(13), torch.tensor(3, dtype=torch.int32)]
+)
 def test_a_normalizer_replaces_every_denominator(normalizer: float | torch.Tensor, backend: str) -> None:
     z, y = random_rows(6, 5, torch.float64)
     y[0] = -100
@@ -355,6 +357,11 @@ def test_custom_mistakes_are_named() -> None:
         custom(lambda s, weights: s.lse * weights)(z, y, rows={"weights": torch.ones(5)})
     with pytest.raises(ValueError, match="target: custom"):
         custom(lambda s: s.logprob, needs=("logprob",))(z)
+    for needs in (("logprob", "target_logit"), ("other_logprob",), ("target_logit",)):
+        with pytest.raises(ValueError, match=r"target: .*needs class labels"):
+            custom(lambda s: s.target_logit, needs=needs)(z, z.softmax(-1))
+    with pytest.raises(ValueError, match=r"class labels \(int64\) as target or reference: .* statistics that are None"):
+        custom(lambda s: s.logprob + s.target_logit)(z, z.softmax(-1))
     with pytest.raises(ValueError, match=r"rows: no term reads \['a'\]"):
         OBJECTIVE(z, y, rows={"a": torch.ones(4)})
 

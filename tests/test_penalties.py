@@ -281,6 +281,24 @@ def test_accumulate(net: Net) -> None:
         (CrossEntropy() + objective).accumulate_()
 
 
+def test_accumulate_as_backward_does() -> None:
+    """A weight in the precision of each parameter, beside a sparse gradient; and no gradient is lost in silence."""
+    a, b = (torch.ones(1, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64))
+    L2([a, b]).accumulate_(0.1)
+    assert (a.grad.item(), b.grad.item()) == (torch.tensor(0.1).item(), 0.1)
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    assert table.weight.grad.is_sparse
+    L2(table).accumulate_(2.0)
+    torch.testing.assert_close(table.weight.grad, 2.0 * table.weight.detach() + torch.eye(4)[:, 1:2])
+    learned = torch.tensor(0.5, requires_grad=True)
+    before = b.grad.clone()
+    for call in (lambda: (learned * L2([b])).accumulate_(), lambda: (L1([b]) + L2([b])).accumulate_(learned)):
+        with pytest.raises(ValueError, match="a coefficient or weight that requires grad would get none"):
+            call()
+    assert torch.equal(b.grad, before)
+
+
 def test_accumulate_of_many_parameters_at_once(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is a gradient that a kernel can add to; a transposed one is added to by itself."""
     start = [p.detach().clone() for p in net.parameters()]

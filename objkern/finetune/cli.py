@@ -126,7 +126,13 @@ def parser() -> argparse.ArgumentParser:
         "of all weights), tensor or tensor:K (K ranks have parts of a language model's head) (%(default)s)",
         default=default.parallel)  # fmt: skip
     add(run, "--device", "cpu, cuda, cuda:1, ... (a GPU if there is one)", default="auto")
-    add(run, "--seed", "of weights, dropout and order (%(default)s)", type=int, default=default.seed)
+    add(
+        run,
+        "--seed",
+        "of new weights, dropout and order (%(default)s); not of which rows are held out",
+        type=int,
+        default=default.seed,
+    )
     return found
 
 

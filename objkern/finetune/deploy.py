@@ -46,6 +46,8 @@ def predict_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="a text to be answered; may be given several times", action="append", default=[])
     parser.add_argument("--output", help="where the lines go (standard output)", type=Path, metavar="FILE")
     parser.add_argument("--batch-size", help="rows at a time (%(default)s)", type=int, default=32, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N",
+                        help="of a written answer (causal-lm: 64, seq2seq: its max_length)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (%(default)s)", default="cpu")
     return _run(parser, argv, _predict)
 
@@ -57,10 +59,17 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise ValueError("input: expected --input or --text, and got neither")
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size: expected a whole number of at least 1 but got {arguments.batch_size}")
+    most = arguments.max_new_tokens
+    if most is not None and most < 1:
+        raise ValueError(f"max_new_tokens: expected a whole number of at least 1 but got {most}")
     rows: list[Row] = []  # before the model, for they are quickly read
     if arguments.input is not None:
         rows = _lines_of(sys.stdin) if arguments.input == "-" else read(arguments.input, "test")
     model, task = saved.load(arguments.model, _device(arguments.device))
+    if most is not None and not hasattr(task, "max_new_tokens"):
+        raise ValueError(f"max_new_tokens: {task.name} writes no texts")
+    if most is not None:
+        task.max_new_tokens = most
     rows += [_row_of(text, task) for text in arguments.text]
     source = "standard input" if arguments.input == "-" else arguments.input or "text"
     answers = saved.predict((model, task), rows, arguments.batch_size, source)

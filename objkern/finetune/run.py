@@ -203,7 +203,7 @@ def _run(
         rows = ready.splits.get("test") or ready.splits["dev"]
         if (metric := options.training.metric) is not None and metric not in (watched := _score(ready, "dev").metrics):
             raise ValueError(f"metric: expected one of {', '.join(watched)} but got {metric!r}")
-        untrained = ready.task.test(ready.model, rows).metrics
+        untrained = ready.task.test(ready.model, rows, options.training.batch_size).metrics
         if first:
             write_json(options.output / "run.json", {**described, "untrained": untrained, **provenance(command)})
 
@@ -310,16 +310,21 @@ def splits_of(options: RunOptions) -> Splits:
         rows = found["train"]
         if len(rows) < 2:
             raise ValueError(f"train: expected at least 2 rows, one of them to judge by, but got {len(rows)}")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.training.seed)).tolist()
-        held = _held(rows, order, max(1, round(DEV_SHARE * len(rows))))
+        # Whatever the run's seed, so that runs of several seeds are judged by the same rows.
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        held = _held(rows, order, max(1, round(DEV_SHARE * len(rows))), TASKS[options.task].classes)
         found["dev"] = [row for k, row in enumerate(rows) if k in held]
         found["train"] = [row for k, row in enumerate(rows) if k not in held]
     return found
 
 
-def _held(rows: Sequence[Row], order: Sequence[int], count: int) -> set[int]:
-    """The first rows of the order without which every label still occurs; the first one where there are none."""
-    names = [_labels_in(row) for row in rows]
+def _held(rows: Sequence[Row], order: Sequence[int], count: int, column: str | None) -> set[int]:
+    """The first rows of the order without which every class of the column still occurs; the first one where there are
+    none."""
+    labels = [None if column is None else row.get(column) for row in rows]
+    if any(isinstance(label, float) for label in labels):  # numbers to be told: whole ones are no classes either
+        labels = [None] * len(rows)
+    names = [_classes_in(label) for label in labels]
     left = Counter(name for some in names for name in some)
     held: set[int] = set()
     for place in order:
@@ -331,11 +336,10 @@ def _held(rows: Sequence[Row], order: Sequence[int], count: int) -> set[int]:
     return held or {order[0]}
 
 
-def _labels_in(row: Row) -> set[str]:
-    found = row.get("label", row.get("tags"))
-    if found is None or isinstance(found, float):  # a number to be told has no class that could be missing
+def _classes_in(label: Any) -> set[str]:
+    if label is None:
         return set()
-    return {str(name) for name in found} if isinstance(found, list | tuple) else {str(found)}
+    return {str(name) for name in label} if isinstance(label, list | tuple) else {str(label)}
 
 
 def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
@@ -346,8 +350,8 @@ def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
     # RoBERTa and GPT-2 need the prefix space for words that come already cut; the others ignore it.
     options = {"add_prefix_space": True} if task == "token-classification" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # of many kinds, the Rust library's own among them
         raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"model: {name!r} has no fast tokenizer, which tells where in a text a token stands")
@@ -363,7 +367,8 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
 
     _must_exist(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **task.model_options())
+        # Said, and not left out: transformers would ask, and a "y" that stands in a pipe is an answer.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **task.model_options())
         if dropout is not None:
             _set_dropout(config, dropout)
         if config.pad_token_id is None:
@@ -373,6 +378,8 @@ def load_model(name: str, task: Task, dropout: float | None = None) -> PreTraine
                 name,
                 config=config,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
                 dtype=torch.float32,  # `precision` says in what it runs
             )
     except (OSError, ValueError, SafetensorError) as error:
@@ -427,14 +434,15 @@ def _try(
             raise ValueError(f"objective: {objective} does not go with {task.name}: {first_line(error)}") from error
         except (IndexError, RuntimeError) as error:  # a token or a place that it has no vector for; no memory
             longest_length = max(example.length for example in longest)
+            places = getattr(model.config.get_text_config(), "max_position_embeddings", "unknown")
             raise ValueError(
                 f"model: it can't take these texts, of up to {longest_length} tokens (max_length: {task.max_length}, "
-                f"its places: {getattr(model.config, 'max_position_embeddings', 'unknown')}): {first_line(error)}"
+                f"its places: {places}): {first_line(error)}"
             ) from error
 
 
 def _score(ready: Run, split: str) -> Evaluation:
-    return ready.task.score(ready.model, ready.splits[split])
+    return ready.task.score(ready.model, ready.splits[split], ready.options.training.batch_size)
 
 
 def _tested(ready: Run) -> dict[str, Any]:
@@ -442,11 +450,12 @@ def _tested(ready: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for split in ("dev", "test"):
         if split in ready.splits:
-            evaluation = ready.task.test(ready.model, ready.splits[split])
+            evaluation = ready.task.test(ready.model, ready.splits[split], ready.options.training.batch_size)
             found |= {split: evaluation.metrics, "table": evaluation.table, "confusion": evaluation.confusion,
                       "classes": evaluation.classes}  # fmt: skip
     rows = (ready.splits.get("test") or ready.splits["dev"])[:SAMPLES]
-    answers, columns = ready.task.predict(ready.model, rows), {column.name for column in ready.task.columns}
+    answers = ready.task.predict(ready.model, rows, ready.options.training.batch_size)
+    columns = {column.name for column in ready.task.columns}
     found["samples"] = [
         {"input": {name: value for name, value in row.items() if name in columns and name not in _TRUTH},
          "truth": next((row[name] for name in _TRUTH if name in row), None), "predicted": answer}

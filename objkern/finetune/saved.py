@@ -140,7 +140,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of many kinds, the Rust library's own among them
         raise ValueError(f"model: the tokenizer of {folder} can't be read: {first_line(error)}") from error
 
@@ -153,7 +153,13 @@ def _model(name: str, task: Task, whole: bool) -> PreTrainedModel:
     options = {} if whole else task.model_options()
     try:
         model, found = kind.from_pretrained(
-            name, use_safetensors=True, weights_only=True, dtype="auto", output_loading_info=True, **options
+            name,
+            trust_remote_code=False,
+            use_safetensors=True,
+            weights_only=True,
+            dtype="auto",
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # of many kinds: no such name, a file cut short, another architecture
         raise ValueError(f"model: {name} can't be loaded: {first_line(error)}") from error

@@ -200,8 +200,8 @@ def train(
         layout: of the ranks; without, as ``options.parallel`` says.
 
     Raises:
-        FloatingPointError: the loss is not finite; it names the step, the parts and the rows. Nothing was changed since
-            the step before, whose checkpoint stands. On all ranks, whichever's loss it was.
+        FloatingPointError: the loss, or its gradient, is not finite; it names the step, the parts and the rows. Nothing
+            was changed since the step before, whose checkpoint stands. On all ranks, whichever's it was.
         ValueError: a checkpoint of another run.
     """
     places, layout = folder / "checkpoints", layout or parallel.layout_of(options.parallel)
@@ -215,7 +215,9 @@ def train(
     total = options.epochs * len(list(windows(examples, options, 1, progress.batches)))
     beginning = time.perf_counter() - progress.seconds
     if options.checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        # Reentrant checkpoints, once the default, pass no gradient on where their inputs want none.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     with interruptions() as interrupted:
         while not progress.finished and progress.epoch <= options.epochs:
@@ -320,13 +322,16 @@ def _step(
     if penalties is not None:
         _penalize(penalties, sums, step)
     gradient_norm = parallel.clip(model.parameters(), options.clip)
+    values = torch.stack([*sums.values(), gradient_norm.float()]).tolist()  # one transfer for all
+    record = dict(zip((*sums, "gradient_norm"), values, strict=True))
+    if not math.isfinite(record["gradient_norm"]):  # of all ranks, which stop together
+        numbers = [number for batch in window for example in batch for number in example.numbers]
+        raise FloatingPointError(f"the gradient is not finite in step {step + 1}: {record}; its rows: {numbers}")
     rate = options.learning_rate * rate_at(step, total, options.warmup, RATES[options.schedule])
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    values = torch.stack([*sums.values(), gradient_norm.float()]).tolist()  # one transfer for all
-    record = dict(zip((*sums, "gradient_norm"), values, strict=True))
     return record | {"learning_rate": rate, "seconds": time.perf_counter() - began}
 
 

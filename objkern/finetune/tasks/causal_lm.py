@@ -41,7 +41,9 @@ class CausalLM(Task):
 
     With `pack`, examples stand one behind the other in sequences of `max_length` tokens, so that no padding is
     computed. Positions begin anew with each, by which transformers keeps their attentions apart, and no first token is
-    a label.
+    a label. A model that does not keep them apart is refused.
+
+    An answer is written to its end, or to `max_new_tokens`.
     """
 
     name = "causal-lm"
@@ -58,7 +60,7 @@ class CausalLM(Task):
 
     def __init__(self, *arguments: Any, pack: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.pack = pack
+        self.pack, self.max_new_tokens = pack, 64
 
     def labels_of(self, rows: Sequence[Row], source: str) -> list[str]:
         if self.tokenizer.chat_template is None and any(row.get("messages") is not None for row in rows):
@@ -191,7 +193,7 @@ class CausalLM(Task):
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         """What the model says next, greedily: of prompts, of chats without an answer, of texts."""
         texts = [self._prompt(row) for row in rows]
-        return generated(self, model, texts, batch_size, cut=True)
+        return generated(self, model, texts, batch_size, cut=True, most=self.max_new_tokens)
 
     def _prompt(self, row: Row) -> list[int]:
         if row.get("messages") is not None:
@@ -206,24 +208,41 @@ class CausalLM(Task):
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
         """Whether what comes later changes what it says of a place: such a model has read what it is to tell."""
-        device = next(model.parameters()).device
-        ids = torch.arange(4, device=device)[None] % model.config.vocab_size
+        device, classes = next(model.parameters()).device, model.config.get_text_config().vocab_size
+        ids = torch.arange(4, device=device)[None] % classes
         later = ids.clone()
-        later[0, -1] = (later[0, -1] + 1) % model.config.vocab_size
+        later[0, -1] = (later[0, -1] + 1) % classes
         training = model.training
         model.eval()
         first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, :-1] for x in (ids, later))
+        apart = not self.pack or _keeps_apart(model, ids, later)
         model.train(training)
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"model: expected one that reads from left to right but got {type(model).__name__}, which sees the "
                 "words that it is to tell"
             )
+        if not apart:
+            raise ValueError(
+                f"pack: texts of one sequence would see each other in {type(model).__name__}, which does not keep "
+                "apart what begins at position 0 anew; train it without"
+            )
 
     @torch.no_grad()
     def score(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> Evaluation:
         """Of the texts themselves."""
         return likelihood(self, model, self.examples(rows), batch_size)
+
+
+def _keeps_apart(model: PreTrainedModel, text: Tensor, other: Tensor) -> bool:
+    """Whether a text says the same behind either of the two, packed as `CausalLM` packs them."""
+    count = text.shape[1]
+    positions = torch.arange(count, device=text.device).repeat(2)[None]
+    first, second = (
+        model(input_ids=torch.cat((x, text), 1), position_ids=positions, use_cache=False).logits[:, count:]
+        for x in (text, other)
+    )
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-4)
 
 
 def attached_loss(
@@ -272,16 +291,20 @@ def likelihood(task: Task, model: PreTrainedModel, examples: Sequence[Example], 
 
 def _places(model: PreTrainedModel) -> int | None:
     """How many tokens it takes, beside the vectors that a prompt strategy puts before them; None: any number."""
-    places = getattr(model.config, "max_position_embeddings", None)
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vectors = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return None if places is None else places - vectors
 
 
 @torch.no_grad()
 def generated(
-    task: Task, model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int, cut: bool, most: int = 64
+    task: Task, model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int, cut: bool, most: int
 ) -> list[str]:
-    """Greedy continuations, as far as the model has places; `cut`: the prompt stands before them and is taken off."""
+    """Greedy continuations of up to `most` tokens, as far as the model has places; `cut`: the prompt stands before them
+    and is taken off. One without a token begins as texts do, or else behind the end of another."""
+    begin = task.tokenizer.bos_token_id
+    begin = begin if begin is not None else task.tokenizer.eos_token_id
+    prompts = [prompt or [begin if begin is not None else task.tokenizer.pad_token_id or 0] for prompt in prompts]
     if (room := _places(model)) is not None:
         most = min(most, room // 2 if cut else room - 1)
         prompts = [prompt[-(room - most) :] for prompt in prompts] if cut else prompts

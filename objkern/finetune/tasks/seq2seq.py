@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Seq2Seq(Task):
-    """`prefix` stands before every source, as T5's "translate English to German: "."""
+    """`prefix` stands before every source, as T5's "translate English to German: ".
+
+    An answer is written to its end, or to `max_new_tokens`: as many as targets may have, `max_length`.
+    """
 
     name = "seq2seq"
     about = "a text from a text: translation, summaries"
@@ -30,7 +33,7 @@ class Seq2Seq(Task):
 
     def __init__(self, *arguments: Any, prefix: str = "", **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.prefix = prefix
+        self.prefix, self.max_new_tokens = prefix, self.max_length
 
     def examples(self, rows: Sequence[Row], source: str = "data") -> list[Example]:
         texts = [self.prefix + row["source"] for row in rows]
@@ -57,7 +60,7 @@ class Seq2Seq(Task):
 
     def predict(self, model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 32) -> list[Any]:
         prompts = [example.inputs["input_ids"] for example in self.examples([{"source": r["source"]} for r in rows])]
-        return generated(self, model, prompts, batch_size, cut=False)
+        return generated(self, model, prompts, batch_size, cut=False, most=self.max_new_tokens)
 
     def evaluate(self, rows: Sequence[Row], predicted: Sequence[Any]) -> Evaluation:
         """Of texts that the model wrote: BLEU and chrF, as sacrebleu has them."""

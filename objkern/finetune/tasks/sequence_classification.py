@@ -39,6 +39,7 @@ class SequenceClassification(Task):
         Column("label", _is_label, _LABEL),
     )
     auto_model = "AutoModelForSequenceClassification"
+    classes = "label"
 
     def __init__(self, *arguments: Any, problem: str | None = None, **options: Any) -> None:
         self.problem = problem

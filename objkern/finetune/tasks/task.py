@@ -100,6 +100,7 @@ class Task(ABC):
     columns: ClassVar[tuple[Column, ...]]
     auto_model: ClassVar[str]  # the class of transformers that makes the model
     metric: ClassVar[str]  # that says which epoch was best
+    classes: ClassVar[str | None] = None  # the column of those that each must occur among the rows of training
     linear_head: ClassVar[bool] = False  # whether the loss comes from the model, an objective attached to it
 
     def __init__(

@@ -25,6 +25,7 @@ class TokenClassification(Task):
         Column("tags", is_texts, "a list of tags, one for every word"),
     )
     auto_model = "AutoModelForTokenClassification"
+    classes = "tags"
 
     @property
     def metric(self) -> str:  # type: ignore[override]
