@@ -593,7 +593,7 @@ def test_the_longest_examples_are_tried(monkeypatch: pytest.MonkeyPatch) -> None
         collate=batch, loss=loss, reference=lambda reference, batch: "r", name="poetry", max_length=9
     )
     model = torch.nn.Linear(1, 1)
-    model.config = SimpleNamespace(max_position_embeddings=5)
+    model.config = transformers.BertConfig(max_position_embeddings=5)
     examples = [SimpleNamespace(length=length) for length in (3, 9, 2, 7)]
     for error, message in (
         (
