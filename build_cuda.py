@@ -67,6 +67,10 @@ def architectures(asked: str | None, toolkit: Toolkit) -> tuple[str, ...]:
             raise SystemExit(
                 f'TORCH_CUDA_ARCH_LIST: expected architectures like "8.0;9.0a;10.0+PTX" but got "{name}" in "{asked}"'
             )
+        if float(generation(name)) < 8.0:
+            raise SystemExit(
+                f'TORCH_CUDA_ARCH_LIST: "{name}" is too old: the kernels copy asynchronously, which takes 8.0 or newer'
+            )
         if generation(name) not in toolkit.known:
             raise SystemExit(
                 f'TORCH_CUDA_ARCH_LIST: "{name}" is not known to nvcc {toolkit.version} ({toolkit.nvcc}), which '

@@ -71,14 +71,21 @@ def quick(*names: str) -> tuple[str, ...]:
     return (*files(*names), "-k", f"not ({LONG})")
 
 
-OF_CALLS = ("objective", "torch", "corners", "errors", "functional", "linear", "distributed", "transformers")
-CALLS = (quick(*OF_CALLS), (*files(*OF_CALLS), "-k", LONG))
-OF_LOOP = (
-    files("finetune_training"), files("finetune_tasks", "finetune_saved", "finetune_run", "finetune", "finetune_retention"),
-    files("finetune_reports"),
-)  # fmt: skip
+# What runs in ranks, which are processes that serve many tests: which of them reaches a place is not known.
+IN_RANKS = ("distributed", "finetune_ranks", "transformers_sharded")
 RANKS = (*files("finetune_ranks"), "-m", "not trust")  # these are slow ones
 SHARDED = (*files("transformers_sharded"), "-m", "not trust")
+OF_PYTHON = (
+    "terms", "objective", "errors", "default_call", "corners", "functional", "elementwise", "divergence", "precision",
+    "pitfalls", "kernels", "linear", "penalties", "buffers", "parser", "torch", "transformers", "without_core", "finetune",
+    "finetune_tasks", "finetune_retention", "finetune_reports", "finetune_saved", "finetune_training", "finetune_run",
+)  # fmt: skip
+WHOLE = quick(*OF_PYTHON)
+LATER = (
+    *files("objective", "torch", "corners", "functional", "linear", "transformers", "elementwise", "penalties"),
+    "-k",
+    LONG,
+)
 INSIDE = quick("kernels", "pitfalls", "terms", "elementwise")
 AROUND = quick(
     "precision", "objective", "divergence", "corners", "default_call", "buffers", "errors", "functional", "torch"
@@ -128,45 +135,15 @@ ROOMS = {
     ),
     "python": Room(
         ("objkern/*.py", "objkern/finetune/*.py"),
-        CALLS,
+        (WHOLE, LATER, files("distributed")),
         by_file={
-            "linear": (quick("linear"), quick("distributed", "transformers", "objective", "divergence", "corners", "penalties"), (*files("linear"), "-k", LONG)),
-            "distributed": (files("distributed"), files("transformers"), RANKS, SHARDED),
-            "elementwise": (quick("elementwise"), *CALLS, (*files("elementwise"), "-k", LONG)),
-            "penalties": (quick("penalties"), quick("finetune_retention", "objective", "distributed"), (*files("penalties"), "-k", LONG), RANKS),
-            "functional": (quick("functional"), (*files("functional", "linear"), "-k", LONG), quick("elementwise", "torch", "linear")),
-            "reference": (quick("terms", "kernels", "objective"), quick("corners", "divergence", "precision", "torch"), *CALLS),
-            "terms": (quick("terms", "objective"), quick("divergence", "elementwise", "torch", "corners"), CALLS[1]),
-            "batch": (quick("objective", "corners", "errors"), *CALLS),
-            "transformers": (files("transformers"), files("finetune_tasks"), SHARDED, RANKS),
-            "objective": (quick("objective", "elementwise", "divergence"), *CALLS, quick("penalties")),
-            "ops": (quick("torch", "kernels", "default_call"), files("without_core"), *CALLS),
-            "parser": (files("parser"), quick("objective", "reference")),
+            "distributed": (files("distributed"), WHOLE, RANKS, SHARDED),
+            "scale": (files("distributed"), WHOLE, LATER),
+            "penalties": (WHOLE, LATER, files("distributed"), RANKS),
+            "transformers": (WHOLE, LATER, SHARDED, RANKS),
             "native": (files("without_core", "house"),),
-            "without_core": (files("without_core"),),
-            "reads": (files("without_core"), quick("terms", "linear")),
-            "buffers": (files("buffers"), *CALLS),
-            "scale": (files("distributed"), quick("linear", "transformers", "torch"), CALLS[1]),
-            "finetune/training": (*OF_LOOP, RANKS),
-            "finetune/parallel": (files("finetune_training"), RANKS),
-            "finetune/checkpoints": (files("finetune_training"), files("finetune_run", "finetune_saved"), RANKS),
-            "finetune/strategies": (files("finetune_training"), files("finetune_run", "finetune_saved"), RANKS),
-            "finetune/run": (files("finetune_run"), files("finetune_training", "finetune_saved", "finetune_retention"), RANKS),
-            "finetune/search": (files("finetune_run"),),
-            "finetune/lock": (files("finetune_run"),),
-            "finetune/data": (files("finetune_tasks"), files("finetune_run", "finetune_saved")),
-            "finetune/record": (files("finetune_reports"), files("finetune_run", "finetune_saved")),
-            "finetune/memory": (files("finetune_reports"), files("finetune_run")),
-            "finetune/whole": (files("finetune_saved"), files("finetune_reports", "finetune_run")),
-            "finetune/saved": (files("finetune_saved"), files("finetune_run", "finetune_reports")),
-            "finetune/adapters": (files("finetune_saved"), files("finetune_run")),
-            "finetune/deploy": (files("finetune_saved"), files("finetune_reports")),
-            "finetune/onnx": (files("finetune_saved"),),
-            "finetune/extras": (files("finetune_saved"),),
-            "finetune/retention": (files("finetune_retention"), files("finetune_run")),
-            "finetune/metrics": (files("finetune"), files("finetune_tasks")),
-            "finetune/schedules": (files("finetune"), files("finetune_training")),
-            "finetune/": OF_LOOP,
+            **{f"finetune/{name}": (WHOLE, RANKS) for name in ("training", "parallel", "checkpoints", "strategies", "run")},
+            "finetune/": (WHOLE,),
         },
     ),
 }  # fmt: skip
@@ -392,7 +369,7 @@ class Runner:
     ) -> tuple[float, dict[str, Any]]:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as temporary:
-            if INTERPRETED in arguments:
+            if INTERPRETED in arguments or tells_by_marks(room, arguments):
                 folder = marked(copy_of_package(Path(temporary)), faults)
             out = Path(temporary, "reached.json")
             status, output = self.pytest(folder, room, arguments, -1, 3600, **{reached.OUT: str(out)})
@@ -404,9 +381,13 @@ class Runner:
 
     def runs(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
         """A minute of tests that reach the place, three of each function, by which most faults are seen at once; then
-        all others that do, and those of which it is not known, for they work in other processes."""
+        all others that do, and those of which it is not known, for they work in other processes. A place that a test or
+        two reach may be one that is reached once in a process, by whoever comes first: then it is all tests."""
         begun: set[str] = set()
-        reach = {each: self.without(folder, ROOMS[fault.room], each)[1] for each in tests if fault.room != "python"}
+        room = ROOMS[fault.room]
+        known = [each for each in tests if room is not ROOMS["python"] or tells_by_marks(room, each)]
+        reach = {each: self.without(folder, room, each)[1] for each in known}
+        once = sum(fault.number in each.faults for some in reach.values() for each in some) < 3
         for named in dict.fromkeys(split(arguments)[0] for arguments in reach):
             functions: dict[str, list[Reach]] = {}
             there = {each for arguments, some in reach.items() if split(arguments)[0] == named for each in some}
@@ -421,7 +402,7 @@ class Runner:
                 begun.update(words)
                 yield (*named, *words)
         for arguments in tests:
-            if arguments not in reach:
+            if arguments not in reach or once:
                 yield arguments
                 continue
             others = [each.test for each in reach[arguments] if fault.number in each.faults or not each.faults]
@@ -472,6 +453,26 @@ class Runner:
             path.write_text(source, encoding="utf-8")
 
 
+def tells_by_marks(room: Room, arguments: tuple[str, ...]) -> bool:
+    """Whether tests of a room in Python run in this process, and so can say what they reach, and nothing is compiled."""
+    return room is ROOMS["python"] and arguments == WHOLE
+
+
+# For the processes that a test starts, which are no pytest: each place once, to a file.
+OUTSIDE = f"""\
+import builtins, os
+
+def reached(number, seen=set()):
+    if number not in seen and {reached.OUTSIDE!r} in os.environ:
+        seen.add(number)
+        with open(os.environ[{reached.OUTSIDE!r}], "a") as file:
+            file.write(f"{{number}}\\n")
+
+if not hasattr(builtins, {REACHED!r}):
+    builtins.{REACHED} = reached
+"""
+
+
 def marked(folder: Path, faults: Sequence[Fault]) -> Path:
     """With places in Python that tell that they are reached, as planted ones in C++ do; no compiler of kernels takes
     such a source. Lines stay where they are."""
@@ -484,6 +485,13 @@ def marked(folder: Path, faults: Sequence[Fault]) -> Path:
         with contextlib.suppress(SyntaxError):
             ast.parse(new := source[:begin] + place + source[end:])
             (folder / fault.file).write_text(new, encoding="utf-8")
+    (folder / "objkern/_reached.py").write_text(OUTSIDE, encoding="utf-8")
+    first, source = folder / "objkern/__init__.py", (folder / "objkern/__init__.py").read_text(encoding="utf-8")
+    module = ast.parse(source)
+    place = next(s for s in module.body if not isinstance(s, ast.Expr) and getattr(s, "module", "") != "__future__")
+    lines = source.splitlines(keepends=True)
+    lines[place.lineno - 1] = f"from . import _reached; {lines[place.lineno - 1]}"
+    first.write_text("".join(lines), encoding="utf-8")
     return folder
 
 

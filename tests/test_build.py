@@ -85,6 +85,13 @@ def test_what_is_no_architecture_is_named(tmp_path: Path, asked: str) -> None:
         plan(tmp_path, TORCH_CUDA_ARCH_LIST=asked)
 
 
+@pytest.mark.parametrize("asked", ["7.5", "7.0+PTX", "9.0;6.1"])
+def test_an_architecture_that_is_too_old_is_named(tmp_path: Path, asked: str) -> None:
+    fake_nvcc(tmp_path)
+    with pytest.raises(SystemExit, match=r'TORCH_CUDA_ARCH_LIST: "\d\.\d(\+PTX)?" is too old: .* takes 8\.0 or newer'):
+        plan(tmp_path, TORCH_CUDA_ARCH_LIST=asked)
+
+
 def test_an_architecture_that_nvcc_does_not_know_is_named(tmp_path: Path) -> None:
     """nvcc would say so too, but for the first file only and in the middle of a log."""
     fake_nvcc(tmp_path, "12.4.131")

@@ -28,6 +28,7 @@ from objkern import (
     MeanSquaredError,
     Objective,
     ZLoss,
+    elementwise,
 )
 
 from .conftest import DTYPES, assert_within_budget
@@ -492,6 +493,14 @@ def test_the_numbers_of_torch_where_they_are_infinite(z: float, y: float, pos_we
     options = {"reduction": "none", "pos_weight": None if pos_weight is None else torch.tensor(pos_weight)}
     torch.testing.assert_close(
         objkern.binary_cross_entropy_with_logits(prediction, target, **options),
+        F.binary_cross_entropy_with_logits(prediction, target, **options), equal_nan=True,
+    )  # fmt: skip
+    e = elementwise.checked(
+        prediction, target, (None, options["pos_weight"]), reduction="none", normalizer=None, logit_scale=1.0,
+        softcap=None, empty="nan", limits=False,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        elementwise.reference(e, [(1.0, objkern.BinaryCrossEntropy())])[0],
         F.binary_cross_entropy_with_logits(prediction, target, **options), equal_nan=True,
     )  # fmt: skip
     torch.testing.assert_close(objkern.mse_loss(prediction, target), F.mse_loss(prediction, target), equal_nan=True)

@@ -262,7 +262,7 @@ def test_figures_by_hand() -> None:
 
 def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
     empty = status.page([])
-    assert empty.count(status.NOTHING) == sum(map(len, CLAIMS.values())) + 4 + len(figures.TARGETS) + 1
+    assert empty.count(status.NOTHING) == sum(map(len, CLAIMS.values())) + 8 + len(figures.TARGETS) + 1
     path = tmp_path / "gpu-a-gpu-2030-01-02.json"
     run.write(path, RESULT)
     assert status.load(tmp_path) == [(path, RESULT)]
@@ -274,12 +274,27 @@ def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
         f"cuda: 7 cases hold (A GPU, {path.name}); triton: {nothing}, reference: {nothing}"
     )
     assert rows["`ignore_index` inside the vocabulary (14)"].startswith("cuda: **1 of 4 cases fail**")
-    assert rows["no access out of bounds or misaligned"] == f"cuda: clean, 9 calls, triton: {nothing} {source}"
+    assert rows["no access out of bounds or misaligned"] == f"cuda: clean, 9 calls {source}; triton: {nothing}"
     assert rows[str(figures.TARGETS["eager"])] == f"met: 3 × 100 bfloat16: 5 {source}"
     assert rows[str(figures.TARGETS["compiled"])] == f"**missed 1 of 1**: 3 × 100 bfloat16: 1.5 ✗ {source}"
-    assert rows["`make gpu` runs to its end"] == f"6 steps, 10 s, but tests failed, plans not run {source}"
+    assert rows["`make gpu` runs to its end"] == nothing  # some of its steps
+    steps = {step.name: {"status": "not run", "entries": []} for step in run.STEPS} | RESULT["steps"]
+    assert status.of_command({"steps": steps}).startswith(
+        f"{len(run.STEPS)} steps, 10 s, but build not run, tests failed"
+    )
     assert rows["autocast (19)"] == nothing
     assert NATIVE == ("cuda", "triton")
+
+
+def test_what_the_sanitizer_said_before_its_time_was_up() -> None:
+    entry = {"kind": "sanitizer", "tool": "racecheck", "backend": "triton", "status": "timeout", "seconds": 9.0}
+    race = "========= Error: Race reported between Write access at f\n========= and Write access at f\n"
+    for tail, expected in (("========= COMPUTE-SANITIZER", None), (2 * race, "**2 reports** before its time was up")):
+        result = {"steps": {"sanitizer": {"entries": [{**entry, "tail": tail}]}}}
+        assert status.of_sanitizer("racecheck", "triton", result) == expected
+        assert status.of_sanitizer("racecheck", "cuda", result) is None
+    failed = {"steps": {"sanitizer": {"entries": [{**entry, "status": "errors", "errors": 3}]}}}
+    assert status.of_sanitizer("racecheck", "triton", failed) == "**3 reports**"
 
 
 def test_tests_that_were_cut_off_are_no_proof_of_the_rest() -> None:

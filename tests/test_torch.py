@@ -697,6 +697,34 @@ def test_what_was_saved_goes_with_the_backward_pass(gradient: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        ("objective", 0),
+        ("objective", 1),
+        ("fused", 1),
+        ("elementwise", 0),
+        ("elementwise", 1),
+        ("elementwise_fused", 1),
+    ],
+)
+def test_parts_that_a_coefficient_needs_go_with_the_backward_pass(name: str, reduction: int) -> None:
+    x, y = plain_batch(5)
+    if name.startswith("elementwise"):
+        terms, y = [0.0, 0.0, 1.0], torch.rand(x.shape)
+    else:
+        terms = [float(CrossEntropy.kind), 0.0, 1.0]
+    coefficient = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    op = getattr(OPS, name)
+    loss, parts, *_ = op(terms, reduction, x.detach(), y, coefficient_tensor=coefficient, with_parts=True)
+    held = weakref.ref(parts)
+    del parts, _
+    assert held() is not None
+    loss.sum().backward()
+    assert coefficient.grad is not None
+    assert held() is None
+
+
 def test_asking_which_backend_runs_breaks_no_graph() -> None:
     """On a GPU the question goes to the driver, which no compiler can trace: the answer is a constant to it."""
     answers = {name: 1.0 if ops.why_not(name, "cuda", 0) is None else 2.0 for name in ("cuda", "triton")}

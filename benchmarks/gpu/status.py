@@ -17,6 +17,7 @@ from .. import results
 from . import figures
 from .claims import CLAIMS, NATIVE, REMARKS, SANITIZER, Claim
 from .figures import TARGETS, Result, entries, findings
+from .run import STEPS
 from .suite import ENDED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,9 +28,10 @@ INTRODUCTION = """\
 # What is known on GPUs
 
 Every claim about a GPU has a row here, with the file and the date of what was measured; a row without one is not yet
-measured. Written by `make docs` from `benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with an
-NVIDIA GPU. A number in parentheses is that of the failure, shipped elsewhere, that the test guards against
-([tests/gpu](../tests/gpu/README.md) has the list).
+measured. A row says what held at the commit of its file, which the list below has; what changed in the kernels since is
+held by emulation and by what compilers say until a device is asked again. Written by `make docs` from
+`benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with an NVIDIA GPU. A number in parentheses is that
+of the failure, shipped elsewhere, that the test guards against ([tests/gpu](../tests/gpu/README.md) has the list).
 """
 
 File = tuple[Path, Result]
@@ -48,7 +50,10 @@ def page(files: list[File]) -> str:
     for topic, claims in CLAIMS.items():
         rows = [(claim.text, measured_tests(files, claim)) for claim in claims]
         blocks += [f"## {topic}", table("claim", rows)]
-    rows = [(text, measured(files, lambda result, n=name: of_sanitizer(n, result))) for name, text in SANITIZER.items()]
+    rows = []
+    for name, text in SANITIZER.items():
+        found = (f"{b}: {measured(files, lambda r, n=name, b=b: of_sanitizer(n, b, r))}" for b in NATIVE)
+        rows.append((text, "; ".join(found)))
     blocks += ["## compute-sanitizer over every kernel", table("claim", rows)]
     blocks += ["## Performance", PERFORMANCE]
     rows = [
@@ -160,16 +165,18 @@ def went(passed: int, failed: int, cut: bool) -> str:
     return (f"{passed} cases hold" if passed > 1 else "holds") + rest
 
 
-def of_sanitizer(tool: str, result: Result) -> str | None:
-    words = []
+def of_sanitizer(tool: str, backend: str, result: Result) -> str | None:
     for entry in entries(result, "sanitizer"):
-        if entry["tool"] == tool and (entry["status"] == "clean" or entry.get("errors", 0) > 0):
-            what = f"clean, {entry['calls']} calls" if entry["status"] == "clean" else f"**{entry['errors']} reports**"
-            words.append(f"{entry['backend']}: {what}")
-    if not words:
-        return None
-    absent = [backend for backend in NATIVE if not any(word.startswith(backend) for word in words)]
-    return ", ".join(words + [f"{backend}: {NOTHING}" for backend in absent])
+        if (entry.get("tool"), entry.get("backend")) != (tool, backend):
+            continue
+        if entry["status"] == "clean":
+            return f"clean, {entry['calls']} calls"
+        if entry.get("errors", 0) > 0:
+            return f"**{entry['errors']} reports**"
+        early = entry.get("tail", "").count("========= Error: ") if entry["status"] == "timeout" else 0
+        if early:
+            return f"**{early} reports** before its time was up"
+    return None
 
 
 def of_target(name: str, result: Result) -> str | None:
@@ -183,6 +190,8 @@ def of_target(name: str, result: Result) -> str | None:
 
 
 def of_command(result: Result) -> str | None:
+    if {step.name for step in STEPS} - set(result["steps"]):  # it was asked for some of them
+        return None
     bad = [f"{name} {step['status']}" for name, step in result["steps"].items() if step["status"] != "ok"]
     seconds = sum(step.get("seconds", 0) for step in result["steps"].values())
     return f"{len(result['steps'])} steps, {seconds:.0f} s" + (f", but {', '.join(bad)}" if bad else "")

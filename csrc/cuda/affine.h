@@ -45,8 +45,8 @@ struct Affine {
     }
   }
 
-  // What a reference adds to the gradient of a class whose logits are z and r; finite where d is not (a NaN is in e or f
-  // as well).
+  // What a reference adds to the gradient of a class whose logits are z and r; finite where d is not. A NaN comes by e
+  // or f.
   OBJKERN_DEVICE A share(A z, A r) const {
     const A t_r = r - g.max_r, t_z = z - g.max_z, e = exp_over(t_r), f = exp_over(t_z);
     if (g.of_pd == A(0)) return f * g.of_p + e * g.of_q;

@@ -11,5 +11,5 @@
     metrics.py      spans and their scores;  memory.py: peak memory
     demo/           `make demo`
 
-`import objkern` doesn't import this package; it needs `pip install objkern[finetune]`.
+`import objkern` doesn't import this package; it needs the packages of the extra `finetune`.
 """

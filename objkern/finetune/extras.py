@@ -9,4 +9,4 @@ def require_finetune_extra() -> None:
     """Raises an ImportError that says what to install if a package is missing."""
     missing = [package for package in FINETUNE_EXTRA if find_spec(package) is None]
     if missing:
-        raise ImportError(f"fine-tuning needs {', '.join(missing)}: pip install objkern[finetune]")
+        raise ImportError(f"fine-tuning needs {', '.join(missing)}: pip install {' '.join(missing)}")

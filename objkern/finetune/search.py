@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import optuna
     except ImportError as error:
-        raise ValueError("search: needs optuna: pip install objkern[finetune]") from error
+        raise ValueError("search: needs optuna: pip install optuna") from error
     variables = variables_of(argv)
     if not variables:
         raise ValueError("search: expected something to search for, such as --learning-rate {1e-5..1e-3:log}")

@@ -85,7 +85,7 @@ def _with_adapters(model: PreTrainedModel, name: str, number: int, task_type: st
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f"strategy: {name} needs peft: pip install objkern[finetune]") from error
+        raise ValueError(f"strategy: {name} needs peft: pip install peft") from error
     if name == "prompt":
         if task_type in ("TOKEN_CLS", "QUESTION_ANS"):
             raise ValueError("strategy: prompt vectors would be tokens with answers")

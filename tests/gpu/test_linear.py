@@ -48,6 +48,27 @@ def test_as_the_logits_path(chunk_rows: int, mode: str, dtype: torch.dtype, devi
         assert_within_budget(one.cpu(), other.cpu(), truth, dtype)
 
 
+@pytest.mark.parametrize("path", ["logits", *MODES])
+def test_coefficients_on_the_host(path: str, device: torch.device, backend: str) -> None:
+    """Each is that of its own term, and has its gradient where it lies."""
+    hidden, weight, bias, labels = inputs(device, torch.float32)
+    numbers = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.5, 0.25, -0.125)]
+    terms = (objkern.CrossEntropy(), objkern.ZLoss(), objkern.Entropy())
+
+    def loss(numbers: list[Tensor]) -> Tensor:
+        objective = numbers[0] * terms[0] + numbers[1] * terms[1] + numbers[2] * terms[2]
+        if path == "logits":
+            return objective(F.linear(hidden, weight, bias), labels, backend=backend)
+        return objective.linear(hidden, weight, labels, bias, mode=path, backend=backend)
+
+    found, alone = loss(numbers), [loss([torch.tensor(float(k == j)) for j in range(3)]) for k in range(3)]
+    gradients = torch.autograd.grad(found, numbers)
+    torch.testing.assert_close(found, sum(n.item() * a for n, a in zip(numbers, alone, strict=True)).detach())
+    for gradient, own in zip(gradients, alone, strict=True):
+        assert gradient.device == torch.device("cpu")
+        torch.testing.assert_close(gradient.float(), own.cpu().detach())
+
+
 @pytest.mark.real_device
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("classes", [9, 1000, 1003, 50257, 128256])
