@@ -379,15 +379,17 @@ class Runner:
             print(f"without a fault: {seconds:.0f} s: {' '.join(arguments)}", flush=True)
             return seconds, json.loads(out.read_text())
 
-    def runs(self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, ...]]:
-        """A minute of tests that reach the place, three of each function, by which most faults are seen at once; then
+    def runs(
+        self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]
+    ) -> Iterator[tuple[tuple[str, ...], float]]:
+        """Arguments, and how long they take without the fault. A minute of tests that reach the place, three of each function, by which most faults are seen at once; then
         all others that do, and those of which it is not known, for they work in other processes. A place that a test or
         two reach may be one that is reached once in a process, by whoever comes first: then it is all tests."""
         begun: set[str] = set()
         room = ROOMS[fault.room]
         known = [each for each in tests if room is not ROOMS["python"] or tells_by_marks(room, each)]
         reach = {each: self.without(folder, room, each)[1] for each in known}
-        once = sum(fault.number in each.faults for some in reach.values() for each in some) < 3
+        once = all(sum(fault.number in each.faults for each in some) < 3 for some in reach.values())
         for named in dict.fromkeys(split(arguments)[0] for arguments in reach):
             functions: dict[str, list[Reach]] = {}
             there = {each for arguments, some in reach.items() if split(arguments)[0] == named for each in some}
@@ -397,17 +399,16 @@ class Runner:
             chosen = {each for of in functions.values() for each in (of[0], of[len(of) // 2], of[-1])}
             ordered = sorted(chosen, key=lambda each: (each.seconds, each.test))
             ends = itertools.accumulate(each.seconds for each in ordered)
-            words = [each.test for each, end in zip(ordered, ends, strict=True) if end <= 60]
-            if words:
-                begun.update(words)
-                yield (*named, *words)
+            if some := [each for each, end in zip(ordered, ends, strict=True) if end <= 60]:
+                begun.update(each.test for each in some)
+                yield (*named, *(each.test for each in some)), sum(each.seconds for each in some)
         for arguments in tests:
             if arguments not in reach or once:
-                yield arguments
+                yield arguments, self.without(folder, room, arguments)[0]
                 continue
-            others = [each.test for each in reach[arguments] if fault.number in each.faults or not each.faults]
-            if words := [test for test in others if test not in begun]:
-                yield (*split(arguments)[0], *words)
+            others = [each for each in reach[arguments] if fault.number in each.faults or not each.faults]
+            if others := [each for each in others if each.test not in begun]:
+                yield (*split(arguments)[0], *(each.test for each in others)), sum(each.seconds for each in others)
 
     def run(self, folder: Path, fault: Fault) -> dict[str, Any]:
         """What became of it."""
@@ -418,9 +419,8 @@ class Runner:
         )
         begin = time.monotonic()
         found: dict[str, Any] = {"outcome": "survived", "by": ""}
-        for arguments in self.runs(folder, fault, tests):
-            whole = arguments in tests
-            limit = 60 + 4 * self.without(folder, room, arguments)[0] if whole else 600
+        for arguments, seconds in self.runs(folder, fault, tests):
+            whole, limit = arguments in tests, 60 + 4 * seconds
             status, output = self.with_fault(folder, fault, arguments, limit)
             if self.verbose:
                 print(output[-3000:], flush=True)
@@ -428,17 +428,17 @@ class Runner:
                 raise RuntimeError(f"no tests: {arguments}\n{output}")
             if status != 0:
                 first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-                if not whole and not self.passes(folder, room, arguments, first[1] if first else ""):
+                if not whole and not self.passes(folder, room, arguments, first[1] if first else "", limit):
                     continue  # it takes the others that come before it, or its name is none that pytest takes
                 found = {"outcome": "caught", "by": first[1] if first else f"status {status}"}
                 break
         source = (ROOT / fault.file).read_text(encoding="utf-8")
         return fault.describe(source) | found | {"seconds": round(time.monotonic() - begin, 1)}
 
-    def passes(self, folder: Path, room: Room, arguments: tuple[str, ...], failed: str) -> bool:
+    def passes(self, folder: Path, room: Room, arguments: tuple[str, ...], failed: str, limit: float) -> bool:
         """Whether the test that failed, or all, if it is not known, pass without the fault."""
         again = (*split(arguments)[0], failed) if failed in arguments else arguments
-        return self.pytest(folder, room, again, 0, 300)[0] == 0
+        return self.pytest(folder, room, again, 0, limit)[0] == 0
 
     def with_fault(self, folder: Path, fault: Fault, arguments: tuple[str, ...], limit: float) -> tuple[int, str]:
         room, path = ROOMS[fault.room], folder / fault.file
