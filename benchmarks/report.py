@@ -204,8 +204,8 @@ def every_run(machines: list[list[Run]]) -> str:
         "## Every run",
         "What a later run on the same machine has repeated is not shown above; it stays in its file. The files say by "
         "which command each was recorded, with paths of the machine that it ran on; commands of older files no longer "
-        "exist, and where a GPU's machine had no git, the commit was entered afterwards. `python -m objkern bench SUITE "
-        "--record` repeats a table.",
+        "exist, and where a GPU's machine had no git, the commit was entered afterwards. `python -m objkern bench "
+        "SUITE --record` repeats a table.",
         tables.table(["file", "date", "commit", "machine", "shown above"], lines),
     ])  # fmt: skip
 

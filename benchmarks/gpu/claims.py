@@ -21,8 +21,8 @@ class Claim(NamedTuple):
 
 # Of a file of results, what a reader has to know and no rule can.
 REMARKS = {
-    "gpu-nvidia-h200-2026-11-26-3.json": "; the case of the reference under `torch.compile` was ended by the time limit "
-    "while it compiled",
+    "gpu-nvidia-h200-2026-11-26-3.json": "; the case of the reference under `torch.compile` was ended by the time "
+    "limit while it compiled",
     "gpu-nvidia-h200-2026-11-26-4.json": "; `test_row_statistics` fails there by its own fault: it stacked fields that "
     "are None without a reference",
     "gpu-nvidia-h200-2026-11-26-8.json": "; three classes of float32 miss their bound there by 0.2 %, and a CUDA graph "
@@ -108,6 +108,8 @@ CLAIMS: dict[str, list[Claim]] = {
               ("divergence::values_and_gradients", "divergence::beside_other_terms")),
         Claim("a divergence alone; a reference that excludes thousands of classes in a row",
               ("divergence::alone", "divergence::a_reference_that_excludes_thousands_of_classes")),
+        Claim("masks of the least number of a dtype are as good as −inf, over T < 1 and in derivatives of statistics",
+              ("divergence::masks_of_the_least_number", "divergence::statistics_beside_masks_of_the_least_number")),
         Claim("a divergence of 1e-6 keeps three digits", ("divergence::a_small_divergence_keeps_its_digits",)),
         Claim("the linear path, `row_statistics`, custom terms",
               ("divergence::the_linear_path", "divergence::statistics")),

@@ -30,8 +30,8 @@ INTRODUCTION = """\
 Every claim about a GPU has a row here, with the file and the date of what was measured; a row without one is not yet
 measured. A row says what held at the commit of its file, which the list below has; what changed in the kernels since is
 held by emulation and by what compilers say until a device is asked again. Written by `make docs` from
-`benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with an NVIDIA GPU. A number in parentheses is that
-of the failure, shipped elsewhere, that the test guards against ([tests/gpu](../tests/gpu/README.md) has the list).
+`benchmarks/results/gpu-*.json`, which `make gpu` writes on a machine with an NVIDIA GPU. A number in parentheses is
+that of the failure, shipped elsewhere, that the test guards against ([tests/gpu](../tests/gpu/README.md) has the list).
 """
 
 File = tuple[Path, Result]

@@ -8,7 +8,13 @@ from torch import Tensor
 import objkern
 from objkern import CrossEntropy, Entropy, KLDivergence, custom
 
-from ..conftest import DTYPES, assert_within_budget
+from ..conftest import (
+    DTYPES,
+    assert_masks_are_no_part_of_a_gradient,
+    assert_rounded,
+    assert_within_budget,
+    masked_sides,
+)
 from ..test_divergence import DIRECTIONS, eager
 from .rows import GRADIENT, assert_like_reference, rows_on, value_and_gradient
 from .test_streams import capture, no_waiting
@@ -49,6 +55,32 @@ def test_alone(direction: str, classes: int, gradient: str, device: torch.device
     """Beside it nothing is collected of the logits, and the gradient is written all the same."""
     z, _ = rows_on(device, 33, classes, torch.float32)
     assert_like_reference(KLDivergence(direction), z, None, reference=beside(z), gradient=gradient, backend=backend)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("classes", [16, 1031, 20011])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_masks_of_the_least_number(
+    dtype: torch.dtype, classes: int, temperature: float, device: torch.device, backend: str
+) -> None:
+    """Over T < 1 they are −∞ after all, and differences times an upstream gradient of 65536 are: 0·∞ is 0 here."""
+    up = torch.full((3,), 65536.0, device=device)
+    for direction, z, r in masked_sides(3, classes, dtype):
+        term, found = KLDivergence(direction, temperature), []
+        for x, beside, backend_ in ((z, r, backend), (*(s.double().clamp(min=-1e30) for s in (z, r)), "reference")):
+            x = x.to(device).requires_grad_()
+            loss = term(x, reference=beside.to(device), reduction="none", backend=backend_)
+            found.append((loss.detach(), *torch.autograd.grad(loss, x, up.to(loss))))
+        for ours, truth in zip(*found, strict=True):
+            assert_rounded(ours, truth, 1e-12 if dtype == torch.float64 else 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("classes", [9, 1031, 20011])
+def test_statistics_beside_masks_of_the_least_number(
+    classes: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> None:
+    assert_masks_are_no_part_of_a_gradient(backend, classes, dtype, device)
 
 
 def test_a_reference_that_excludes_thousands_of_classes(device: torch.device, backend: str) -> None:
