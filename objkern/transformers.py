@@ -15,11 +15,12 @@ Nothing here imports transformers; models of 4.57 and later have what is used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -326,6 +327,7 @@ class Attached:
             (owner, "forward"), (owner, "_loss_function"), (owner, "accepts_loss_kwargs"), (owner, _KEY),
             (head, "forward"), (head, _KEY))]  # fmt: skip
         self.asked = False  # whether its last forward pass has come to the objective
+        self.materializes = True  # whether an evaluation has its logits as a tensor
         self.defers = False  # whether the head is called by a forward pass that ends in a loss
         self.count: Tensor | float | None = None  # num_items_in_batch, for models that do not pass it to their loss
         self.logits_of_reference: DeferredLogits | None = None  # of the call
@@ -499,6 +501,22 @@ def is_attached(model: nn.Module, objective: Objective | None = None, reference:
     )
 
 
+@contextlib.contextmanager
+def measuring(model: nn.Module, objective: Objective) -> Iterator[None]:
+    """The objective is the model's loss, in evaluation mode too without logits; then whatever was it before."""
+    there = is_attached(model)
+    attached = _owner(model if there else attach(model, objective)).__dict__[_KEY]
+    before = attached.objective, attached.reference, attached.parts
+    attached.objective, attached.reference, attached.materializes = objective, None, False
+    try:
+        yield
+    finally:
+        attached.objective, attached.reference, attached.parts = before
+        attached.materializes = True
+        if not there:
+            detach(model)
+
+
 def parts(model: nn.Module) -> dict[str, Tensor]:
     """The parts of the last loss of an attached model: every term, the total, the accuracy; detached."""
     attached = _owner(model).__dict__.get(_KEY)
@@ -581,7 +599,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"attach: {type(self).__name__} computes its loss from its logits by itself, in a way that the objective "
             "does not see; leave it unattached and use compute_loss_func"
         )
-    return outputs if self.training else _materialized(outputs)
+    return outputs if self.training or not attached.materializes else _materialized(outputs)
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import objkern  # noqa: E402
 from objkern.finetune import data, small  # noqa: E402
 from objkern.finetune.tasks import TASKS  # noqa: E402
 from objkern.finetune.tasks.task import IGNORED  # noqa: E402
+from objkern.transformers import attach, detach, is_attached  # noqa: E402
 
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", "and", "who", "is", "there", "?", "it", "was", "not", "dog", ",", "nor", "blue",
@@ -585,7 +586,7 @@ def test_packing_changes_no_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_likelihood_and_continuations() -> None:
+def test_likelihood_and_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = tiny_llama(), causal()
     rows = [{"prompt": "the cat", "completion": "sat"}, {"prompt": "a", "completion": "mat and a dog"}]
     found = task.score(model, rows, batch_size=2).metrics
@@ -597,6 +598,18 @@ def test_likelihood_and_continuations() -> None:
         count += (y[0, 1:] != IGNORED).sum().item()
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+    with monkeypatch.context() as patched:  # logits are never made
+        patched.setattr(objkern.transformers.DeferredLogits, "materialize", lambda self: pytest.fail("logits"))
+        assert task.score(model, rows, batch_size=1).metrics["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert not is_attached(model)
+    assert model.training
+    attach(model, objective := objkern.CrossEntropy() + objkern.ZLoss())
+    assert task.score(model, rows, batch_size=2).metrics == found
+    assert is_attached(model, objective)
+    model.eval()
+    assert isinstance(model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).logits, torch.Tensor)
+    model.train()
+    detach(model)
     answers = task.predict(model, rows, batch_size=2)
     alone = [task.predict(model, [row])[0] for row in rows]
     assert answers == alone  # padding on the left changes nothing

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...transformers import attach, is_attached, parts
+from ...transformers import attach, is_attached, measuring, parts
 from ..data import Column, Row, is_text, number_of, where
 from .task import IGNORED, Batch, Evaluation, Example, Task
 
@@ -260,28 +260,24 @@ def attached_loss(
 
 
 def likelihood(task: Task, model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> Evaluation:
-    """Mean negative log-likelihood of the labels, perplexity, and the share of labels that are the best guess."""
+    """Mean negative log-likelihood of the labels, perplexity, and the share of labels that are the best guess; without
+    logits, as in training."""
     from objkern import CrossEntropy
 
     from .task import by_length
 
-    training = model.training
+    training, plain = model.training, CrossEntropy()
     model.eval()
     total, right, count = 0.0, 0.0, 0
-    plain = CrossEntropy()
     try:
-        for places in by_length(examples, batch_size):
-            batch = task.collate([examples[place] for place in places]).to(model.device)
-            encoder_decoder = model.config.is_encoder_decoder
-            inputs = batch.inputs
-            if encoder_decoder:
-                inputs = {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch.target)}
-            logits = model(**inputs, use_cache=False).logits[:, -batch.target.shape[1] :]  # behind prompt vectors
-            loss, found = plain(
-                logits, batch.target, shift=0 if encoder_decoder else 1, reduction="sum", return_parts=True
-            )
-            total, count = total + loss.item(), count + batch.count
-            right += found["accuracy"].item() * batch.count
+        with measuring(model, plain):
+            for places in by_length(examples, batch_size):
+                batch = task.collate([examples[place] for place in places]).to(model.device)
+                if batch.count == 0:
+                    continue
+                loss, found = attached_loss(model, batch, plain, batch.count)
+                total, count = total + loss.item() * batch.count, count + batch.count
+                right += found["accuracy"].item() * batch.count
     finally:
         model.train(training)
     mean = total / max(1, count)
