@@ -333,6 +333,8 @@ NEUTRAL: tuple[Neutral, ...] = (
     Neutral("objkern/triton/elementary.py", r"tl\.abs\(x\) < 0\.7", "a threshold between two equally right ways", r"<="),
     Neutral("objkern/triton/elementary.py", r"tl\.where\(x < 0, -far, far\)", "tanh(0) is 0 of either sign", r"^x <= 0$"),
     Neutral("objkern/triton/elementary.py", r"tl\.where\(size < 0\.625", "a threshold between two equally right ways", r"^size <= 0\.625$"),
+    Neutral("objkern/triton/elements.py", r"lifted = left_out \| \(out & \(q == 0\)\)", "the smoothed share of a class of −inf is infinite, too, and nothing is added for a probability of 0", r"\(out\) \| \("),
+    Neutral("objkern/triton/narrow.py", r"lifted = left_out \| \(out & \(q == 0\)\)", "the smoothed share of a class of −inf is infinite, too, and nothing is added for a probability of 0", r"\(out\) \| \("),
     Neutral("objkern/triton/elements.py", r"tl\.where\((apart|t) < lowest\(A\), lowest\(A\)", "equal to what stands there", r"<= lowest"),
     Neutral("objkern/triton/elements.py", r"both = \(n > 0\) & \(found > 0\)", "the weight beside it is 0 for a part of nothing", r"^(n|found) >= 0$"),
     Neutral("objkern/triton/elements.py", r"s\.dd \+ tl\.where\(s\.n > 0", "the weight beside it is 0 for a lane of nothing", r"^s\.n >= 0$"),
