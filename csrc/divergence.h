@@ -63,8 +63,8 @@ OBJKERN_INLINE bool far_apart(R max_z, R max_r) {
   return Lane<R>::less(R(16), Lane<R>::abs(max_r - max_z));
 }
 
-// What a gradient takes d for: an infinite one is of a class that r excludes, or that one of the two masks by numbers
-// that are −3e38 and, over T, no longer finite; its e or f is 0 then, and 0·∞ would be NaN.
+// A gradient takes d within ±kMostApart. Beyond lie classes that r excludes, or that either side masks by a number like
+// −3e38, which is −∞ over T < 1: their e or f is 0, and 0·∞ would be NaN.
 constexpr float kMostApart = 1e30f;
 
 // One class more; the sums of KL(p ‖ q) alone only if kReverse. kFinite: d is known to be.

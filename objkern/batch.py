@@ -135,12 +135,12 @@ def flatten(
         reference = _check_reference(reference, logits, class_dim)
     softcap = checked_softcap(softcap)
     if len(shape) != 1:
-        rows_ = -1 if classes else math.prod(shape)  # a part of the vocabulary may be none of it
-        logits = logits.reshape(rows_, classes)
+        count = -1 if classes else math.prod(shape)  # a part of the vocabulary may be none of it
+        logits = logits.reshape(count, classes)
         if reference is not None:
-            reference = reference.reshape(rows_, classes)
+            reference = reference.reshape(count, classes)
         if target is not None:
-            target = target.reshape(rows_, *target.shape[len(shape) :])
+            target = target.reshape(count, *target.shape[len(shape) :])
     return Batch(
         logits, target, class_weight,
         None if normalizer is None else scalar_tensor("normalizer", normalizer, None, logits),

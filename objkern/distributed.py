@@ -128,7 +128,8 @@ def _part_of(group: ProcessGroup | Shard, classes: int, device: torch.device) ->
 
     known = _known.setdefault(group, {}) if isinstance(group, dist.ProcessGroup) else {}
     if classes not in known:
-        _, *known[classes] = shard(group, classes, device)
+        found = shard(group, classes, device)
+        known[classes] = found.rank, found.sizes
     return Shard(group, *known[classes])
 
 

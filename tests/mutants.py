@@ -382,9 +382,12 @@ class Runner:
     def runs(
         self, folder: Path, fault: Fault, tests: tuple[tuple[str, ...], ...]
     ) -> Iterator[tuple[tuple[str, ...], float]]:
-        """Arguments, and how long they take without the fault. A minute of tests that reach the place, three of each function, by which most faults are seen at once; then
-        all others that do, and those of which it is not known, for they work in other processes. A place that a test or
-        two reach may be one that is reached once in a process, by whoever comes first: then it is all tests."""
+        """Arguments, and how long they take without the fault.
+
+        A minute of tests that reach the place, three of each function, by which most faults are seen at once; then all
+        others that do, and those of which it is not known, for they work in other processes. A place that a test or two
+        reach may be one that is reached once in a process, by whoever comes first: then it is all tests.
+        """
         begun: set[str] = set()
         room = ROOMS[fault.room]
         known = [each for each in tests if room is not ROOMS["python"] or tells_by_marks(room, each)]

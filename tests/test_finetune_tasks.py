@@ -627,6 +627,11 @@ def test_what_begins_anew_is_kept_apart() -> None:
     causal().check(model)
     with pytest.raises(ValueError, match="pack: texts of one sequence would see each other in LlamaForCausalLM"):
         causal(pack=True).check(model)
+    without, forward = tiny_llama(), transformers.LlamaForCausalLM.forward
+    without.forward = lambda input_ids, attention_mask=None, use_cache=None: forward(without, input_ids, attention_mask)
+    causal().check(without)
+    with pytest.raises(ValueError, match="pack: texts of one sequence would see each other"):
+        causal(pack=True).check(without)
 
 
 def test_a_prompt_without_a_token_begins_as_texts_do() -> None:

@@ -344,15 +344,9 @@ def _classes_in(label: Any) -> set[str]:
 
 def load_tokenizer(name: str, task: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a pretrained model or of a folder, with something to pad with."""
-    from transformers import AutoTokenizer
-
     _must_exist(name)
     # RoBERTa and GPT-2 need the prefix space for words that come already cut; the others ignore it.
-    options = {"add_prefix_space": True} if task == "token-classification" else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # of many kinds, the Rust library's own among them
-        raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
+    tokenizer = saved.load_tokenizer(name, **({"add_prefix_space": True} if task == "token-classification" else {}))
     if not tokenizer.is_fast:
         raise ValueError(f"model: {name!r} has no fast tokenizer, which tells where in a text a token stands")
     if tokenizer.pad_token is None:

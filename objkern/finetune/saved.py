@@ -96,7 +96,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[PreTra
     about = _about(folder)
     _refuse_pickles(folder)
     options = {name: about[name] for name in _OPTIONS if name in about}
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(str(folder))
     try:
         task = TASKS[about["task"]](tokenizer, max_length=about["max_length"], labels=about["labels"], **options)
     except TypeError as error:  # an option that another task has
@@ -136,13 +136,14 @@ def _refuse_pickles(folder: Path) -> None:
             raise ValueError(f"model: {folder} has no model.safetensors")
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """Of a folder, or by its name on a hub."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # of many kinds, the Rust library's own among them
-        raise ValueError(f"model: the tokenizer of {folder} can't be read: {first_line(error)}") from error
+        raise ValueError(f"model: no tokenizer can be loaded from {name!r}: {first_line(error)}") from error
 
 
 def _model(name: str, task: Task, whole: bool) -> PreTrainedModel:
